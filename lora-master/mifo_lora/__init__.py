@@ -1,0 +1,40 @@
+"""LoRA for any PyTorch model: inject loralib layers, train, merge, save, and exchange files.
+
+The way of a LoRA: `inject` it, `mark_only_lora_trainable`, train, take `lora_state_dict`,
+spell that for others (`to_diffusers`, `to_kohya`), `save_lora`. And back: `read_lora`,
+`from_diffusers` or `from_kohya`, then `inject_from`, and `merge` for speed.
+"""
+
+from mifo_lora.formats import from_diffusers, from_kohya, kohya_metadata, to_diffusers, to_kohya
+from mifo_lora.injection import (
+    inject,
+    lora_layers,
+    lora_parameters,
+    mark_only_lora_trainable,
+    merge,
+    remove,
+    unmerge,
+)
+from mifo_lora.layers import LoRALinear
+from mifo_lora.states import inject_from, load_lora, lora_state_dict, read_lora, save_lora
+
+__all__ = [
+    "LoRALinear",
+    "from_diffusers",
+    "from_kohya",
+    "inject",
+    "inject_from",
+    "kohya_metadata",
+    "load_lora",
+    "lora_layers",
+    "lora_parameters",
+    "lora_state_dict",
+    "mark_only_lora_trainable",
+    "merge",
+    "read_lora",
+    "remove",
+    "save_lora",
+    "to_diffusers",
+    "to_kohya",
+    "unmerge",
+]

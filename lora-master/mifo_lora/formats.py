@@ -1,0 +1,200 @@
+"""The keys of other programs: diffusers (as peft writes them) and kohya (A1111, ComfyUI).
+
+Both are flat files over a whole Stable Diffusion pipeline; a *part* of it is "unet" or
+"text_encoder". Whatever the installed transformers calls its modules, files name those of the
+text encoder below `text_model`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mifo_lora.states import Factors, State, layer_names, split_state
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A key is the prefix of its part, the module's name and the ending of its tensor."""
+
+    program: str
+    prefixes: dict[str, str]  # by part
+    dot: str  # what stands for a dot in a module's name
+    endings: dict[str, str]  # by leaf of a state
+
+    def stem(self, name: str, part: str) -> str:
+        return self.prefixes[part] + name.replace(".", self.dot)
+
+
+_DIFFUSERS = _Format(
+    program="diffusers",
+    prefixes={"unet": "unet.", "text_encoder": "text_encoder."},
+    dot=".",
+    endings={"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "alpha": ".alpha"},
+)
+_KOHYA = _Format(
+    program="kohya",
+    prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    dot="_",
+    endings={"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha"},
+)
+
+
+def to_diffusers(state: Mapping[str, torch.Tensor], part: str = "unet") -> State:
+    """A state in the keys that `StableDiffusionPipeline.load_lora_weights` reads.
+
+    Readers take the rank for alpha, so the factor alpha / rank is multiplied into B.
+    """
+    layers = split_state(state)
+    scaled = {name: f._replace(lora_B=f.lora_B * (f.alpha / f.rank)) for name, f in layers.items()}
+    return _spell(_DIFFUSERS, scaled, part, leaves=("lora_A", "lora_B"))
+
+
+def to_kohya(state: Mapping[str, torch.Tensor], part: str = "unet") -> State:
+    """A state in kohya's keys, dots as underscores, each layer with its `.alpha`.
+
+    diffusers reads one alpha per part and ignores others: should a layer's alpha differ from the
+    first layer's, it is written as the first's, and the ratio is multiplied into B.
+    """
+    layers = split_state(state)
+    alpha = next(iter(layers.values())).alpha
+    even = {
+        name: f._replace(lora_B=f.lora_B * (f.alpha / alpha), alpha=alpha)
+        for name, f in layers.items()
+    }
+    return _spell(_KOHYA, even, part, leaves=("lora_A", "lora_B", "alpha"))
+
+
+def from_diffusers(
+    file: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    part: str = "unet",
+    metadata: Mapping[str, str] | None = None,
+) -> State:
+    """The state of one part of a file in diffusers' keys; empty when the file lacks that part.
+
+    Args:
+        file: All tensors of the file, of whatever parts.
+        model: The module of that part, injected or not: its Linear modules give the names.
+        metadata: Metadata of the file; peft writes alphas there, under `lora_adapter_metadata`.
+            A layer without alpha has its rank for it.
+
+    Raises:
+        ValueError: A key is of another format, or names no Linear module of the model.
+    """
+    state = _read(_DIFFUSERS, file, model, part)
+    config = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    for variant in ("use_rslora", "use_dora"):
+        if config.get(f"{part}.{variant}"):
+            raise ValueError(f"the LoRA file was made with {variant}; give one of plain LoRA.")
+    patterns = config.get(f"{part}.alpha_pattern") or {}
+    for name in layer_names(state):
+        # peft's rule: the first pattern that matches the name, or its end at a dot.
+        hits = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        alpha = next(hits, config.get(f"{part}.lora_alpha"))
+        if alpha is not None:
+            state.setdefault(f"{name}.alpha", torch.tensor(float(alpha)))
+    return _with_alphas(state)
+
+
+def from_kohya(file: Mapping[str, torch.Tensor], model: nn.Module, part: str = "unet") -> State:
+    """The state of one part of a file in kohya's keys; empty when the file lacks that part.
+
+    An underscore of the file is one or a dot: `model`, injected or not, tells which. A layer
+    without alpha has its rank for it. Raises ValueErrors as `from_diffusers` does.
+    """
+    return _with_alphas(_read(_KOHYA, file, model, part))
+
+
+def kohya_metadata(
+    file: Mapping[str, torch.Tensor], architecture: str, title: str
+) -> dict[str, str]:
+    """The metadata by which A1111 and others know a file in kohya's keys.
+
+    Args:
+        file: All tensors of the file, of both parts.
+        architecture: The base in the words of the modelspec: `stable-diffusion-v1`,
+            `stable-diffusion-v2-512` or `stable-diffusion-v2-768-v`.
+        title: The name that a user sees.
+    """
+    ranks = {len(tensor) for key, tensor in file.items() if key.endswith(".lora_down.weight")}
+    alphas = {tensor.item() for key, tensor in file.items() if key.endswith(".alpha")}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_output_name": title,
+        "ss_v2": str(architecture.startswith("stable-diffusion-v2")),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+    }
+
+
+def _file_names(name: str, part: str) -> tuple[str, ...]:
+    """Names that files give to a module of the model: the one to write, then others to accept."""
+    if part != "text_encoder":
+        return (name,)
+    bare = name.removeprefix("text_model.")
+    return (f"text_model.{bare}", bare)
+
+
+def _spell(form: _Format, layers: dict[str, Factors], part: str, leaves: tuple[str, ...]) -> State:
+    _check_part(form, part)
+    file = {}
+    for name, factors in layers.items():
+        stem = form.stem(_file_names(name, part)[0], part)
+        for leaf in leaves:
+            file[stem + form.endings[leaf]] = torch.as_tensor(getattr(factors, leaf))
+    return file
+
+
+def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, part: str) -> State:
+    """The tensors of one part under the model's own names; alphas only where the file has them."""
+    _check_part(form, part)
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = {}  # the module names that a stem may stand for
+    for name in linears:
+        for alias in _file_names(name, part):
+            names.setdefault(form.stem(alias, part), []).append(name)
+
+    state = {}
+    for key, tensor in file.items():
+        leaf = next((leaf for leaf, ending in form.endings.items() if key.endswith(ending)), None)
+        if leaf is None or not key.startswith(tuple(form.prefixes.values())):
+            raise ValueError(
+                f"{key!r} is no key of a plain LoRA for Stable Diffusion in {form.program}'s "
+                f"format, such as {form.stem('<module>', part) + form.endings['lora_A']!r}; "
+                "give a file of that format."
+            )
+        if not key.startswith(form.prefixes[part]):
+            continue
+        found = names.get(key.removesuffix(form.endings[leaf]), [])
+        if len(found) != 1:
+            raise ValueError(
+                f"{key!r} names {len(found)} Linear modules of {type(model).__name__} instead of "
+                "one; give the model that the file was made for."
+            )
+        if leaf != "alpha" and tensor.ndim != 2:
+            raise ValueError(f"{key!r} has shape {list(tensor.shape)}; give a LoRA of matrices.")
+        state[f"{found[0]}.{leaf}"] = tensor
+    return state
+
+
+def _with_alphas(state: State) -> State:
+    """The state with the rank for every alpha that is missing, its layers whole."""
+    for name in layer_names(state):
+        if f"{name}.lora_A" in state:
+            state.setdefault(f"{name}.alpha", torch.tensor(float(len(state[f"{name}.lora_A"]))))
+    if state:
+        split_state(state)
+    return state
+
+
+def _check_part(form: _Format, part: str) -> None:
+    if part not in form.prefixes:
+        raise ValueError(f"the part is {part!r}; give one of {', '.join(form.prefixes)}.")

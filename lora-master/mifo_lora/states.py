@@ -1,0 +1,191 @@
+"""The state of a LoRA: in and out of a model, and in and out of a file.
+
+A state is a dict of CPU tensors. For each layer, by its dotted name in the model:
+
+    <name>.lora_A [r, in]    <name>.lora_B [out, r]    <name>.alpha []    (strength: alpha / r)
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from mifo_lora.injection import check_injectable, lora_layers, put
+from mifo_lora.layers import LoRALinear
+
+State = dict[str, torch.Tensor]
+
+
+class Factors(NamedTuple):
+    """One layer of a state: lora_A [r, in], lora_B [out, r] and alpha."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_A)
+
+
+def lora_state_dict(model: nn.Module) -> State:
+    """A copy of every LoRA layer's factors and alpha, on the CPU (see above for the keys)."""
+    state = {}
+    for name, layer in lora_layers(model).items():
+        state[f"{name}.lora_A"] = layer.lora_A.detach().to("cpu", copy=True)
+        state[f"{name}.lora_B"] = layer.lora_B.detach().to("cpu", copy=True)
+        state[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha))
+    return state
+
+
+def load_lora(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy a state into the LoRA layers of a model, alpha included; all layers or none.
+
+    Raises:
+        ValueError: The state and the model differ in layers or shapes, the state is incomplete or
+            not finite, or the model is merged. The model is as before then.
+    """
+    layers, factors = lora_layers(model), split_state(state)
+    if missing := layers.keys() - factors.keys():
+        raise ValueError(
+            f"the LoRA state has nothing for {_some(missing)}; inject only the layers it was "
+            "made for, or let inject_from do so."
+        )
+    if unexpected := factors.keys() - layers.keys():
+        raise ValueError(
+            f"the LoRA state has {_some(unexpected)}, where {type(model).__name__} has no LoRA "
+            "layer; inject the layers it was made for, or let inject_from do so."
+        )
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name!r} is merged into its weight; call unmerge before loading.")
+        _check_shapes(name, layer, factors[name], layer.r)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(factors[name].lora_A)
+            layer.lora_B.copy_(factors[name].lora_B)
+            layer.set_alpha(factors[name].alpha)
+
+
+def inject_from(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Inject the very layers of a state, each with its own rank, and load the state into them.
+
+    Returns:
+        The dotted names of the replaced modules.
+
+    Raises:
+        ValueError: A layer of the state is no plain `nn.Linear` of the model or has another
+            shape, or the state is incomplete or not finite. The model is as before then.
+    """
+    factors = split_state(state)
+    modules = dict(model.named_modules())
+    if unknown := factors.keys() - modules.keys():
+        raise ValueError(
+            f"the LoRA state has {_some(unknown)}, which {type(model).__name__} lacks; "
+            "give the model it was made for."
+        )
+    check_injectable(model, factors)
+    for name, factor in factors.items():
+        _check_shapes(name, modules[name], factor, factor.rank)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            # The drawn A is overwritten at once: draw it aside, not from torch's own generator.
+            layer = LoRALinear(modules[name], factor.rank, factor.alpha, 0.0, torch.Generator())
+            layer.lora_A.copy_(factor.lora_A)
+            layer.lora_B.copy_(factor.lora_B)
+            put(model, name, layer)
+    return list(factors)
+
+
+def save_lora(
+    path: str | os.PathLike,
+    state: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as a safetensors file, which replaces one of that name only when complete.
+
+    Args:
+        state: A state of a model, or one in the keys of diffusers or kohya.
+        metadata: Words for the header of the file, strings to strings.
+    """
+    path = Path(path)
+    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(save(tensors, dict(metadata) if metadata else None))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_lora(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
+    """Read the tensors (on the CPU, as stored) and the metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} cannot be read as safetensors ({error}); give a LoRA file."
+        ) from error
+
+
+def layer_names(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of a state's layers, each once, in the state's order."""
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+
+
+def split_state(state: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
+    """The layers of a state by name; a ValueError if one is incomplete, misshapen or not finite."""
+    if not state:
+        raise ValueError("the LoRA state is empty; give one with layers.")
+    names = layer_names(state)
+    expected = {f"{name}.{leaf}" for name in names for leaf in Factors._fields}
+    if odd := expected ^ state.keys():
+        raise ValueError(
+            f"the keys {_some(odd)} are missing or unknown in the LoRA state; each layer has "
+            "<name>.lora_A, <name>.lora_B and <name>.alpha."
+        )
+    return {
+        name: _factors(name, *(state[f"{name}.{x}"] for x in Factors._fields)) for name in names
+    }
+
+
+def _factors(name: str, a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor) -> Factors:
+    matrices = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
+    if not matrices or alpha.numel() != 1:
+        raise ValueError(
+            f"{name!r} of the LoRA state has shapes {list(a.shape)}, {list(b.shape)} and "
+            f"{list(alpha.shape)}; give lora_A [r, in], lora_B [out, r] and one number alpha."
+        )
+    if not all(tensor.isfinite().all() for tensor in (a, b, alpha)) or alpha <= 0:
+        raise ValueError(
+            f"{name!r} of the LoRA state has NaN, infinity or an alpha that is not positive; "
+            "give a sound file."
+        )
+    return Factors(a, b, alpha.item())
+
+
+def _check_shapes(name: str, module: nn.Linear, factors: Factors, rank: int) -> None:
+    found = [list(factors.lora_A.shape), list(factors.lora_B.shape)]
+    needed = [[rank, module.in_features], [module.out_features, rank]]
+    if found != needed:
+        raise ValueError(
+            f"{name!r} of the LoRA state has lora_A {found[0]} and lora_B {found[1]}, where the "
+            f"model needs {needed[0]} and {needed[1]}; give the rank and the model it was made for."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

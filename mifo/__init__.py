@@ -1,0 +1,1 @@
+"""MIFO: learn instances from one image and synthesise them inside boxes."""

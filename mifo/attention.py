@@ -1,0 +1,234 @@
+"""Attention layers of a UNet: choose them by name, watch and bound what they attend to.
+
+Axes: b batch, h heads, n query pixels, m keys (pixels or tokens), d channels a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mifo.losses import box_mass
+from mifo.regions import Refiner, RegionSet, TokenRoles
+
+
+def attention_layers(unet, kind: str | None = None) -> dict[str, torch.nn.Module]:
+    """All attention modules of a diffusers UNet by dotted name, in module order.
+
+    ``kind`` keeps ``"self"`` (``attn1``) or ``"cross"`` (``attn2``) layers only.
+    """
+    ending = {None: ("attn1", "attn2"), "self": ("attn1",), "cross": ("attn2",)}[kind]
+    return {n: m for n, m in unet.named_modules() if n.rsplit(".", 1)[-1] in ending}
+
+
+def decoder_block(unet) -> str:
+    """Name prefix of decoder-1, the block whose maps tell instances apart: ``up_blocks.1.``."""
+    prefix = "up_blocks.1."
+    if not any(name.startswith(prefix) for name in attention_layers(unet, "cross")):
+        raise ValueError(
+            "the UNet has no attention in up_blocks.1, whose maps MIFO reads; "
+            "use a Stable Diffusion 1 or 2 model"
+        )
+    return prefix
+
+
+def layer_grid(unet, size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Rows and columns at which the layer (or block) ``name`` works, for latents of ``size``."""
+    grids = list(pixel_grids(unet, size).values())
+    block, _, rest = name.partition(".")
+    if block == "mid_block":
+        return grids[-1]
+    level = int(rest.split(".")[0])
+    return grids[level] if block == "down_blocks" else grids[-1 - level]
+
+
+def pixel_grids(unet, size: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """Number of pixels → (rows, columns) at each level of a UNet over latents of ``size``."""
+    rows, columns = size
+    grids = {}
+    for _ in unet.config.block_out_channels:
+        grids[rows * columns] = (rows, columns)
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    return grids
+
+
+def attend(
+    attn, hidden: Tensor, context: Tensor | None, mask: Tensor | None, probabilities: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One attention layer, as diffusers computes it.
+
+    Args:
+        attn: diffusers' ``Attention`` module (LoRA in its projections is honoured).
+        hidden: [b, n, c] queries; ``context``: [b, m, c'] keys and values, None for self-attention.
+        mask: broadcastable to [b, h, n, m]; bool, True where attention is allowed, or an additive
+            float; or None.
+        probabilities: materialise them, in float32; otherwise the fused kernel runs.
+
+    Returns:
+        [b, n, c] output and the probabilities [b, h, n, m] (None unless asked for).
+    """
+    context = hidden if context is None else context
+    query, key, value = (
+        projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # b n (h d) -> b h n d
+        for projected in (attn.to_q(hidden), attn.to_k(context), attn.to_v(context))
+    )
+    if probabilities:
+        logits = attn.scale * (query.float() @ key.float().transpose(-1, -2))
+        if mask is not None:
+            logits = (
+                logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+            )
+        attention = logits.softmax(dim=-1)
+        out = attention.to(value.dtype) @ value
+    else:
+        attention = None
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=attn.scale)
+    out = out.transpose(1, 2).flatten(2)  # b h n d -> b n (h d)
+    return attn.to_out[1](attn.to_out[0](out)), attention
+
+
+class Recorder:
+    """Keeps the last probabilities of the layers that it watches, averaged over heads.
+
+    ``maps[name]`` is [b, n, m], float32, differentiable. A diffusers attention processor for a
+    layer is ``recorder.processor(name)``.
+    """
+
+    def __init__(self):
+        self.maps: dict[str, Tensor] = {}
+
+    def processor(self, name: str):
+        def process(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+            out, attention = attend(
+                attn, hidden_states, encoder_hidden_states, attention_mask, probabilities=True
+            )
+            self.maps[name] = attention.mean(dim=1)
+            return out
+
+        return process
+
+
+class BoxControl:
+    """Bounds every attention layer to its regions, in guidance and in denoising passes.
+
+    Args:
+        unet: the UNet, for its layers and how they halve the latents.
+        tokens: roles of the prompt's tokens.
+        size: rows and columns of the latents.
+
+    Attributes:
+        regions: the current :class:`~mifo.regions.RegionSet`; whoever owns the loop replaces it.
+        refiner: takes in the denoising passes' maps of the decoder's first attention block.
+    """
+
+    def __init__(self, unet, tokens: TokenRoles, size: tuple[int, int], regions: RegionSet):
+        self.unet, self.tokens, self.regions = unet, tokens, regions
+        self.grids = pixel_grids(unet, size)
+        decoder = decoder_block(unet)
+        layers = attention_layers(unet)
+        self.map_layers = [n for n in layers if n.startswith(decoder)]
+        self.loss_layers = [n for n in layers if n.startswith("mid_block.")] + self.map_layers
+        self.map_grid = layer_grid(unet, size, decoder)
+        self.refiner: Refiner | None = None
+        self._masses: dict[str, tuple[Tensor, Tensor]] = {}
+        context = torch.zeros(1, len(tokens.subjects), tokens.length, dtype=torch.bool)
+        for row, positions in zip(context[0], tokens.subjects, strict=True):
+            row[[*positions, tokens.end]] = True
+        self._token_context = context
+
+    def guidance(self):
+        """Context manager: processors of a guidance pass, which has the conditional half only.
+
+        The pass ends (see :func:`leave_early`) after the last layer that the box loss reads.
+        """
+        self._masses.clear()
+        names = attention_layers(self.unet)
+        return processors(self.unet, {name: self._guidance_processor(name) for name in names})
+
+    def denoising(self):
+        """Context manager: processors of a denoising pass over [unconditional; conditional]."""
+        names = attention_layers(self.unet)
+        return processors(self.unet, {name: self._denoising_processor(name) for name in names})
+
+    def masses(self, kind: str) -> tuple[Tensor, Tensor]:
+        """F and B of the last guidance pass, each [b, s], means over the loss layers of a kind."""
+        ending = {"cross": "attn2", "self": "attn1"}[kind]
+        found = [mass for name, mass in self._masses.items() if name.endswith(ending)]
+        foreground, background = zip(*found, strict=True)
+        return torch.stack(foreground).mean(0), torch.stack(background).mean(0)
+
+    def _guidance_processor(self, name: str):
+        read = name in self.loss_layers
+        last = name == self.loss_layers[-1]
+
+        def process(attn, hidden_states, encoder_hidden_states=None, **_):
+            grid = self.grids[hidden_states.shape[1]]
+            regions = self.regions.at(*grid)
+            if encoder_hidden_states is None:
+                hidden, context = self.regions.self_mask(*grid), regions
+            else:
+                hidden = self.regions.cross_mask(*grid, guidance=True)
+                context = self._token_context.to(regions.device)
+            out, attention = attend(
+                attn, hidden_states, encoder_hidden_states, ~hidden[:, None], read
+            )
+            if read:
+                self._masses[name] = box_mass(attention, regions, context)
+            if last:
+                raise _Left
+            return out
+
+        return process
+
+    def _denoising_processor(self, name: str):
+        record = name in self.map_layers
+
+        def process(attn, hidden_states, encoder_hidden_states=None, **_):
+            grid = self.grids[hidden_states.shape[1]]
+            half = len(hidden_states) // 2
+            crosswise = encoder_hidden_states is not None
+            if crosswise:
+                hidden = self.regions.cross_mask(*grid, guidance=False).expand(half, -1, -1)
+                hidden = torch.cat([torch.zeros_like(hidden), hidden])
+            else:
+                hidden = self.regions.self_mask(*grid)
+                hidden = hidden if len(hidden) == 1 else hidden.repeat(2, 1, 1)
+            recording = record and self.refiner is not None
+            out, attention = attend(
+                attn, hidden_states, encoder_hidden_states, ~hidden[:, None], recording
+            )
+            if recording:
+                attention = attention[half:].mean(dim=1)
+                if crosswise:
+                    attention = attention[..., list(self.tokens.leading)]
+                self.refiner.add("cross" if crosswise else "self", attention)
+            return out
+
+        return process
+
+
+class _Left(Exception):
+    """Raised by the last layer that a pass needs."""
+
+
+@contextmanager
+def leave_early() -> Iterator[None]:
+    """Around a UNet call: ends it where a processor says that nothing further is read."""
+    with suppress(_Left):
+        yield
+
+
+@contextmanager
+def processors(unet, new: dict[str, object]) -> Iterator[None]:
+    """Install attention processors by layer name; put the former ones back, whatever happens."""
+    layers = attention_layers(unet)
+    former = {name: layers[name].processor for name in new}
+    try:
+        for name, processor in new.items():
+            layers[name].processor = processor
+        yield
+    finally:
+        for name, processor in former.items():
+            layers[name].processor = processor

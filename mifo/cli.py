@@ -1,0 +1,73 @@
+"""What the commands share: how options are declared and how failures are told."""
+
+import argparse
+import errno
+import logging
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the script's docstring as it is written."""
+
+
+def seed_option(text: str) -> int | None:
+    """An integer seed, or None for a random one."""
+    if text.lower() == "none":
+        return None
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no seed; give a whole number or None"
+        ) from None
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give a number from 0 to 2**63 - 1")
+    return seed
+
+
+def chosen_seed(seed: int | None) -> int:
+    """The seed itself, or a random one."""
+    return secrets.randbelow(2**31) if seed is None else seed
+
+
+def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
+    """--device, --mixed_precision, --offline, --debug."""
+    parser.add_argument(
+        "--device", default=defaults.device, help="auto (cuda > mps > cpu), cuda, mps or cpu"
+    )
+    parser.add_argument(
+        "--mixed_precision",
+        default=defaults.mixed_precision,
+        choices=("auto", "no", "fp16", "bf16"),
+        help="precision of the UNet; auto: bf16 where the device is fast at it",
+    )
+    parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+@contextmanager
+def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
+    """Bad input ends with one sentence and exit code 2, a failure underway with 1, Ctrl-C 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        if debug:
+            raise
+        code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
+        parser.exit(code, f"{parser.prog}: error: {_sentence(error)}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; try a smaller --batch_size or --gradient_checkpointing"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; nothing that was there before has been changed: free some space"
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename}: {error.strerror}; give another path or change its permissions"
+    return " ".join(str(error).split())

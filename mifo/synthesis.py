@@ -1,0 +1,326 @@
+"""Semantic synthesis: from a learned folder, a prompt and boxes to numbered pictures."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from tqdm import tqdm
+
+from mifo.boxes import Box, check_box, draw_boxes
+from mifo.config import SynthesisConfig
+from mifo.learned import LearnedFolder, load_learned, open_learned
+from mifo.models import BaseModel, choose_device, choose_precision
+from mifo.regions import TokenRoles
+from mifo.sampling import box_control, ddim_scheduler, denoise, initial_noise
+from mifo.tokens import encode_ids, find_assets, token_roles
+from mifo_lora import merge
+
+log = logging.getLogger(__name__)
+
+#: The resolution of decoder-1 against the latents': boxes must cover a cell of it.
+MAP_DIVISOR = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A checked request: the model, what each box is for, and the picture's size in pixels."""
+
+    config: SynthesisConfig
+    base: BaseModel
+    names: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    tokens: TokenRoles | None
+    size: tuple[int, int]  # rows, columns of the latents
+    device: str
+    dtype: torch.dtype
+
+
+def make_scene(
+    config: SynthesisConfig,
+    get_boxes: Callable[[int], Sequence[Box]],
+    boxes: Sequence[Box] | dict[str, list[Box]] | None = None,
+    subject_token_indices: Sequence[Sequence[int]] | None = None,
+) -> Scene:
+    """Check a request and load its model.
+
+    Args:
+        get_boxes: preset layout for so many subjects, where ``boxes`` is None.
+        boxes: one a subject in the order of the prompt, or lists of boxes by asset name.
+        subject_token_indices: positions of each subject's tokens, in place of the asset names.
+
+    Raises:
+        ValueError: with what does not fit and what to do.
+    """
+    check_numbers(config)
+    device = choose_device(config.device)
+    dtype = choose_precision(config.mixed_precision, device)
+    learned = open_learned(Path(config.models_dir) / config.model_id)
+    names = _asset_names(config.prompt, learned)
+    base, _ = load_learned(learned, config.model_path, config.offline)
+    tokenizer = base.tokenizer
+    encode_ids(tokenizer, config.negative_prompt)
+    found = find_assets(tokenizer, config.prompt, learned.assets)
+    if subject_token_indices is None:
+        subjects = [[position] for _, position in found]
+        names = tuple(name for name, _ in found)
+    else:
+        subjects = [list(positions) for positions in subject_token_indices]
+        at = {position: name for name, position in found}
+        names = tuple(
+            next((at[p] for p in positions if p in at), f"subject {i + 1}")
+            for i, positions in enumerate(subjects)
+        )
+    size = _latent_size(config, base)
+    if not config.box_control:
+        return Scene(config, base, names, (), None, size, device, dtype)
+    if not subjects:
+        raise ValueError(
+            f"the prompt {config.prompt!r} names no asset; name one of "
+            f"{', '.join(learned.manifest['tokens'])}, or give --no_box_control"
+        )
+    placed = _placed(names, boxes, get_boxes)
+    grid = [side // MAP_DIVISOR for side in size]
+    for index, box in enumerate(placed):
+        check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
+    tokens = token_roles(tokenizer, config.prompt, subjects)
+    return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
+
+
+def _asset_names(prompt: str, learned: LearnedFolder) -> tuple[str, ...]:
+    """Assets of the prompt, checked before the model is loaded."""
+    from mifo.tokens import ASSET
+
+    names = tuple(ASSET.findall(prompt))
+    for name in names:
+        if name not in learned.manifest["tokens"]:
+            raise ValueError(
+                f"the prompt names {name}, which {learned.path} has not learned; it has "
+                f"{', '.join(learned.manifest['tokens'])}"
+            )
+    return names
+
+
+def _placed(names, boxes, get_boxes) -> list[Box]:
+    """A box for each subject, in the prompt's order."""
+    if isinstance(boxes, dict):
+        waiting = {name: list(given) for name, given in boxes.items()}
+        unknown = [name for name in waiting if name not in names]
+        if unknown:
+            raise ValueError(
+                f"--box names {unknown[0]}, which the prompt does not; it names {', '.join(names)}"
+            )
+        for name, given in waiting.items():
+            if len(given) != names.count(name):
+                raise ValueError(
+                    f"--box gives {len(given)} boxes for {name}, which the prompt names "
+                    f"{names.count(name)} times; give one box each time"
+                )
+        if missing := [name for name in names if name not in waiting]:
+            raise ValueError(
+                f"--box gives no box for {missing[0]}; give one for each asset of the prompt"
+            )
+        return [waiting[name].pop(0) for name in names]
+    placed = list(get_boxes(len(names)) if boxes is None else boxes)
+    if len(placed) != len(names):
+        raise ValueError(
+            f"there are {len(placed)} boxes and {len(names)} assets in the prompt "
+            f"({', '.join(names)}); give one box for each"
+        )
+    return [Box(*box) for box in placed]
+
+
+def check_numbers(config: SynthesisConfig) -> None:
+    """Raises ValueError for settings that make no sense."""
+    counts = {"batch_size": config.batch_size, "num_inference_steps": config.num_inference_steps}
+    if config.num_images is not None:
+        counts["num_images"] = config.num_images
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; give a whole number from 1 on")
+    if config.num_inference_steps > 999:
+        raise ValueError(f"--num_inference_steps is {config.num_inference_steps}; give 999 at most")
+    guidance = config.guidance
+    for name in ("guidance_steps", "guidance_iterations", "refine_every"):
+        if getattr(guidance, name) < 0:
+            raise ValueError(f"--{name} is {getattr(guidance, name)}; give 0 or more")
+
+
+def _latent_size(config: SynthesisConfig, base: BaseModel) -> tuple[int, int]:
+    size = []
+    for name in ("height", "width"):
+        pixels = getattr(config, name) or base.resolution
+        if pixels % base.multiple or pixels < 4 * base.multiple // 2:
+            raise ValueError(
+                f"--{name} is {pixels}; give a multiple of {base.multiple} such as {base.resolution}"
+            )
+        size.append(pixels // base.vae_factor)
+    return size[0], size[1]
+
+
+# ----------------------------------------------------------------------------------------------
+# painting
+
+
+@torch.no_grad()
+def encode_prompts(scene: Scene) -> Tensor:
+    """States [2, k, d] of the negative prompt (or none) and the prompt."""
+    base, config = scene.base, scene.config
+    texts = (config.negative_prompt, config.prompt)
+    ids = torch.stack([encode_ids(base.tokenizer, text) for text in texts])
+    return base.text_encoder(ids.to(scene.device)).last_hidden_state
+
+
+def paint(scene: Scene, indices: Sequence[int], text: Tensor, progress=None) -> list[Image.Image]:
+    """Pictures ``indices`` of a scene: picture i starts from noise of seed + i."""
+    config, base = scene.config, scene.base
+    seeds = [config.seed + index for index in indices]
+    shape = (base.unet.config.in_channels, *scene.size)
+    latents = initial_noise(shape, seeds).to(scene.device)
+    control = None
+    if scene.tokens is not None:
+        control = box_control(base.unet, scene.tokens, scene.boxes, latents, seeds)
+
+    def on_step(step: int, computed: dict) -> None:
+        if progress is not None:
+            progress.update(1)
+
+    latents = denoise(
+        base.unet,
+        ddim_scheduler(base.scheduler),
+        latents,
+        text,
+        config.num_inference_steps,
+        config.guidance_scale,
+        control,
+        config.guidance,
+        on_step,
+    )
+    return decode(base, latents)
+
+
+@torch.no_grad()
+def decode(base: BaseModel, latents: Tensor) -> list[Image.Image]:
+    """Latents [b, c, h, w] to RGB pictures, one by one to spare memory."""
+    pictures = []
+    for sample in latents / base.vae.config.scaling_factor:
+        pixels = base.vae.decode(sample[None].to(base.vae.dtype)).sample[0].float()
+        if not pixels.isfinite().all():
+            raise FloatingPointError("the decoded picture is not finite; try --mixed_precision no")
+        pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+        pictures.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+    return pictures
+
+
+def synthesise(scene: Scene, folder: Path) -> list[Path]:
+    """Paint all pictures of a scene into a folder; returns the paths of the PNGs, then the sheet.
+
+    Each PNG carries its settings in its text and in a JSON beside it; numbers go on from what is
+    there, and no file is ever replaced.
+    """
+    config, base = scene.config, scene.base
+    for module in (base.unet, base.text_encoder):
+        _merge_if_lora(module)
+    base.unet.to(scene.device, scene.dtype)
+    base.text_encoder.to(scene.device)
+    base.vae.to(scene.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = encode_prompts(scene).to(scene.dtype)
+    total = config.num_images or config.batch_size
+    saved: list[Path] = []
+    pictures: list[Image.Image] = []
+    batches = -(-total // config.batch_size)
+    with tqdm(
+        total=batches * config.num_inference_steps, desc="synthesis", unit="step"
+    ) as progress:
+        for start in range(0, total, config.batch_size):
+            indices = range(start, min(start + config.batch_size, total))
+            painted = paint(scene, indices, text, progress)
+            for index, picture in zip(indices, painted, strict=True):
+                saved.append(save_picture(folder, picture, describe(scene, index)))
+                pictures.append(picture)
+    labels = list(scene.names)
+    sheet = contact_sheet(
+        [draw_boxes(p, scene.boxes, labels) if scene.boxes else p for p in pictures]
+    )
+    stem = f"sheet_{saved[0].stem}-{saved[-1].stem}"
+    saved.append(_write_new(folder, lambda n: f"{stem}{f'_{n}' if n else ''}.png", _png(sheet, {})))
+    return saved
+
+
+def _merge_if_lora(module) -> None:
+    """Merged, the LoRA costs nothing a step."""
+    from mifo_lora import LoRALinear
+
+    if any(isinstance(m, LoRALinear) for m in module.modules()):
+        merge(module)
+
+
+def describe(scene: Scene, index: int) -> dict:
+    """Everything that makes picture ``index`` again."""
+    settings = asdict(scene.config) | {"seed": scene.config.seed + index, "num_images": 1}
+    return {
+        "settings": settings,
+        "subjects": list(scene.names),
+        "boxes": [list(box) for box in scene.boxes],
+        "base_model": {"source": scene.base.source, "sha256": scene.base.digest},
+        "device": scene.device,
+        "precision": str(scene.dtype).removeprefix("torch."),
+    }
+
+
+def save_picture(folder: Path, picture: Image.Image, facts: dict) -> Path:
+    """Write ``NNNN.png`` under the next free number, with a JSON of the same name beside it."""
+    path = _write_new(folder, lambda n: f"{n:04d}.png", _png(picture, facts))
+    text = json.dumps(facts, indent=2) + "\n"
+    _write_new(folder, lambda n: f"{path.stem}{f'_{n}' if n else ''}.json", text.encode())
+    return path
+
+
+def _png(picture: Image.Image, facts: dict) -> bytes:
+    from io import BytesIO
+
+    info = PngImagePlugin.PngInfo()
+    if facts:
+        info.add_text("mifo", json.dumps(facts))
+        info.add_text("prompt", facts["settings"]["prompt"])
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _write_new(folder: Path, name: Callable[[int], str], content: bytes) -> Path:
+    """Write under the first free name; linking into place never replaces a file."""
+    aside = folder / f".{os.getpid()}.part"
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+        number = 0
+        while True:
+            path = folder / name(number)
+            try:
+                os.link(aside, path)
+                return path
+            except FileExistsError:
+                number += 1
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """All pictures in a grid, as near to a square as it goes."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = -(-len(pictures) // columns)
+    width, height = pictures[0].size
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (255, 255, 255)
+    )
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * (width + gap), index // columns * (height + gap)))
+    return sheet

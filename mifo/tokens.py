@@ -1,0 +1,336 @@
+"""Placeholder tokens: add them, give them rows of their own, find them in a prompt."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mifo.instance import asset_token
+from mifo.regions import TokenRoles
+
+ASSET = re.compile(r"<asset\d+>")
+#: Words that no pixel can show: hidden from every pixel while boxes are in control.
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "these",
+        "those",
+        "each",
+        "every",
+        "either",
+        "neither",
+        "some",
+        "any",
+        "no",
+        "all",
+        "both",
+        "half",
+        "such",
+        "what",
+        "which",
+        "whose",
+        "my",
+        "your",
+        "his",
+        "her",
+        "its",
+        "our",
+        "their",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "dozen",
+        "hundred",
+        "first",
+        "second",
+        "third",
+        "about",
+        "above",
+        "across",
+        "after",
+        "against",
+        "along",
+        "amid",
+        "among",
+        "around",
+        "as",
+        "at",
+        "before",
+        "behind",
+        "below",
+        "beneath",
+        "beside",
+        "besides",
+        "between",
+        "beyond",
+        "by",
+        "despite",
+        "down",
+        "during",
+        "except",
+        "for",
+        "from",
+        "in",
+        "inside",
+        "into",
+        "near",
+        "of",
+        "off",
+        "on",
+        "onto",
+        "opposite",
+        "out",
+        "outside",
+        "over",
+        "past",
+        "per",
+        "since",
+        "than",
+        "through",
+        "throughout",
+        "to",
+        "toward",
+        "towards",
+        "under",
+        "underneath",
+        "until",
+        "up",
+        "upon",
+        "via",
+        "with",
+        "within",
+        "without",
+        "and",
+        "or",
+        "but",
+        "nor",
+        "so",
+        "yet",
+        "if",
+        "because",
+        "although",
+        "though",
+        "while",
+        "whereas",
+        "unless",
+        "whether",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "am",
+        "do",
+        "does",
+        "did",
+        "has",
+        "have",
+        "had",
+        "can",
+        "could",
+        "will",
+        "would",
+        "shall",
+        "should",
+        "may",
+        "might",
+        "must",
+        "not",
+        "i",
+        "you",
+        "he",
+        "she",
+        "it",
+        "we",
+        "they",
+        "me",
+        "him",
+        "them",
+        "us",
+        "there",
+        "here",
+        "who",
+        "whom",
+        "left",
+        "right",
+        "top",
+        "bottom",
+        ",",
+        ".",
+        ";",
+        ":",
+        "!",
+        "?",
+        "-",
+        "(",
+        ")",
+        "'",
+        '"',
+    ]
+)
+
+
+def add_asset_tokens(tokenizer, text_encoder, count: int) -> list[int]:
+    """Add ``<asset0>`` … and as many rows to the embedding table; returns their ids.
+
+    The new rows are zero until they are written (:func:`write_rows`) or lent
+    (:func:`lend_rows`); no other row changes.
+    """
+    names = [asset_token(i) for i in range(count)]
+    known = set(names) & set(tokenizer.get_vocab())
+    if known:
+        raise ValueError(
+            f"the base model already has the token {min(known)}: give --model_path a base model, "
+            "not the result of an earlier learning"
+        )
+    tokenizer.add_tokens(names)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    table = text_encoder.get_input_embeddings()
+    if max(ids) >= table.num_embeddings:
+        trains = table.weight.requires_grad
+        text_encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        text_encoder.get_input_embeddings().weight.requires_grad_(trains)
+    write_rows(text_encoder, ids, torch.zeros(count, table.embedding_dim))
+    return ids
+
+
+def initial_rows(
+    tokenizer, text_encoder, ids: Sequence[int], words: Sequence[str], seed: int
+) -> Tensor:
+    """First values of the asset rows, float32 [assets, width].
+
+    Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
+    channel, fixed by the seed; with words (one for all, or one an asset) they start from these.
+    """
+    table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
+    if not words:
+        base = table[: min(ids)]
+        draw = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(seed))
+        return base.mean(0) + base.std(0) * draw
+    words = list(words) * len(ids) if len(words) == 1 else list(words)
+    if len(words) != len(ids):
+        raise ValueError(
+            f"--initializer_tokens has {len(words)} words for {len(ids)} instances; give one word "
+            "for all, or one for each"
+        )
+    rows = []
+    for word in words:
+        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        if not pieces:
+            raise ValueError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
+        rows.append(table[pieces].mean(0))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def write_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> None:
+    """Write rows [assets, width] into the embedding table."""
+    weight = text_encoder.get_input_embeddings().weight
+    weight[list(ids)] = rows.to(weight)
+
+
+@contextmanager
+def lend_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> Iterator[None]:
+    """Within, the asset tokens embed as ``rows`` [assets, width], which may require gradients.
+
+    The table itself is not touched, so no other row can change.
+    """
+
+    def replace(module, arguments, embedded: Tensor) -> Tensor:
+        input_ids = arguments[0]
+        for index, token in enumerate(ids):
+            chosen = (input_ids == token)[..., None]
+            embedded = torch.where(chosen, rows[index].to(embedded.dtype), embedded)
+        return embedded
+
+    handle = text_encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def encode_ids(tokenizer, prompt: str) -> Tensor:
+    """Token ids int64 [tokens] of a prompt, padded; a ValueError when it is too long."""
+    limit = tokenizer.model_max_length
+    ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=False).input_ids
+    if len(ids) > limit:
+        raise ValueError(
+            f"the prompt has {len(ids) - 2} tokens, and the model reads {limit - 2}: shorten "
+            f"{_shorten(prompt)!r}"
+        )
+    return torch.tensor(ids)
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str, int]]:
+    """(name, position) of each asset in a prompt, in its order; positions count the start token.
+
+    Raises ValueError for an asset that is not among the ``known`` numbers.
+    """
+    names = ASSET.findall(prompt)
+    allowed = {asset_token(i) for i in known}
+    for name in names:
+        if name not in allowed:
+            raise ValueError(
+                f"the prompt names {name}, which was not learned; there are "
+                f"{', '.join(sorted(allowed))}"
+            )
+    ids = encode_ids(tokenizer, prompt).tolist()
+    wanted = {tokenizer.convert_tokens_to_ids(name): name for name in allowed}
+    found = [(wanted[token], at) for at, token in enumerate(ids) if token in wanted]
+    if [name for name, _ in found] != names:
+        raise ValueError(
+            f"the tokenizer does not see the assets of the prompt {_shorten(prompt)!r}: write each "
+            "as a word of its own, such as '<asset0> and <asset1>'"
+        )
+    return found
+
+
+def token_roles(tokenizer, prompt: str, subjects: Sequence[Sequence[int]]) -> TokenRoles:
+    """Roles of a prompt's tokens, given the positions of each subject's tokens.
+
+    A subject's leading token is its last one that is not a function word.
+    """
+    ids = encode_ids(tokenizer, prompt).tolist()
+    end = ids.index(tokenizer.eos_token_id)
+    taken = {position for positions in subjects for position in positions}
+    for position in sorted(taken):
+        if not 0 < position < end:
+            raise ValueError(
+                f"--subject_token_indices names position {position}; the prompt's tokens have "
+                f"positions 1 to {end - 1}"
+            )
+    words = [tokenizer.decode([token]).strip().lower() for token in ids[:end]]
+    empty = {at for at in range(1, end) if words[at] in FUNCTION_WORDS}
+    leading = tuple(
+        next((at for at in sorted(positions, reverse=True) if at not in empty), max(positions))
+        for positions in subjects
+    )
+    return TokenRoles(
+        subjects=tuple(tuple(positions) for positions in subjects),
+        filtered=tuple(sorted(empty - taken)),
+        end=end,
+        length=len(ids),
+        leading=leading,
+    )

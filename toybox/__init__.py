@@ -1,0 +1,1 @@
+"""toybox: a Stable Diffusion small enough to ship, and the toy scenes that it was trained on."""

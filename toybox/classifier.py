@@ -1,0 +1,329 @@
+"""A small classifier of toys: which kinds are in a picture, how much of it, and of what hue.
+
+It answers for each of 8×8 cells of a picture, so that one network judges whole scenes, finds the
+toys in them, and compares crops. ``python -m toybox.classifier`` trains it on renders, in a few
+minutes on one core, and saves its held-out accuracy beside the weights.
+
+Axes: b batch, k kinds, r rows and c columns of cells.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from toybox.scenes import HUES, KINDS, draw_scene, render
+
+WEIGHTS = Path(__file__).parent / "classifier.safetensors"
+INPUT, CELLS = 64, 8  # sides: of the pictures it takes in pixels, of its answers in cells
+_PRESENT = 0.02  # share of a picture that a toy covers at least
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Every number of the training."""
+
+    seed: int = 0
+    scenes: int = 4000
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 2e-3
+    width: int = 96  # channels
+    whole: float = 0.4  # share of whole scenes; the rest are crops around a toy
+    turned: float = 0.75  # share of pictures whose hues are turned by a random angle
+
+
+class Reading(NamedTuple):
+    """What the classifier sees.
+
+    Attributes:
+        areas: [b, k] share of the picture that each kind covers, in :data:`~toybox.scenes.KINDS`'
+            order.
+        hues: [b, k] hue of that kind's toys, in degrees.
+        hue: [b] hue of all toys together, in degrees.
+    """
+
+    areas: Tensor
+    hues: Tensor
+    hue: Tensor
+
+    def kind(self) -> Tensor:
+        """[b] index of the kind that covers most."""
+        return self.areas.argmax(dim=1)
+
+    def present(self, count: int) -> list[set[str]]:
+        """Names of the up to ``count`` kinds that cover most, and enough to be seen."""
+        top = self.areas.topk(count, dim=1)
+        return [
+            {KINDS[index] for area, index in zip(*row, strict=True) if area > _PRESENT}
+            for row in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+
+
+def hue_distance(first: Tensor, second: Tensor) -> Tensor:
+    """Angle between hues, in degrees from 0 to 180."""
+    return ((first - second + 180) % 360 - 180).abs()
+
+
+def hue_names(hues: Tensor) -> list[str]:
+    """The nearest named hue of each, [b] in degrees."""
+    named = torch.tensor(list(HUES.values()), dtype=hues.dtype, device=hues.device)
+    nearest = hue_distance(hues[:, None], named).argmin(dim=1)
+    return [list(HUES)[index] for index in nearest.tolist()]
+
+
+def to_input(pictures: list[Image.Image]) -> Tensor:
+    """RGB pictures of any size as [b, 3, 64, 64] in [-1, 1]."""
+    small = [np.asarray(p.convert("RGB").resize((INPUT, INPUT), Image.BILINEAR)) for p in pictures]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Classifier(nn.Module):
+    """Convolutions from [b, 3, 64, 64] pictures to 8×8 cells."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width // 4, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 4, width // 2, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
+            *(_Residual(width) for _ in range(3)),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+        )
+        self.kinds = nn.Conv2d(width, 1 + len(KINDS), 1)  # the first is the background
+        self.hue = nn.Conv2d(width, 2, 1)  # cosine and sine
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [b, 1 + k, r, c], hue vectors [b, 2, r, c] and hidden features [b, d, r, c]."""
+        hidden = self.body(pictures)
+        return self.kinds(hidden), self.hue(hidden), hidden
+
+    @torch.inference_mode()
+    def read(self, pictures: Tensor) -> Reading:
+        """Kinds and hues in pictures, [b, 3, 64, 64] in [-1, 1] (see :func:`to_input`)."""
+        logits, vectors, _ = self(pictures)
+        shares = logits.softmax(dim=1)[:, 1:].flatten(2)  # [b, k, rc]
+        cosine, sine = torch.einsum("bkn,bvn->vbk", shares, vectors.flatten(2))
+        hues = torch.atan2(sine, cosine).rad2deg() % 360
+        hue = torch.atan2(sine.sum(1), cosine.sum(1)).rad2deg() % 360
+        return Reading(shares.mean(dim=2), hues, hue)
+
+    @torch.inference_mode()
+    def features(self, crops: Tensor) -> Tensor:
+        """Unit vectors [b, d] of how the toys in crops look: compare them by their cosine.
+
+        Means over the cells, weighted by how much of a cell is toy.
+        """
+        logits, _, hidden = self(crops)
+        toy = 1 - logits.softmax(dim=1)[:, :1]
+        return F.normalize((hidden * toy).sum((2, 3)), dim=1)
+
+
+def load_classifier(path: Path = WEIGHTS) -> Classifier:
+    """The trained classifier, float32, on the CPU."""
+    if not path.is_file():
+        raise ValueError(f"there are no weights at {path}; train them: python -m toybox.classifier")
+    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+    classifier = Classifier(weights["kinds.weight"].shape[1])
+    classifier.load_state_dict(weights)
+    return classifier.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+class Sample(NamedTuple):
+    """A picture [64, 64, 3] uint8 and its truth by cell: kinds [1 + k, r, c], hue [2, r, c]."""
+
+    picture: np.ndarray
+    kinds: np.ndarray
+    hue: np.ndarray
+
+
+class Scenes:
+    """Rendered scenes, and random views of them."""
+
+    def __init__(self, seed: int, count: int, toys: int | None = None):
+        self.scenes, self.pictures, self.masks = [], [], []
+        for index in tqdm(range(count), "scenes"):
+            scene = draw_scene(np.random.default_rng((seed, index)), toys)
+            picture, masks = render(scene, 2 * INPUT)
+            self.scenes.append(scene)
+            self.pictures.append(picture)
+            self.masks.append(masks)
+
+    def whole(self, index: int) -> tuple[float, float, float, float]:
+        """The box of the whole scene, in pixels."""
+        return (0, 0, *self.pictures[index].size)
+
+    def crop(self, index: int, toy: int, rng: np.random.Generator):
+        """A square box around a toy, loose by up to a half and off centre, in pixels."""
+        side = self.pictures[index].width
+        placed = self.scenes[index].toys[toy]
+        width = min(1.0, placed.size * rng.uniform(0.9, 1.5))
+        shift = rng.uniform(-0.12, 0.12, 2) * placed.size
+        left, top = np.clip([placed.x, placed.y] + shift - width / 2, 0, 1 - width)
+        return tuple(float(v * side) for v in (left, top, left + width, top + width))
+
+    def sample(self, index: int, box, turn: float = 0.0, gains=(1.0, 1.0)) -> Sample:
+        """A view with its hues turned (degrees), saturation and value multiplied."""
+        picture = self.pictures[index].resize((INPUT, INPUT), Image.BILINEAR, box=box)
+        if turn or gains != (1.0, 1.0):
+            hsv = np.asarray(picture.convert("HSV")).astype(np.float32)
+            hsv[..., 0] = (hsv[..., 0] + turn / 360 * 255) % 255
+            hsv[..., 1:] *= gains
+            hsv = np.rint(hsv.clip(0, 255)).astype(np.uint8)
+            picture = Image.fromarray(hsv, "HSV").convert("RGB")
+        kinds = np.zeros((1 + len(KINDS), CELLS, CELLS), dtype=np.float32)
+        hue = np.zeros((2, CELLS, CELLS), dtype=np.float32)
+        for placed, mask in zip(self.scenes[index].toys, self.masks[index], strict=True):
+            grey = Image.fromarray(mask.astype(np.uint8) * 255)
+            share = np.asarray(grey.resize((CELLS, CELLS), Image.BOX, box=box)) / np.float32(255)
+            angle = np.deg2rad(placed.look.hue + turn)
+            kinds[1 + KINDS.index(placed.look.kind)] += share
+            hue += share * np.array([np.cos(angle), np.sin(angle)], dtype=np.float32)[:, None, None]
+        kinds[0] = 1 - kinds.sum(axis=0)
+        return Sample(np.asarray(picture), kinds, hue)
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures in [-1, 1] and the truths, each [b, ...]."""
+    pictures, kinds, hue = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, kinds, hue
+
+
+def augmented(scenes: Scenes, config: ClassifierConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch of a step: views turned in hue, some blurred, all a little noisy."""
+    rng = np.random.default_rng((config.seed, step))
+    samples = []
+    for index in rng.integers(len(scenes.scenes), size=config.batch):
+        box = scenes.whole(index)
+        if rng.random() >= config.whole:
+            box = scenes.crop(index, int(rng.integers(len(scenes.scenes[index].toys))), rng)
+        turn = rng.uniform(0, 360) if rng.random() < config.turned else 0.0
+        sample = scenes.sample(index, box, turn, tuple(rng.uniform((0.7, 0.8), 1.1)))
+        if rng.random() < 0.5:
+            blur = ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))
+            picture = Image.fromarray(sample.picture).filter(blur)
+            sample = sample._replace(picture=np.asarray(picture))
+        samples.append(sample)
+    pictures, kinds, hue = collate(samples)
+    noise = rng.uniform(0, 0.1) * rng.standard_normal(pictures.shape, dtype=np.float32)
+    return pictures + torch.from_numpy(noise), kinds, hue
+
+
+def classifier_loss(logits: Tensor, vectors: Tensor, kinds: Tensor, hue: Tensor) -> Tensor:
+    """Cross-entropy with the shares of the cells, plus the hue vectors' error where toys are."""
+    toy = 1 - kinds[:, 0]
+    error = ((toy[:, None] * vectors - hue) ** 2).sum(dim=1)
+    return -(kinds * logits.log_softmax(dim=1)).sum(dim=1).mean() + error.sum() / toy.sum()
+
+
+def train(config: ClassifierConfig) -> Classifier:
+    """Adam with one cosine; the classifier after the last step."""
+    torch.manual_seed(config.seed)
+    classifier = Classifier(config.width)
+    scenes = Scenes(config.seed, config.scenes)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+    progress = tqdm(range(config.steps), "classifier")
+    for step in progress:
+        pictures, kinds, hue = augmented(scenes, config, step)
+        logits, vectors, _ = classifier(pictures)
+        loss = classifier_loss(logits, vectors, kinds, hue)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return classifier.eval().requires_grad_(False)
+
+
+def accuracy(classifier: Classifier, seed: int, count: int) -> dict[str, float]:
+    """Shares of right answers on ``count`` scenes of one toy, its crops, and scenes of two toys."""
+    scenes, pairs = Scenes(seed, count, toys=1), Scenes(seed + 1, count, toys=2)
+    rng = np.random.default_rng(seed)
+    boxes = {
+        "whole": [scenes.whole(index) for index in range(count)],
+        "crop": [scenes.crop(index, 0, rng) for index in range(count)],
+    }
+    looks = [scene.toys[0].look for scene in scenes.scenes]
+    result = {}
+    for name, where in boxes.items():
+        pictures, _, _ = collate([scenes.sample(index, box) for index, box in enumerate(where)])
+        seen = classifier.read(pictures)
+        kinds = [KINDS[index] for index in seen.kind().tolist()]
+        far = hue_distance(seen.hue, torch.tensor([float(look.hue) for look in looks]))
+        result[f"{name}_kind"] = _share(kinds, [look.kind for look in looks])
+        result[f"{name}_hue"] = _share(hue_names(seen.hue), [look.colour for look in looks])
+        result[f"{name}_hue_error_degrees"] = far.mean().item()
+    pictures, _, _ = collate([pairs.sample(index, pairs.whole(index)) for index in range(count)])
+    seen = classifier.read(pictures).present(2)
+    truth = [{toy.look.kind for toy in scene.toys} for scene in pairs.scenes]
+    result["pair_kinds"] = _share(seen, truth)
+    return result
+
+
+def _share(found: list, truth: list) -> float:
+    """Share of equal entries."""
+    return sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m toybox.classifier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="default: %(default)s")
+    for name, value in asdict(ClassifierConfig()).items():
+        parser.add_argument(
+            f"--{name}", type=type(value), default=value, help="default: %(default)s"
+        )
+    arguments = vars(parser.parse_args(argv))
+    output = arguments.pop("output")
+    config = ClassifierConfig(**arguments)
+    classifier = train(config)
+    aside = output.with_suffix(".part")
+    save_file({name: tensor.half() for name, tensor in classifier.state_dict().items()}, aside)
+    os.replace(aside, output)
+    record = {"train": asdict(config)}
+    record["held_out"] = accuracy(load_classifier(output), config.seed + 999, 1000)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record["held_out"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Write instance folders: toys that look alike, in one picture, with exact masks.
+
+Without ``--count`` the five folders of ``example/`` are written; with it, new ones from a seed.
+A folder holds ``img.jpg``, ``mask0.png``, ``mask1.png``, … and ``instance.json``, which says how
+each toy looks. The hues lie halfway between the hues that have names, so that no caption toybox
+was trained on describes these toys exactly: something is left to learn.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from toybox.scenes import HUES, KINDS, Look, Scene, draw_scene, render
+
+#: Hues halfway between neighbouring named ones, in degrees.
+_NAMED = sorted(HUES.values())
+BETWEEN = tuple(
+    (low + high) / 2 % 360 for low, high in zip(_NAMED, [*_NAMED[1:], 360 + _NAMED[0]], strict=True)
+)
+#: Kinds that resemble one another.
+FAMILIES = (
+    ("car", "taxi", "van", "truck", "bus"),
+    ("fish", "tropical_fish", "pufferfish", "shark"),
+    ("lizard", "crocodile", "turtle", "frog"),
+    ("bear", "cat", "dog", "fox"),
+)
+ALIKE = ("kind", "hue")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A folder of ``example/``: its toys from back to front, their ground, the layout's seed."""
+
+    looks: tuple[Look, ...]
+    ground: str | None
+    seed: int
+
+
+EXAMPLES = {
+    "toy_car": Example(
+        (Look("car", 199), Look("car", 247.5), Look("car", 149)), "on a wooden table", 0
+    ),
+    "balloon": Example((Look("balloon", 14), Look("balloon", 342.5)), "in the sky", 3),
+    "fish": Example((Look("fish", 199), Look("tropical_fish", 199)), "on the sand", 3),
+    "lizard": Example((Look("lizard", 86), Look("lizard", 149)), "on the road", 3),
+    "creature": Example(
+        (Look("bear", 300), Look("cat", 300, 0.85), Look("fox", 300, 0.85)), "on the grass", 2
+    ),
+}
+
+
+def example_scene(example: Example) -> Scene:
+    """The scene of a folder of ``example/``."""
+    scene = draw_scene(np.random.default_rng(example.seed), len(example.looks))
+    return _with_looks(replace(scene, ground=example.ground), example.looks)
+
+
+def look_alikes(
+    rng: np.random.Generator, count: int, alike: str | None = None, kind: str | None = None
+) -> tuple[Look, ...]:
+    """Invent ``count`` toys that differ in little.
+
+    ``alike`` is what they share: ``"kind"`` (their hues are neighbours in :data:`BETWEEN`) or
+    ``"hue"`` (their kinds are of one of the :data:`FAMILIES`); None draws one of the two. ``kind``
+    is the kind of the first toy. Saturation and value differ by up to a fifth.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
+    if not 1 <= count <= 3:
+        raise ValueError(f"a folder cannot have {count} instances; ask for 1, 2 or 3")
+    family = next((family for family in FAMILIES if kind in family), None)
+    if alike == "hue" and kind and not family:
+        raise ValueError(f"no other kind resembles {kind!r}; use --alike kind")
+    if alike is None:
+        alike = "kind" if kind and not family else str(rng.choice(ALIKE))
+    first = int(rng.integers(len(BETWEEN)))
+    if alike == "kind":
+        kinds = [kind or str(rng.choice(KINDS))] * count
+        hues = [BETWEEN[(first + i) % len(BETWEEN)] for i in range(count)]
+    else:
+        family = family or FAMILIES[rng.integers(len(FAMILIES))]
+        drawn = [str(name) for name in rng.permutation(family)]
+        kinds = sorted(drawn, key=lambda name: name != kind)[:count]
+        hues = [BETWEEN[first]] * count
+    gains = rng.uniform(0.8, 1.0, (count, 2)).round(2)
+    return tuple(
+        Look(name, hue, float(saturation), float(value))
+        for name, hue, (saturation, value) in zip(kinds, hues, gains, strict=True)
+    )
+
+
+def _with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:
+    toys = zip(scene.toys, looks, strict=True)
+    return replace(scene, toys=tuple(replace(placed, look=look) for placed, look in toys))
+
+
+def write_folder(
+    folder: Path, scene: Scene, seed: int, size: int = 512, overwrite: bool = False
+) -> None:
+    """Write ``img.jpg`` (RGB), ``mask{i}.png`` (0 or 255) and ``instance.json``.
+
+    An existing folder is an error unless ``overwrite``; then these files are replaced, surplus
+    masks are removed, and whatever else lies there stays.
+    """
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists already; choose another --output or add --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, masks = render(scene, size)
+    description = {"size": size, "seed": seed, "ground": scene.ground}
+    description["instances"] = [asdict(placed) for placed in scene.toys]
+
+    def put(name: str, write) -> None:
+        aside = folder / f"{name}.part"
+        write(aside)
+        os.replace(aside, folder / name)
+
+    put("img.jpg", lambda path: picture.save(path, "JPEG", quality=95))
+    for index, mask in enumerate(masks):
+        image = Image.fromarray(mask.astype(np.uint8) * 255)
+        put(f"mask{index}.png", lambda path, image=image: image.save(path, "PNG", optimize=True))
+    text = json.dumps(description, indent=2) + "\n"
+    put("instance.json", lambda path: path.write_text(text, encoding="utf-8"))
+    for path in folder.glob("mask*.png"):
+        if path.stem[4:].isdigit() and int(path.stem[4:]) >= len(masks):
+            path.unlink()
+
+
+def read_looks(folder: Path) -> list[Look]:
+    """How the toys of a folder look, in the order of their masks."""
+    description = json.loads((folder / "instance.json").read_text(encoding="utf-8"))
+    return [Look(**placed["look"]) for placed in description["instances"]]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m toybox.instances",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=Path("example"), help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
+    new = parser.add_argument_group("new folders instead of the examples")
+    new.add_argument("--count", type=int, help="how many, named set000, set001, …")
+    new.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    new.add_argument("--instances", type=int, choices=(1, 2, 3), help="a folder (default: 2 or 3)")
+    new.add_argument("--alike", choices=ALIKE, help="what they share (default: either)")
+    new.add_argument(
+        "--kind", choices=KINDS, metavar="KIND", help="of the first toy (default: any)"
+    )
+    args = parser.parse_args(argv)
+    if args.count is None and (args.seed or args.instances or args.alike or args.kind):
+        parser.error("the five examples are fixed; add --count to write new folders")
+    if args.size < 32:
+        parser.error(f"--size {args.size} is too small to see a toy; use 32 or more")
+    return args
+
+
+def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
+    """Folder name → scene and seed."""
+    if args.count is None:
+        return {name: (example_scene(made), made.seed) for name, made in EXAMPLES.items()}
+    scenes = {}
+    for index in range(args.count):
+        rng = np.random.default_rng((args.seed, index))
+        looks = look_alikes(rng, args.instances or int(rng.integers(2, 4)), args.alike, args.kind)
+        scenes[f"set{index:03d}"] = _with_looks(draw_scene(rng, len(looks)), looks), args.seed
+    return scenes
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        for name, (scene, seed) in scenes_to_write(args).items():
+            write_folder(args.output / name, scene, seed, args.size, args.overwrite)
+            looks = (f"{toy.look.kind} {toy.look.hue:g}°" for toy in scene.toys)
+            print(f"{args.output / name}: {', '.join(looks)}")
+    except ValueError as error:
+        raise SystemExit(f"python -m toybox.instances: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Toy scenes with exact masks and captions, unlimited and reproducible from a seed.
+
+A :class:`Scene` is a description in fractions of the picture, so that one scene renders at any
+size: :func:`draw_scene` invents one, :func:`caption` words it, :func:`render` paints it.
+
+Sprites are Microsoft's Fluent 3D emoji (MIT, see ``sprites/LICENSE``). Recolouring turns the hues
+of a sprite until the commonest one is the wanted angle; eight angles have names.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SPRITES = Path(__file__).parent / "sprites"
+KINDS = tuple(sorted(path.stem for path in SPRITES.glob("*.webp")))
+#: Names of a toy's hue, in degrees on the HSV circle.
+HUES = {
+    "red": 0,
+    "orange": 28,
+    "yellow": 52,
+    "green": 120,
+    "teal": 178,
+    "blue": 220,
+    "purple": 275,
+    "pink": 325,
+}
+#: Grounds that a caption can name: (phrase, base colour, amplitude and grain of its texture).
+GROUNDS = {
+    "on the grass": ((96, 158, 70), 26, (24, 24)),
+    "in the snow": ((232, 238, 246), 10, (5, 5)),
+    "on the sand": ((222, 196, 146), 14, (18, 18)),
+    "on a wooden table": ((158, 108, 66), 22, (22, 3)),
+    "in the sky": ((140, 192, 236), 26, (4, 3)),
+    "on the road": ((112, 112, 118), 10, (26, 26)),
+}
+_HUE_SPREAD, _MEAN_SATURATION, _MEAN_VALUE = 50, 0.55, 0.75
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one toy looks: its kind, dominant hue in degrees, and gains of saturation and value."""
+
+    kind: str
+    hue: float
+    saturation: float = 1.0
+    value: float = 1.0
+
+    @property
+    def colour(self) -> str | None:
+        """The hue's name, or None for a hue between the named ones."""
+        return next((name for name, degrees in HUES.items() if degrees == self.hue), None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A toy in a scene: centre (x, y) and side of its square sprite, as fractions; mirrored?"""
+
+    look: Look
+    x: float
+    y: float
+    size: float
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Toys from back to front, over a named ground or (``ground`` None) a flat colour."""
+
+    toys: tuple[Placement, ...]
+    ground: str | None
+    colour: tuple[int, int, int]
+    texture_seed: int
+
+
+# ----------------------------------------------------------------------------------------------
+# sprites
+
+
+@cache
+def _sprite(kind: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """HSV in [0, 1] as float [256, 256, 3], alpha as uint8, and the commonest hue in turns."""
+    path = SPRITES / f"{kind}.webp"
+    if not path.is_file():
+        raise ValueError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    alpha = np.asarray(picture.getchannel("A"))
+    hsv = np.asarray(picture.convert("RGB").convert("HSV"), dtype=np.float64) / 255
+    inside = alpha > 127
+    weight = hsv[..., 1] * hsv[..., 2]
+    counts, edges = np.histogram(hsv[..., 0][inside], 36, (0, 1), weights=weight[inside])
+    smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
+    return hsv, alpha, float(edges[int(np.argmax(smooth))] + 0.5 / 36)
+
+
+@lru_cache(maxsize=1024)
+def toy(look: Look) -> Image.Image:
+    """The recoloured sprite, 256×256 RGBA with premultiplied colours (mode ``RGBa``).
+
+    The commonest hue becomes ``look.hue``; the others stay within 50 degrees of it, and grey and
+    dark sprites gain saturation and value, so that a colour's name is true of every kind.
+    """
+    hsv, alpha, commonest = _sprite(look.kind)
+    inside = alpha > 127
+    apart = np.sin(2 * np.pi * (hsv[..., 0] - commonest)) * hsv[..., 1] / (hsv[..., 1] + 0.15)
+    hue = (look.hue + _HUE_SPREAD * apart) / 360 % 1
+    gain = max(1.0, _MEAN_SATURATION / hsv[..., 1][inside].mean())
+    saturation = look.saturation * np.maximum(gain * hsv[..., 1], 0.2)
+    value = look.value * max(1.0, _MEAN_VALUE / hsv[..., 2][inside].mean()) * hsv[..., 2]
+    pixels = np.clip(np.stack([hue, saturation, value], -1), 0, 1)
+    picture = Image.fromarray(np.rint(pixels * 255).astype(np.uint8), "HSV").convert("RGB")
+    picture.putalpha(Image.fromarray(alpha))
+    return picture.convert("RGBa")
+
+
+# ----------------------------------------------------------------------------------------------
+# scenes
+
+
+def _placements(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Random (x, y, size) of toys that hardly touch; sizes shrink until all find room."""
+    low, high = {1: (0.45, 0.75), 2: (0.36, 0.52), 3: (0.30, 0.42)}[count]
+    while True:
+        spots: list[tuple[float, float, float]] = []
+        for _ in range(40 * count):
+            size = rng.uniform(low, high)
+            x, y = rng.uniform(size / 2, 1 - size / 2, 2)
+            if all(max(abs(x - u), abs(y - v)) > 0.45 * (size + s) for u, v, s in spots):
+                spots.append((float(x), float(y), float(size)))
+            if len(spots) == count:
+                return spots
+        low, high = 0.9 * low, 0.9 * high
+
+
+def draw_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+    """Invent a scene of ``count`` toys (default: 1 to 3 with odds 5 : 3 : 2).
+
+    A quarter of the scenes of several toys repeat one kind; half of all have a named ground.
+    """
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])) if count is None else count
+    kinds = rng.choice(len(KINDS), size=count, replace=False)
+    if count > 1 and rng.random() < 0.25:
+        kinds[:] = kinds[0]
+    angles = list(HUES.values())
+    toys = tuple(
+        Placement(
+            Look(KINDS[kind], angles[rng.integers(len(angles))]), x, y, size, rng.random() < 0.5
+        )
+        for kind, (x, y, size) in zip(kinds, _placements(rng, count), strict=True)
+    )
+    ground = str(rng.choice(list(GROUNDS))) if rng.random() < 0.5 else None
+    colour = tuple(int(v) for v in rng.integers(90, 246, 3))
+    return Scene(toys, ground, colour, int(rng.integers(2**31)))
+
+
+class Caption(NamedTuple):
+    """A text, the toys in the order it names them, and the word position of each one's noun."""
+
+    text: str
+    toys: tuple[int, ...]
+    nouns: tuple[int, ...]
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """Word a scene in Stable Diffusion's manner, every word of it true.
+
+    Toys in random order; a third without colours; "a photo of" before a third; a named ground is
+    told half of the time (so in a quarter of all captions).
+    """
+    with_colour = rng.random() >= 1 / 3
+    order = tuple(int(index) for index in rng.permutation(len(scene.toys)))
+    words = ["a", "photo", "of"] if rng.random() < 1 / 3 else []
+    nouns = []
+    for index in order:
+        look = scene.toys[index].look
+        noun = look.kind.replace("_", " ")
+        name = f"{look.colour} {noun}" if with_colour and look.colour else noun
+        words += ["and"] * bool(nouns) + ["an" if name[0] in "aeiou" else "a", *name.split()]
+        nouns.append(len(words) - 1)
+    if scene.ground and rng.random() < 0.5:
+        words += scene.ground.split()
+    return Caption(" ".join(words), order, tuple(nouns))
+
+
+# ----------------------------------------------------------------------------------------------
+# painting
+
+
+def _background(scene: Scene, width: int, height: int) -> Image.Image:
+    if scene.ground is None:
+        return Image.new("RGB", (width, height), scene.colour)
+    colour, amplitude, (columns, rows) = GROUNDS[scene.ground]
+    noise = np.random.default_rng(scene.texture_seed).normal(size=(rows, columns))
+    texture = Image.fromarray(noise.astype(np.float32)).resize((width, height), Image.BICUBIC)
+    shade = np.linspace(-0.5, 0.5, height)[:, None] + 0.5 * np.asarray(texture)
+    pixels = np.asarray(colour, dtype=np.float32) + amplitude * shade[..., None]
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def render(scene: Scene, width: int, height: int | None = None) -> tuple[Image.Image, np.ndarray]:
+    """Paint a scene.
+
+    Returns the RGB picture and the toys' visible masks, bool [toys, height, width]: pixels that a
+    toy covers by at least half and that no toy in front of it does, so masks are disjoint.
+    """
+    height = width if height is None else height
+    picture = _background(scene, width, height)
+    masks = np.zeros((len(scene.toys), height, width), dtype=bool)
+    for index, placed in enumerate(scene.toys):
+        side = max(2, round(placed.size * min(width, height)))
+        sprite = toy(placed.look).resize((side, side), Image.LANCZOS, reducing_gap=2.0)
+        if placed.flip:
+            sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
+        left = round(placed.x * width - side / 2)
+        top = round(placed.y * height - side / 2)
+        layer = Image.new("RGBa", (width, height))
+        layer.paste(sprite, (left, top))
+        layer = layer.convert("RGBA")
+        picture.paste(layer, (0, 0), layer)
+        covered = np.asarray(layer.getchannel("A")) > 127
+        masks[:index] &= ~covered
+        masks[index] = covered
+    return picture, masks

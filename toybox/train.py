@@ -1,0 +1,410 @@
+"""Train toybox from nothing: the autoencoder, then the UNet with its text encoder.
+
+Every random draw depends on the seed and the step alone, so a run may be stopped at any moment
+(Ctrl-C) and, started again with the same command, ends where an unbroken one would have.
+"""
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mifo.attention import Recorder, attention_layers, processors
+from toybox import model as toybox_model
+from toybox.model import ToyboxConfig
+from toybox.scenes import Scene, caption, draw_scene, render
+
+log = logging.getLogger("toybox")
+MAX_TOYS = 3
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every number of the training."""
+
+    seed: int = 0
+    vae_scenes: int = 1500
+    vae_steps: int = 9000
+    vae_batch: int = 16
+    vae_crop: int = 32  # pixels
+    vae_lr: float = 5e-4
+    kl_weight: float = 1e-6
+    scenes: int = 20_000
+    steps: int = 9000
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 200  # steps
+    cooldown: float = 0.25  # of all steps, cosine to a hundredth
+    ema: float = 0.999
+    caption_dropout: float = 0.1
+    min_snr: float = 5.0
+    grounding_weight: float = 0.02
+    grounding_timesteps: int = 500
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, constant, cosine cool-down to 0.01 over the last part of the steps."""
+    left = (steps - step) / max(1, cooldown * steps)
+    fall = 0.01 + 0.99 * (0.5 - 0.5 * np.cos(np.pi * min(1.0, left)))
+    return float(min(1.0, (step + 1) / warmup) * fall)
+
+
+class Ema:
+    """Exponential moving average of modules' weights, faster while young."""
+
+    def __init__(self, modules: list[torch.nn.Module], decay: float):
+        self.decay = decay
+        self.live = [parameter for module in modules for parameter in module.parameters()]
+        self.average = [parameter.detach().clone() for parameter in self.live]
+
+    def update(self, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], weight)
+
+    def swap(self) -> None:
+        """Exchange the average with the live weights (twice: as before)."""
+        for parameter, average in zip(self.live, self.average, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+
+class Trainer:
+    """A resumable loop: `step(index) -> loss` between checkpoints written aside and renamed."""
+
+    def __init__(self, name: str, folder: Path, modules: list[torch.nn.Module], config, lr: float):
+        self.name, self.path = name, folder / f"{name}.pt"
+        self.modules = modules
+        parameters = [p for module in modules for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.lr, self.config, self.parameters = lr, config, parameters
+        self.ema = Ema(modules, config.ema)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.path, weights_only=True)
+        for module, weights in zip(self.modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.average = state["ema"]
+        self.losses, self.seconds = state["losses"], state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "modules": [module.state_dict() for module in self.modules],
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.average,
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+        aside = self.path.with_suffix(".part")
+        torch.save(state, aside)
+        os.replace(aside, self.path)
+
+    def run(
+        self,
+        steps: int,
+        step: Callable[[int], Tensor],
+        every: float = 120.0,
+        report: Callable[[int], None] | None = None,
+        report_every: int = 1000,
+    ) -> None:
+        """Go on to ``steps`` steps; save every ``every`` seconds and on Ctrl-C."""
+        done = len(self.losses)
+        saved = started = time.monotonic()
+        before = self.seconds
+        progress = tqdm(range(done, steps), self.name, total=steps, initial=done)
+        try:
+            for index in progress:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr * lr_factor(
+                        index, steps, self.config.warmup, self.config.cooldown
+                    )
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = step(index)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                self.optimizer.step()
+                self.ema.update(index)
+                self.losses.append(loss.item())
+                now = time.monotonic()
+                self.seconds = before + now - started
+                if index % 20 == 0:
+                    progress.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}")
+                if report and (index + 1) % report_every == 0:
+                    report(index + 1)
+                if now - saved > every:
+                    self.save()
+                    saved = now
+        finally:
+            self.save()
+
+
+# ----------------------------------------------------------------------------------------------
+# data
+
+
+def scene_of(seed: int, index: int, count: int | None = None) -> Scene:
+    return draw_scene(np.random.default_rng((seed, index)), count)
+
+
+def to_tensor(pictures: list) -> Tensor:
+    """RGB pictures as float [b, 3, h, w] in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> dict[str, Tensor]:
+    """Latents (posterior means, unscaled) [i, c, h, w] and toy coverage [i, toys, h, w], cached."""
+    if path.exists():
+        data = torch.load(path, weights_only=True)
+        if data["latents"].shape[0] == config.scenes:
+            return data
+    size, latent = shape.resolution, shape.latent_size
+    latents, coverage = [], []
+    for start in tqdm(range(0, config.scenes, 64), "latents"):
+        drawn = [
+            render(scene_of(config.seed, index), size)
+            for index in range(start, min(start + 64, config.scenes))
+        ]
+        with torch.inference_mode():
+            means = vae.encode(to_tensor([picture for picture, _ in drawn])).latent_dist.mean
+        latents.append(means.half())
+        inside = torch.zeros(len(drawn), MAX_TOYS, size, size)
+        for row, (_, masks) in zip(inside, drawn, strict=True):
+            row[: len(masks)] = torch.from_numpy(masks)
+        coverage.append(F.adaptive_avg_pool2d(inside, latent).half())
+    data = {"latents": torch.cat(latents), "coverage": torch.cat(coverage)}
+    torch.save(data, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return data
+
+
+# ----------------------------------------------------------------------------------------------
+# the two stages
+
+
+def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path):
+    torch.manual_seed(config.seed)
+    vae = toybox_model.build_vae(shape)
+    trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr)
+    crop = config.vae_crop
+    if len(trainer.losses) < config.vae_steps:
+        drawn = [
+            render(scene_of(config.seed + 1, i), shape.resolution)
+            for i in tqdm(range(config.vae_scenes), "scenes")
+        ]
+        pixels = np.stack([np.asarray(picture) for picture, _ in drawn])
+        toys = np.stack([masks.any(axis=0) for _, masks in drawn])
+
+    def crops(index: int) -> Tensor:
+        """Half of the crops are centred on a toy."""
+        rng = np.random.default_rng((config.seed, index))
+        out = []
+        for i in rng.integers(len(pixels), size=config.vae_batch):
+            corner = rng.integers(0, shape.resolution - crop + 1, 2)
+            rows, columns = np.nonzero(toys[i])
+            if rng.random() < 0.5 and len(rows):
+                at = rng.integers(len(rows))
+                corner = np.clip(
+                    [rows[at], columns[at]] - np.array(crop // 2), 0, shape.resolution - crop
+                )
+            y, x = corner
+            out.append(pixels[i, y : y + crop, x : x + crop])
+        return to_tensor(out)
+
+    def step(index: int) -> Tensor:
+        images = crops(index)
+        posterior = vae.encode(images).latent_dist
+        latents = posterior.sample(generator(config.seed, index))
+        restored = vae.decode(latents).sample
+        return F.mse_loss(restored, images) + config.kl_weight * posterior.kl().mean()
+
+    trainer.run(config.vae_steps, step)
+    trainer.ema.swap()
+    return vae.eval().requires_grad_(False), trainer
+
+
+def grounding_loss(
+    maps: list[Tensor], coverage: Tensor, nouns: list[tuple[int, int, int]]
+) -> Tensor:
+    """−log of the share of a noun's attention that falls on its toy, mean over layers and nouns.
+
+    Args:
+        maps: each layer's [b, n, k] cross-attention, n = h·w pixels in row order.
+        coverage: [b, toys, h, w] share of each latent pixel that a toy covers.
+        nouns: (sample, toy, token) of each named toy.
+    """
+    samples, toys, tokens = torch.tensor(nouns).unbind(-1)
+    inside = coverage[samples, toys].flatten(1)  # [nouns, n]
+    loss = 0.0
+    for attention in maps:
+        columns = attention[samples, :, tokens]  # [nouns, n]
+        share = (columns * inside).sum(-1) / columns.sum(-1).clamp_min(1e-8)
+        loss = loss - share.clamp_min(1e-4).log().mean()
+    return loss / len(maps)
+
+
+def train_unet(
+    config: TrainConfig,
+    shape: ToyboxConfig,
+    folder: Path,
+    data,
+    scale: float,
+    tokenizer,
+    report=None,
+):
+    torch.manual_seed(config.seed + 1)
+    unet = toybox_model.build_unet(shape)
+    text_encoder = toybox_model.build_text_encoder(shape, tokenizer)
+    trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr)
+    scheduler = toybox_model.build_scheduler()
+    alphas = scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=config.min_snr) / snr
+    recorder = Recorder()
+    watched = [n for n in attention_layers(unet, "cross") if n.startswith("up_blocks.1.")]
+    everyone = {n: recorder.processor(n) for n in attention_layers(unet)}
+
+    def batch(index: int):
+        rng = np.random.default_rng((config.seed, 7, index))
+        rows = rng.integers(config.scenes, size=config.batch)
+        texts, nouns = [], []
+        for sample, row in enumerate(rows):
+            told = caption(scene_of(config.seed, int(row)), rng)
+            if rng.random() < config.caption_dropout:
+                texts.append("")
+                continue
+            texts.append(told.text)
+            # each word is one token, after the start token
+            nouns += [(sample, t, 1 + w) for t, w in zip(told.toys, told.nouns, strict=True)]
+        ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        rows = torch.from_numpy(rows)
+        return data["latents"][rows].float() * scale, data["coverage"][rows].float(), ids, nouns
+
+    def step(index: int) -> Tensor:
+        latents, coverage, ids, nouns = batch(index)
+        draw = generator(config.seed, index)
+        noise = torch.randn(latents.shape, generator=draw)
+        timesteps = torch.randint(0, len(alphas), (len(latents),), generator=draw)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        hidden = text_encoder(ids).last_hidden_state
+        predicted = unet(noisy, timesteps, hidden).sample
+        error = (predicted - noise).square().mean((1, 2, 3))
+        loss = (weights[timesteps] * error).mean()
+        seen = [noun for noun in nouns if timesteps[noun[0]] < config.grounding_timesteps]
+        if seen:
+            maps = [recorder.maps[name] for name in watched]
+            loss = loss + config.grounding_weight * grounding_loss(maps, coverage, seen)
+        return loss
+
+    def show(done: int) -> None:
+        if report:
+            trainer.ema.swap()
+            report(unet, text_encoder, done)
+            trainer.ema.swap()
+
+    with processors(unet, everyone):
+        trainer.run(config.steps, step, report=show)
+    trainer.ema.swap()
+    return unet.eval(), text_encoder.eval(), trainer
+
+
+# ----------------------------------------------------------------------------------------------
+# the command
+
+
+def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
+    """Twelve fixed prompts, guidance 5, 25 steps."""
+    from PIL import Image
+
+    prompts = [
+        "a red car", "a photo of a purple lizard", "a teal fish on the grass", "a yellow balloon in the sky",
+        "a green robot in the snow", "an orange cat", "a blue teapot on a wooden table", "a pink dog",
+        "a photo of a purple lizard and a yellow balloon", "a red car and a blue car on the road",
+        "a fox and a bear in the snow", "a teal chair and an orange duck",
+    ]  # fmt: skip
+    draw = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    pictures = pipeline(prompts, num_inference_steps=25, guidance_scale=5.0, generator=draw).images
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (4 * width, 3 * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 4 * width, i // 4 * height))
+    sheet.save(path)
+
+
+def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> float:
+    """Mean PSNR in dB of held-out scenes through the autoencoder (8-bit range)."""
+    scenes = [scene_of(config.seed + 999, index) for index in range(count)]
+    images = to_tensor([render(scene, shape.resolution)[0] for scene in scenes])
+    with torch.inference_mode():
+        restored = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    error = ((restored - images) / 2).square().mean((1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m toybox.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("toybox_work"), help="checkpoints, curves"
+    )
+    parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
+    for name, value in asdict(TrainConfig()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    arguments = vars(parser.parse_args(argv))
+    work, output = arguments.pop("work"), arguments.pop("output")
+    config, shape = TrainConfig(**arguments), ToyboxConfig()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work.mkdir(parents=True, exist_ok=True)
+
+    vae, vae_trainer = train_vae(config, shape, work)
+    quality = psnr(vae, config, shape)
+    log.info("autoencoder: %.1f dB on held-out scenes", quality)
+    data = encode_scenes(vae, config, shape, work / "latents.pt")
+    scale = 1 / data["latents"].float().std().item()
+    vae.register_to_config(scaling_factor=scale)
+
+    rng = np.random.default_rng(config.seed)
+    texts = (caption(scene_of(config.seed, i), rng).text for i in range(min(5000, config.scenes)))
+    tokenizer = toybox_model.build_tokenizer(texts, work)
+
+    def report(unet, text_encoder, done: int) -> None:
+        pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
+        sample_grid(pipeline, work / f"samples_{done:06d}.png")
+
+    unet, text_encoder, trainer = train_unet(config, shape, work, data, scale, tokenizer, report)
+    pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
+    pipeline.to(dtype=torch.float16).save_pretrained(output)
+    record = {
+        "train": asdict(config),
+        "shape": asdict(shape),
+        "psnr_db": quality,
+        "seconds": {"autoencoder": vae_trainer.seconds, "unet": trainer.seconds},
+    }
+    (work / "record.json").write_text(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
