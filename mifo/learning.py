@@ -140,8 +140,9 @@ def describe(plan: Plan) -> str:
         f"instance     {plan.instance.folder}: {len(plan.instance.masks)} masks, {width}×{height}",
         *(f"             {line}" for line in coverage_report(plan.instance).splitlines()),
         *(f"stage {stage}      {steps} steps" for stage, steps in plan.stages),
-        f"fine-tuning  {config.finetune}, attention loss {config.attention_loss}, seed {config.seed}",
-        f"class images {'the folder ' + config.class_images if config.class_images else config.num_class_images}",
+        f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
+        f"seed         {config.seed}",
+        f"class images {config.class_images or f'{config.num_class_images} to make'}",
         f"memory       about {memory / 2**30:.1f} GiB (an estimate)",
         f"writes       {plan.target}",
     ]

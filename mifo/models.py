@@ -201,6 +201,8 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="(diffusers|transformers)")
+    for name in ("diffusers.models.modeling_utils",):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_base(source: str, offline: bool = False) -> BaseModel:

@@ -99,6 +99,12 @@ def guide(
     return latents
 
 
+def _refines(step: int, config: GuidanceConfig) -> bool:
+    """Are the regions made anew before this step: at ``guidance_steps``, then every so often?"""
+    since = step - config.guidance_steps
+    return config.refine_every > 0 and since >= 0 and since % config.refine_every == 0
+
+
 def _detached(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return pair[0].detach(), pair[1].detach()
 
@@ -128,10 +134,9 @@ def denoise(
     text = text.to(latents.device)
     both = text.repeat_interleave(len(latents), dim=0)
     for step, timestep in enumerate(scheduler.timesteps):
-        if control and config.guidance_steps <= step and config.refine_every:
-            if (step - config.guidance_steps) % config.refine_every == 0 and step:
-                refined = control.refiner.refine(control.regions.at(*control.refiner.grid))
-                control.regions = RegionSet(refined, control.tokens, latents.device)
+        if control and step and _refines(step, config):
+            refined = control.refiner.refine(control.regions.at(*control.refiner.grid))
+            control.regions = RegionSet(refined, control.tokens, latents.device)
         if control and step < config.guidance_steps:
             latents = guide(unet, control, latents, timestep, text[1:], step, config, watch)
         guided = latents

@@ -158,7 +158,7 @@ def _latent_size(config: SynthesisConfig, base: BaseModel) -> tuple[int, int]:
         pixels = getattr(config, name) or base.resolution
         if pixels % base.multiple or pixels < 4 * base.multiple // 2:
             raise ValueError(
-                f"--{name} is {pixels}; give a multiple of {base.multiple} such as {base.resolution}"
+                f"--{name} is {pixels}; use a multiple of {base.multiple} like {base.resolution}"
             )
         size.append(pixels // base.vae_factor)
     return size[0], size[1]

@@ -1,8 +1,8 @@
 """A small classifier of toys: which kinds are in a picture, how much of it, and of what hue.
 
-It answers for each of 8×8 cells of a picture, so that one network judges whole scenes, finds the
-toys in them, and compares crops. ``python -m toybox.classifier`` trains it on renders, in a few
-minutes on one core, and saves its held-out accuracy beside the weights.
+It answers for every cell of 8×8 pixels, so that one network judges crops of 64 pixels and whole
+scenes of 128, finds the toys in them, and compares them. ``python -m toybox.classifier`` trains
+it on renders, in some ten minutes on one core, and saves its held-out accuracy beside the weights.
 
 Axes: b batch, k kinds, r rows and c columns of cells.
 """
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
-INPUT, CELLS = 64, 8  # sides: of the pictures it takes in pixels, of its answers in cells
+CROP, SCENE, CELL = 64, 128, 8  # sides in pixels
 _PRESENT = 0.02  # share of a picture that a toy covers at least
 
 
@@ -35,12 +35,12 @@ class ClassifierConfig:
 
     seed: int = 0
     scenes: int = 4000
-    steps: int = 1200
+    steps: int = 1600
     batch: int = 32
     lr: float = 2e-3
     width: int = 96  # channels
-    whole: float = 0.4  # share of whole scenes; the rest are crops around a toy
-    turned: float = 0.75  # share of pictures whose hues are turned by a random angle
+    loose: tuple[float, float] = (0.7, 2.0)  # side of a view, in sides of a toy's sprite
+    turned: float = 0.75  # share of views whose hues are turned by a random angle
 
 
 class Reading(NamedTuple):
@@ -82,10 +82,17 @@ def hue_names(hues: Tensor) -> list[str]:
     return [list(HUES)[index] for index in nearest.tolist()]
 
 
-def to_input(pictures: list[Image.Image]) -> Tensor:
-    """RGB pictures of any size as [b, 3, 64, 64] in [-1, 1]."""
-    small = [np.asarray(p.convert("RGB").resize((INPUT, INPUT), Image.BILINEAR)) for p in pictures]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_input(pictures: list[Image.Image], side: int) -> Tensor:
+    """RGB pictures of any size as [b, 3, side, side] in [-1, 1].
+
+    ``side`` is :data:`CROP` for crops around one toy, :data:`SCENE` for whole scenes.
+    """
+    resized = [np.asarray(p.convert("RGB").resize((side, side), Image.BILINEAR)) for p in pictures]
+    return _to_tensor(resized)
+
+
+def _to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class _Residual(nn.Module):
@@ -105,7 +112,7 @@ class _Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Convolutions from [b, 3, 64, 64] pictures to 8×8 cells."""
+    """Convolutions from pictures [b, 3, 8·r, 8·c] to cells."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -129,9 +136,9 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def read(self, pictures: Tensor) -> Reading:
-        """Kinds and hues in pictures, [b, 3, 64, 64] in [-1, 1] (see :func:`to_input`)."""
+        """Kinds and hues in pictures, [b, 3, h, w] in [-1, 1] (see :func:`to_input`)."""
         logits, vectors, _ = self(pictures)
-        shares = logits.softmax(dim=1)[:, 1:].flatten(2)  # [b, k, rc]
+        shares = logits.softmax(dim=1)[:, 1:].flatten(2)  # [b, k, n], n = r·c
         cosine, sine = torch.einsum("bkn,bvn->vbk", shares, vectors.flatten(2))
         hues = torch.atan2(sine, cosine).rad2deg() % 360
         hue = torch.atan2(sine.sum(1), cosine.sum(1)).rad2deg() % 360
@@ -163,7 +170,7 @@ def load_classifier(path: Path = WEIGHTS) -> Classifier:
 
 
 class Sample(NamedTuple):
-    """A picture [64, 64, 3] uint8 and its truth by cell: kinds [1 + k, r, c], hue [2, r, c]."""
+    """A picture [h, w, 3] uint8 and its truth by cell: kinds [1 + k, r, c], hue [2, r, c]."""
 
     picture: np.ndarray
     kinds: np.ndarray
@@ -177,38 +184,34 @@ class Scenes:
         self.scenes, self.pictures, self.masks = [], [], []
         for index in tqdm(range(count), "scenes"):
             scene = draw_scene(np.random.default_rng((seed, index)), toys)
-            picture, masks = render(scene, 2 * INPUT)
+            picture, masks = render(scene, SCENE)
             self.scenes.append(scene)
             self.pictures.append(picture)
             self.masks.append(masks)
 
-    def whole(self, index: int) -> tuple[float, float, float, float]:
-        """The box of the whole scene, in pixels."""
-        return (0, 0, *self.pictures[index].size)
-
-    def crop(self, index: int, toy: int, rng: np.random.Generator):
-        """A square box around a toy, loose by up to a half and off centre, in pixels."""
-        side = self.pictures[index].width
+    def view(self, index: int, toy: int, rng: np.random.Generator, loose: tuple[float, float]):
+        """A square box around a toy, off centre, in pixels; ``loose``: sides in sprites."""
         placed = self.scenes[index].toys[toy]
-        width = min(1.0, placed.size * rng.uniform(0.9, 1.5))
-        shift = rng.uniform(-0.12, 0.12, 2) * placed.size
+        width = min(1.0, placed.size * np.exp(rng.uniform(*np.log(loose))))
+        shift = rng.uniform(-0.15, 0.15, 2) * placed.size
         left, top = np.clip([placed.x, placed.y] + shift - width / 2, 0, 1 - width)
-        return tuple(float(v * side) for v in (left, top, left + width, top + width))
+        return tuple(float(v * SCENE) for v in (left, top, left + width, top + width))
 
-    def sample(self, index: int, box, turn: float = 0.0, gains=(1.0, 1.0)) -> Sample:
-        """A view with its hues turned (degrees), saturation and value multiplied."""
-        picture = self.pictures[index].resize((INPUT, INPUT), Image.BILINEAR, box=box)
+    def sample(self, index: int, box, side: int = CROP, turn=0.0, gains=(1.0, 1.0)) -> Sample:
+        """A view of ``side`` pixels; hues turned (degrees), saturation and value multiplied."""
+        picture = self.pictures[index].resize((side, side), Image.BILINEAR, box=box)
+        cells = (side // CELL, side // CELL)
         if turn or gains != (1.0, 1.0):
             hsv = np.asarray(picture.convert("HSV")).astype(np.float32)
             hsv[..., 0] = (hsv[..., 0] + turn / 360 * 255) % 255
             hsv[..., 1:] *= gains
             hsv = np.rint(hsv.clip(0, 255)).astype(np.uint8)
             picture = Image.fromarray(hsv, "HSV").convert("RGB")
-        kinds = np.zeros((1 + len(KINDS), CELLS, CELLS), dtype=np.float32)
-        hue = np.zeros((2, CELLS, CELLS), dtype=np.float32)
+        kinds = np.zeros((1 + len(KINDS), *cells), dtype=np.float32)
+        hue = np.zeros((2, *cells), dtype=np.float32)
         for placed, mask in zip(self.scenes[index].toys, self.masks[index], strict=True):
             grey = Image.fromarray(mask.astype(np.uint8) * 255)
-            share = np.asarray(grey.resize((CELLS, CELLS), Image.BOX, box=box)) / np.float32(255)
+            share = np.asarray(grey.resize(cells, Image.BOX, box=box)) / np.float32(255)
             angle = np.deg2rad(placed.look.hue + turn)
             kinds[1 + KINDS.index(placed.look.kind)] += share
             hue += share * np.array([np.cos(angle), np.sin(angle)], dtype=np.float32)[:, None, None]
@@ -218,8 +221,8 @@ class Scenes:
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures in [-1, 1] and the truths, each [b, ...]."""
-    pictures, kinds, hue = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, kinds, hue
+    pictures, kinds, hue = zip(*samples, strict=True)
+    return _to_tensor(pictures), *(torch.from_numpy(np.stack(part)) for part in (kinds, hue))
 
 
 def augmented(scenes: Scenes, config: ClassifierConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,11 +230,10 @@ def augmented(scenes: Scenes, config: ClassifierConfig, step: int) -> tuple[Tens
     rng = np.random.default_rng((config.seed, step))
     samples = []
     for index in rng.integers(len(scenes.scenes), size=config.batch):
-        box = scenes.whole(index)
-        if rng.random() >= config.whole:
-            box = scenes.crop(index, int(rng.integers(len(scenes.scenes[index].toys))), rng)
+        toy = int(rng.integers(len(scenes.scenes[index].toys)))
+        box = scenes.view(index, toy, rng, config.loose)
         turn = rng.uniform(0, 360) if rng.random() < config.turned else 0.0
-        sample = scenes.sample(index, box, turn, tuple(rng.uniform((0.7, 0.8), 1.1)))
+        sample = scenes.sample(index, box, CROP, turn, tuple(rng.uniform((0.7, 0.8), 1.1)))
         if rng.random() < 0.5:
             blur = ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))
             picture = Image.fromarray(sample.picture).filter(blur)
@@ -272,27 +274,22 @@ def train(config: ClassifierConfig) -> Classifier:
 
 
 def accuracy(classifier: Classifier, seed: int, count: int) -> dict[str, float]:
-    """Shares of right answers on ``count`` scenes of one toy, its crops, and scenes of two toys."""
+    """Shares of right answers on ``count`` scenes of one toy, crops of it, and scenes of two."""
     scenes, pairs = Scenes(seed, count, toys=1), Scenes(seed + 1, count, toys=2)
     rng = np.random.default_rng(seed)
-    boxes = {
-        "whole": [scenes.whole(index) for index in range(count)],
-        "crop": [scenes.crop(index, 0, rng) for index in range(count)],
-    }
+    crops = [scenes.sample(i, scenes.view(i, 0, rng, (0.9, 1.5))).picture for i in range(count)]
     looks = [scene.toys[0].look for scene in scenes.scenes]
     result = {}
-    for name, where in boxes.items():
-        pictures, _, _ = collate([scenes.sample(index, box) for index, box in enumerate(where)])
-        seen = classifier.read(pictures)
+    for name, pictures in (("scene", scenes.pictures), ("crop", crops)):
+        seen = classifier.read(_to_tensor([np.asarray(picture) for picture in pictures]))
         kinds = [KINDS[index] for index in seen.kind().tolist()]
         far = hue_distance(seen.hue, torch.tensor([float(look.hue) for look in looks]))
         result[f"{name}_kind"] = _share(kinds, [look.kind for look in looks])
         result[f"{name}_hue"] = _share(hue_names(seen.hue), [look.colour for look in looks])
         result[f"{name}_hue_error_degrees"] = far.mean().item()
-    pictures, _, _ = collate([pairs.sample(index, pairs.whole(index)) for index in range(count)])
-    seen = classifier.read(pictures).present(2)
-    truth = [{toy.look.kind for toy in scene.toys} for scene in pairs.scenes]
-    result["pair_kinds"] = _share(seen, truth)
+    seen = classifier.read(_to_tensor([np.asarray(picture) for picture in pairs.pictures]))
+    truth = [{placed.look.kind for placed in scene.toys} for scene in pairs.scenes]
+    result["pair_kinds"] = _share(seen.present(2), truth)
     return result
 
 
@@ -309,9 +306,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="default: %(default)s")
     for name, value in asdict(ClassifierConfig()).items():
-        parser.add_argument(
-            f"--{name}", type=type(value), default=value, help="default: %(default)s"
-        )
+        if not isinstance(value, tuple):
+            parser.add_argument(
+                f"--{name}", type=type(value), default=value, help="default: %(default)s"
+            )
     arguments = vars(parser.parse_args(argv))
     output = arguments.pop("output")
     config = ClassifierConfig(**arguments)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mifo.attention import Recorder, attention_layers, block_grid, decoder_block, processors
 from mifo.models import check_folder, choose_device, quiet_libraries
 from toybox import train
-from toybox.classifier import Classifier, Reading, hue_names, load_classifier, to_input
+from toybox.classifier import SCENE, Classifier, Reading, hue_names, load_classifier, to_input
 from toybox.model import FOLDER, ToyboxConfig
 from toybox.scenes import KINDS, Look, caption, draw_scene, render
 
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
 def draw_prompts(seed: int, images: int, toys: int) -> list[Prompt]:
     """Captions of invented scenes of ``toys`` toys of different kinds."""
     prompts = []
-    rng = np.random.default_rng((seed, toys))
+    rng = np.random.default_rng((seed, 999, toys))
     while len(prompts) < images:
         scene = draw_scene(rng, toys)
         looks = tuple(placed.look for placed in scene.toys)
@@ -65,15 +65,15 @@ def draw_prompts(seed: int, images: int, toys: int) -> list[Prompt]:
     return prompts
 
 
-def load_pipeline(folder: Path, device: str):
-    """Plain diffusers' pipeline, in float32."""
+def load_pipeline(folder: Path):
+    """Plain diffusers' pipeline, in float32 on the CPU."""
     quiet_libraries()
     check_folder(folder)
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.float32)
+    return pipeline.to(torch.float32)
 
 
 def sample(pipeline, prompts: list[Prompt], seed: int, name: str) -> list[Image.Image]:
@@ -131,7 +131,7 @@ def judge_renders(pipeline, classifier: Classifier, size: int, seed: int, images
     """The classifier's right answers on rendered scenes that went through the autoencoder."""
     result = {}
     for toys, judge in ((1, judge_one), (2, judge_two)):
-        rng = np.random.default_rng((seed, 1000 + toys))
+        rng = np.random.default_rng((seed, 999, 10 + toys))
         prompts, pictures = [], []
         while len(prompts) < images:
             scene = draw_scene(rng, toys)
@@ -146,7 +146,7 @@ def judge_renders(pipeline, classifier: Classifier, size: int, seed: int, images
                 latents = pipeline.vae.encode(pixels).latent_dist.mean
                 decoded = pipeline.vae.decode(latents).sample
             restored += pipeline.image_processor.postprocess(decoded, output_type="pil")
-        result |= shares(judge(classifier.read(to_input(restored)), prompts))
+        result |= shares(judge(classifier.read(to_input(restored, SCENE)), prompts))
     return result
 
 
@@ -193,7 +193,7 @@ def noun_token(tokenizer, text: str, word: int) -> int:
 
 def grounding(pipeline, size: int, seed: int, scenes: int) -> dict[str, float]:
     """Mean AUC of each named toy's map against its mask; look-alikes of one kind apart."""
-    rng = np.random.default_rng((seed, 2000))
+    rng = np.random.default_rng((seed, 999, 20))
     found = {"auc": [], "auc_alike": []}
     for start in tqdm(range(0, scenes, BATCH), "grounding"):
         drawn = [draw_scene(rng) for _ in range(min(BATCH, scenes - start))]
@@ -241,12 +241,17 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def evaluate(pipeline, classifier: Classifier, images: int, seed: int):
-    """All measures by section, and the rows of a contact sheet."""
+def evaluate(pipeline, classifier: Classifier, images: int, seed: int, device: str):
+    """All measures by section, and the rows of a contact sheet.
+
+    ``pipeline`` comes on the CPU and is left on ``device``.
+    """
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     shape = ToyboxConfig(resolution=size)
+    quality = train.psnr(pipeline.vae, train.TrainConfig(), shape)
+    pipeline.to(device)
     result = {
-        "autoencoder": {"psnr_db": train.psnr(pipeline.vae, train.TrainConfig(), shape)},
+        "autoencoder": {"psnr_db": quality},
         "renders": judge_renders(pipeline, classifier, size, seed, images),
         "grounding": grounding(pipeline, size, seed, images),
     }
@@ -254,7 +259,7 @@ def evaluate(pipeline, classifier: Classifier, images: int, seed: int):
     for section, toys, judge in (("one", 1, judge_one), ("two", 2, judge_two)):
         prompts = draw_prompts(seed, images, toys)
         pictures = sample(pipeline, prompts, seed, f"{section}-object prompts")
-        judged = judge(classifier.read(to_input(pictures)), prompts)
+        judged = judge(classifier.read(to_input(pictures, SCENE)), prompts)
         right = [all(row) for row in zip(*judged.values(), strict=True)]
         result[section] = shares(judged)
         result[section]["by_kind"] = shares_by_kind(next(iter(judged.values())), prompts)
@@ -279,11 +284,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.images < 1:
         parser.error(f"--images {args.images} leaves nothing to measure; use 1 or more")
     try:
+        device = choose_device(args.device)
         classifier = load_classifier()
-        pipeline = load_pipeline(args.model, choose_device(args.device))
+        pipeline = load_pipeline(args.model)
     except ValueError as error:
         parser.error(str(error))
-    result, rows = evaluate(pipeline, classifier, args.images, args.seed)
+    result, rows = evaluate(pipeline, classifier, args.images, args.seed, device)
     result["settings"] = {
         "model": str(args.model), "images": args.images, "seed": args.seed,
         "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,

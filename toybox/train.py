@@ -337,11 +337,19 @@ def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
     from PIL import Image
 
     prompts = [
-        "a red car", "a photo of a purple lizard", "a teal fish on the grass", "a yellow balloon in the sky",
-        "a green robot in the snow", "an orange cat", "a blue teapot on a wooden table", "a pink dog",
-        "a photo of a purple lizard and a yellow balloon", "a red car and a blue car on the road",
-        "a fox and a bear in the snow", "a teal chair and an orange duck",
-    ]  # fmt: skip
+        "a red car",
+        "a photo of a purple lizard",
+        "a teal fish on the grass",
+        "a yellow balloon in the sky",
+        "a green robot in the snow",
+        "an orange cat",
+        "a blue teapot on a wooden table",
+        "a pink dog",
+        "a photo of a purple lizard and a yellow balloon",
+        "a red car and a blue car on the road",
+        "a fox and a bear in the snow",
+        "a teal chair and an orange duck",
+    ]
     draw = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pictures = pipeline(prompts, num_inference_steps=25, guidance_scale=5.0, generator=draw).images
     width, height = pictures[0].size

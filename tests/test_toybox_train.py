@@ -1,0 +1,147 @@
+"""Training toybox, very small: it learns, and an interruption changes nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from toybox import train
+from toybox.model import ToyboxConfig, build_pipeline, build_tokenizer
+from toybox.scenes import caption
+from toybox.train import TrainConfig, encode_scenes, grounding_loss, lr_factor, scene_of
+
+SHAPE = ToyboxConfig(
+    resolution=32,
+    latent_channels=4,
+    vae_channels=(8, 8, 8),
+    unet_channels=(16, 32),
+    head_channels=16,
+    text_width=32,
+    text_layers=1,
+)
+CONFIG = TrainConfig(
+    vae_scenes=24, vae_steps=20, vae_batch=4, vae_crop=16, vae_lr=5e-3,
+    scenes=24, steps=20, batch=4, lr=5e-3, warmup=2,
+)  # fmt: skip
+SHORT = replace(CONFIG, vae_steps=5, steps=5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What the UNet learns from: latents, their scale, a tokenizer and the autoencoder."""
+    folder = tmp_path_factory.mktemp("data")
+    vae, trainer = train.train_vae(CONFIG, SHAPE, folder)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
+    rng = np.random.default_rng(0)
+    texts = [caption(scene_of(0, index), rng).text for index in range(400)]
+    tokenizer = build_tokenizer(texts, folder)
+    return folder, vae, trainer, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
+
+
+def fall(losses: list[float]) -> float:
+    """The mean of the last five losses over that of the first five."""
+    return float(np.mean(losses[-5:]) / np.mean(losses[:5]))
+
+
+def interrupt_at(monkeypatch, at: int) -> None:
+    """Press Ctrl-C when step ``at`` begins."""
+
+    def interrupted(step, *args):
+        if step == at:
+            raise KeyboardInterrupt
+        return lr_factor(step, *args)
+
+    monkeypatch.setattr(train, "lr_factor", interrupted)
+
+
+def assert_same(first, second) -> None:
+    """Modules with the same weights, bit for bit."""
+    weights, others = first.state_dict(), second.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_20_steps_lower_the_autoencoders_loss(data):
+    _, vae, trainer, *_ = data
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.8
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_20_steps_lower_the_unets_loss(data, tmp_path):
+    _, vae, _, encoded, scale, tokenizer = data
+    unet, text_encoder, trainer = train.train_unet(
+        CONFIG, SHAPE, tmp_path, encoded, scale, tokenizer
+    )
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.8
+    pipeline = build_pipeline(vae, text_encoder, tokenizer, unet)
+    [picture] = pipeline("a red car", num_inference_steps=2, output_type="np").images
+    assert picture.shape == (32, 32, 3)
+    assert np.isfinite(picture).all()
+
+
+def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    unbroken, whole = train.train_vae(SHORT, SHAPE, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_vae(SHORT, SHAPE, tmp_path / "broken")
+    state = torch.load(tmp_path / "broken" / "autoencoder.pt", weights_only=True)
+    assert state["losses"] == whole.losses[:3]
+    resumed, trainer = train.train_vae(SHORT, SHAPE, tmp_path / "broken")
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unbroken)
+
+
+def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    *_, encoded, scale, tokenizer = data
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    arguments = (encoded, scale, tokenizer)
+    unet, text_encoder, whole = train.train_unet(SHORT, SHAPE, tmp_path / "unbroken", *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
+    resumed, text, trainer = train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unet)
+    assert_same(text, text_encoder)
+    assert not list((tmp_path / "broken").glob("*.part"))
+
+
+def test_latents_are_encoded_once(data, monkeypatch):
+    folder, vae, _, encoded, *_ = data
+    assert encoded["latents"].shape == (24, 4, 8, 8)
+    assert encoded["coverage"].shape == (24, train.MAX_TOYS, 8, 8)
+    monkeypatch.setattr(train, "render", None)
+    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
+    assert all(torch.equal(again[key], encoded[key]) for key in encoded)
+
+
+def test_every_word_of_a_caption_is_one_token(data):
+    tokenizer = data[-1]
+    told = caption(scene_of(0, 3), np.random.default_rng(0))
+    ids = tokenizer(told.text, padding="max_length").input_ids
+    words = told.text.split()
+    assert tokenizer.convert_ids_to_tokens(ids)[1 : 1 + len(words)] == [w + "</w>" for w in words]
+    assert len(ids) == 77
+    assert ids[-1] == 0
+
+
+def test_grounding_loss_by_hand():
+    maps = torch.tensor([[[0.0, 0.6], [0.0, 0.2], [0.0, 0.1], [0.0, 0.1]]])  # [1, 4 pixels, 2]
+    coverage = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])  # [1, 1 toy, 2, 2]
+    # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy
+    assert grounding_loss([maps], coverage, [(0, 0, 1)]).item() == pytest.approx(-np.log(0.65))
+
+
+def test_learning_rate_warms_up_and_cools_down():
+    factors = [lr_factor(step, 100, 10, 0.25) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:76] == pytest.approx([1.0] * 66)
+    assert factors[87] == pytest.approx(0.01 + 0.99 * (0.5 - 0.5 * np.cos(np.pi * 13 / 25)))
+    assert factors[76:] == sorted(factors[76:], reverse=True)
+    assert factors[-1] < 0.02
