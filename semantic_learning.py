@@ -6,9 +6,19 @@ Reads {folder_path}/{instance}/img.jpg, mask0.png, mask1.png, … and writes {ou
 import argparse
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
-from mifo.cli import HelpFormatter, add_runtime_options, chosen_seed, seed_option, told_failures
+from mifo.cli import (
+    FAILURES,
+    HelpFormatter,
+    add_runtime_options,
+    chosen_seed,
+    seed_option,
+    sentence,
+    told_failures,
+)
 from mifo.config import LearningConfig
+from mifo.instance import list_instances
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -23,7 +33,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         into.add_argument(f"--{name}", default=default, help=text, **more)
 
     add("folder_path", "folder of the instance folders")
-    add("instance", "name of the instance folder")
+    parser.add_argument(
+        "--instance",
+        nargs="+",
+        default=[defaults.instance],
+        help="name of the instance folder, of several, or all; processes share them",
+    )
     add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
     add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
     add("output_dir", "where the learned folder goes")
@@ -78,27 +93,53 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, parser.parse_args(argv)
 
 
+def learn_one(config: LearningConfig, options: argparse.Namespace, device: str) -> None:
+    """Check one instance folder, tell the plan, and carry it out unless it is a dry run."""
+    from mifo import learning
+
+    learning.check_target(config, options.resume, options.overwrite or options.dry_run)
+    if options.resume and config.seed is None:
+        config = replace(config, seed=learning.saved_seed(config))
+    plan = learning.make_plan(replace(config, seed=chosen_seed(config.seed)), device)
+    print(learning.describe(plan))
+    if not options.dry_run:
+        print(f"learned: {learning.learn(plan, options.resume)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with told_failures(parser, options.debug):
+        names = instance_names(options.folder_path, options.instance)
         values = {f.name: getattr(options, f.name) for f in fields(LearningConfig)}
-        values["initializer_tokens"] = tuple(values["initializer_tokens"])
-        config = LearningConfig(**values)
-        from mifo import learning
+        values["initializer_tokens"] = tuple(options.initializer_tokens)
+        configs = [LearningConfig(**{**values, "instance": name}) for name in names]
+        from mifo.models import choose_device
+        from mifo.processes import Processes
 
-        learning.check_target(config, options.resume, options.overwrite or options.dry_run)
-        if options.resume and config.seed is None:
-            config = replace(config, seed=learning.saved_seed(config))
-        config = replace(config, seed=chosen_seed(config.seed))
-        plan = learning.make_plan(config)
-        print(learning.describe(plan))
-        if options.dry_run:
-            return
-        try:
-            print(f"learned: {learning.learn(plan, options.resume)}")
-        except learning.Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(130)
+        processes = Processes(choose_device(options.device))
+        if len(configs) == 1 and processes.count == 1:
+            return learn_one(configs[0], options, processes.device)
+        failures = {}
+        for config in processes.share(configs):
+            try:
+                learn_one(config, options, processes.device)
+            except FAILURES as error:
+                failures[config.instance] = sentence(error)
+        failures = {k: v for part in processes.gather(failures) for k, v in part.items()}
+        if processes.is_first:
+            for name in names:
+                print(f"{name}: {failures.get(name, 'learned')}")
+        if failures:
+            sys.exit(2)
+
+
+def instance_names(folder_path: str, names: list[str]) -> list[str]:
+    """The instances to learn; ``all`` stands for every instance folder there is."""
+    if names != ["all"]:
+        return list(dict.fromkeys(names))
+    if found := list_instances(Path(folder_path)):
+        return found
+    raise ValueError(f"--instance all: {folder_path} holds no instance folder; give --folder_path")
 
 
 if __name__ == "__main__":

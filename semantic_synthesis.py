@@ -7,7 +7,7 @@ percent, `…%`); without --boxes and --box they come from get_boxes in this scr
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from mifo.boxes import Box, parse_boxes, parse_named_box
@@ -140,17 +140,24 @@ def main(argv: list[str] | None = None) -> None:
             **{f.name: getattr(options, f.name) for f in fields(GuidanceConfig)}
         )
         options.box_control = not options.no_box_control
-        options.seed = chosen_seed(options.seed)
         config = SynthesisConfig(
             **{f.name: getattr(options, f.name) for f in fields(SynthesisConfig)}
         )
         from mifo import synthesis
+        from mifo.models import choose_device
+        from mifo.processes import Processes
 
-        scene = synthesis.make_scene(config, get_boxes, boxes, options.subject_token_indices)
-        print(f"seed {config.seed}, {scene.base.source} on {scene.device}")
-        for name, box in zip(scene.names, scene.boxes, strict=False):
-            print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
-        for path in synthesis.synthesise(scene, Path(config.output_path) / config.model_id):
+        processes = Processes(choose_device(config.device))
+        config = replace(config, seed=processes.agree(chosen_seed(config.seed)))
+        scene = synthesis.make_scene(
+            config, get_boxes, boxes, options.subject_token_indices, processes.device
+        )
+        if processes.is_first:
+            print(f"seed {config.seed}, {scene.base.source} on {scene.device}")
+            for name, box in zip(scene.names, scene.boxes, strict=False):
+                print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
+        folder = Path(config.output_path) / config.model_id
+        for path in synthesis.synthesise(scene, folder, processes):
             print(path)
 
 

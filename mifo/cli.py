@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+#: What is told in a sentence; anything else is a mistake of ours and keeps its traceback.
+FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the script's docstring as it is written."""
@@ -54,16 +57,17 @@ def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Itera
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except FAILURES as error:
         if debug:
             raise
         code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
-        parser.exit(code, f"{parser.prog}: error: {_sentence(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+        parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What a failure means to a user, in one line."""
     if isinstance(error, MemoryError):
         return "there is not enough memory; try a smaller --batch_size or --gradient_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -24,7 +24,7 @@ from mifo.checkpoint import (
 from mifo.config import LearningConfig
 from mifo.instance import Instance, asset_token, coverage_report, read_instance
 from mifo.learned import PIPELINE, replacing, write_learned, write_pipeline
-from mifo.models import BaseModel, choose_device, choose_model, choose_precision, load_base
+from mifo.models import BaseModel, choose_model, choose_precision, load_base
 from mifo.objective import Views, step_loss, supervised_layers
 from mifo.priors import class_latents, encode_class_images, find_class_images
 from mifo.tokens import add_asset_tokens, encode_ids, initial_rows, lend_rows, write_rows
@@ -38,7 +38,7 @@ TEXT_TARGETS = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_pro
 FREE_SETTINGS = {"folder_path", "output_dir", "offline", "checkpoint_steps", "save_pipeline"}
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was stopped and saved; the message says how to go on."""
 
 
@@ -104,10 +104,9 @@ def check_settings(config: LearningConfig) -> None:
         raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
 
 
-def make_plan(config: LearningConfig) -> Plan:
-    """Read and check everything that a run needs."""
+def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
+    """Read and check everything that a run on a torch device needs."""
     check_settings(config)
-    device = choose_device(config.device)
     dtype = choose_precision(config.mixed_precision, device)
     pictures = find_class_images(config.class_images) if config.class_images else None
     source = choose_model(config.model_path, device)

@@ -73,7 +73,8 @@ def box_mass(attention: Tensor, regions: Tensor, context: Tensor) -> tuple[Tenso
 
 def box_term(foreground: Tensor, background: Tensor, alpha: float) -> Tensor:
     """(1 − F/(F+B))² + α·ln(1 + B), elementwise over [b, s]."""
-    share = foreground / (foreground + background)
+    total = (foreground + background).clamp_min(torch.finfo(foreground.dtype).tiny)
+    share = foreground / total
     return (1 - share).square() + alpha * torch.log1p(background)
 
 

@@ -13,19 +13,18 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from mifo.attention import decoder_block, layer_grid
 from mifo.boxes import Box, check_box, draw_boxes
 from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, load_learned, open_learned
-from mifo.models import BaseModel, choose_device, choose_precision
+from mifo.models import BaseModel, choose_precision
+from mifo.processes import Processes
 from mifo.regions import TokenRoles
 from mifo.sampling import box_control, ddim_scheduler, denoise, initial_noise
 from mifo.tokens import encode_ids, find_assets, token_roles
 from mifo_lora import merge
 
 log = logging.getLogger(__name__)
-
-#: The resolution of decoder-1 against the latents': boxes must cover a cell of it.
-MAP_DIVISOR = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ def make_scene(
     get_boxes: Callable[[int], Sequence[Box]],
     boxes: Sequence[Box] | dict[str, list[Box]] | None = None,
     subject_token_indices: Sequence[Sequence[int]] | None = None,
+    device: str = "cpu",
 ) -> Scene:
     """Check a request and load its model.
 
@@ -54,12 +54,12 @@ def make_scene(
         get_boxes: preset layout for so many subjects, where ``boxes`` is None.
         boxes: one a subject in the order of the prompt, or lists of boxes by asset name.
         subject_token_indices: positions of each subject's tokens, in place of the asset names.
+        device: torch device to paint on.
 
     Raises:
         ValueError: with what does not fit and what to do.
     """
     check_numbers(config)
-    device = choose_device(config.device)
     dtype = choose_precision(config.mixed_precision, device)
     learned = open_learned(Path(config.models_dir) / config.model_id)
     names = _asset_names(config.prompt, learned)
@@ -86,7 +86,7 @@ def make_scene(
             f"{', '.join(learned.manifest['tokens'])}, or give --no_box_control"
         )
     placed = _placed(names, boxes, get_boxes)
-    grid = [side // MAP_DIVISOR for side in size]
+    grid = layer_grid(base.unet, size, decoder_block(base.unet))
     for index, box in enumerate(placed):
         check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
     tokens = token_roles(tokenizer, config.prompt, subjects)
@@ -218,11 +218,11 @@ def decode(base: BaseModel, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def synthesise(scene: Scene, folder: Path) -> list[Path]:
+def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
     """Paint all pictures of a scene into a folder; returns the paths of the PNGs, then the sheet.
 
     Each PNG carries its settings in its text and in a JSON beside it; numbers go on from what is
-    there, and no file is ever replaced.
+    there, and no file is ever replaced. Processes share the pictures; the first one returns all.
     """
     config, base = scene.config, scene.base
     for module in (base.unet, base.text_encoder):
@@ -232,26 +232,38 @@ def synthesise(scene: Scene, folder: Path) -> list[Path]:
     base.vae.to(scene.device)
     folder.mkdir(parents=True, exist_ok=True)
     text = encode_prompts(scene).to(scene.dtype)
-    total = config.num_images or config.batch_size
-    saved: list[Path] = []
-    pictures: list[Image.Image] = []
-    batches = -(-total // config.batch_size)
-    with tqdm(
-        total=batches * config.num_inference_steps, desc="synthesis", unit="step"
-    ) as progress:
-        for start in range(0, total, config.batch_size):
-            indices = range(start, min(start + config.batch_size, total))
-            painted = paint(scene, indices, text, progress)
-            for index, picture in zip(indices, painted, strict=True):
-                saved.append(save_picture(folder, picture, describe(scene, index)))
-                pictures.append(picture)
-    labels = list(scene.names)
-    sheet = contact_sheet(
-        [draw_boxes(p, scene.boxes, labels) if scene.boxes else p for p in pictures]
-    )
-    stem = f"sheet_{saved[0].stem}-{saved[-1].stem}"
-    saved.append(_write_new(folder, lambda n: f"{stem}{f'_{n}' if n else ''}.png", _png(sheet, {})))
-    return saved
+    first = processes.agree(_next_number(folder))
+    mine = processes.share(range(config.num_images or config.batch_size))
+    batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+    saved: dict[int, Path] = {}
+    total = len(batches) * config.num_inference_steps
+    with tqdm(total=total, desc="synthesis", unit="step", disable=not processes.is_first) as bar:
+        for indices in batches:
+            for index, picture in zip(indices, paint(scene, indices, text, bar), strict=True):
+                saved[index] = save_picture(folder, first + index, picture, describe(scene, index))
+    everyone = {i: path for part in processes.gather(saved) for i, path in part.items()}
+    if not processes.is_first:
+        return []
+    paths = [everyone[index] for index in sorted(everyone)]
+    return [*paths, save_sheet(scene, paths)]
+
+
+def save_sheet(scene: Scene, paths: Sequence[Path]) -> Path:
+    """A contact sheet of saved pictures, with the boxes drawn over each."""
+    pictures = []
+    for path in paths:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        boxed = draw_boxes(picture, scene.boxes, list(scene.names)) if scene.boxes else picture
+        pictures.append(boxed)
+    stem = f"sheet_{paths[0].stem}-{paths[-1].stem}"
+    sheet = _png(contact_sheet(pictures), {})
+    return _write_new(paths[0].parent, lambda n: f"{stem}{f'_{n}' if n else ''}.png", sheet)
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the largest number among the pictures that are there."""
+    return 1 + max((int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()), default=-1)
 
 
 def _merge_if_lora(module) -> None:
@@ -275,9 +287,9 @@ def describe(scene: Scene, index: int) -> dict:
     }
 
 
-def save_picture(folder: Path, picture: Image.Image, facts: dict) -> Path:
-    """Write ``NNNN.png`` under the next free number, with a JSON of the same name beside it."""
-    path = _write_new(folder, lambda n: f"{n:04d}.png", _png(picture, facts))
+def save_picture(folder: Path, number: int, picture: Image.Image, facts: dict) -> Path:
+    """Write ``NNNN.png`` (the next free number if it is taken), and a JSON of the same name."""
+    path = _write_new(folder, lambda n: f"{number + n:04d}.png", _png(picture, facts))
     text = json.dumps(facts, indent=2) + "\n"
     _write_new(folder, lambda n: f"{path.stem}{f'_{n}' if n else ''}.json", text.encode())
     return path

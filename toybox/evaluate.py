@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mifo.attention import Recorder, attention_layers, block_grid, decoder_block, processors
+from mifo.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
 from mifo.models import check_folder, choose_device, quiet_libraries
 from toybox import train
 from toybox.classifier import SCENE, Classifier, Reading, hue_names, load_classifier, to_input
@@ -182,7 +182,8 @@ def word_maps(pipeline, pictures: list[Image.Image], texts: list[str], seed: int
         ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         unet(noisy, steps, pipeline.text_encoder(ids.to(device)).last_hidden_state)
     maps = torch.stack([recorder.maps[name] for name in watched]).mean(0)  # [b, n, t]
-    maps = maps.transpose(1, 2).unflatten(2, block_grid(unet, latents.shape[-2:], prefix))
+    grid = pixel_grids(unet, latents.shape[-2:])[maps.shape[1]]
+    maps = maps.transpose(1, 2).unflatten(2, grid)
     return F.interpolate(maps, pixels.shape[-2:], mode="bilinear").cpu()
 
 

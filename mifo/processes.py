@@ -1,0 +1,47 @@
+"""Sharing work over the processes of `accelerate launch`; without one, a single process."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among all: ``index`` of ``count``."""
+
+    def __init__(self, device: str):
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.index = 0
+        self.device = device
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=device == "cpu")
+            self.index = self._state.process_index
+            if device == "cuda":
+                self.device = str(self._state.device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def share(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's part; the parts of all processes make up the whole, without overlap."""
+        return work[self.index :: self.count]
+
+    def agree(self, value: T) -> T:
+        """The first process's value, told to all."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order. All wait here for each other."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])

@@ -1,0 +1,33 @@
+"""Package definition: `pip install ./lora-master .` installs MIFO, its commands and toybox."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="mifo",
+    version="0.1.0",
+    description="Learn several instances from one image and paint them inside boxes (MIFO)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=["mifo", "toybox"],
+    py_modules=["semantic_learning", "semantic_synthesis", "visual_box_mask"],
+    package_data={
+        "toybox": ["sprites/*", "model/*", "model/*/*", "classifier.*"],
+    },
+    python_requires=">=3.10",
+    install_requires=[
+        *(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
+        "mifo-lora",
+    ],
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.17"]},
+    entry_points={
+        "console_scripts": [
+            "mifo-learn = semantic_learning:main",
+            "mifo-synthesise = semantic_synthesis:main",
+            "mifo-boxes = visual_box_mask:main",
+        ]
+    },
+)
