@@ -11,6 +11,7 @@ from pathlib import Path
 from mifo.cli import (
     FAILURES,
     HelpFormatter,
+    Parser,
     add_runtime_options,
     chosen_seed,
     seed_option,
@@ -23,9 +24,7 @@ from mifo.instance import list_instances
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     defaults = LearningConfig()
-    parser = argparse.ArgumentParser(
-        prog="semantic_learning.py", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="semantic_learning.py", description=__doc__, formatter_class=HelpFormatter)
 
     def add(name: str, text: str, into=parser, **more) -> None:
         default = getattr(defaults, name)
@@ -128,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         failures = {k: v for part in processes.gather(failures) for k, v in part.items()}
         if processes.is_first:
             for name in names:
-                print(f"{name}: {failures.get(name, 'learned')}")
+                print(f"{name}: {failures.get(name, 'learned')}", flush=True)
+        processes.gather(None)  # a process that fails ends the others: the summary comes first
         if failures:
             sys.exit(2)
 

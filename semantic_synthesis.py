@@ -11,7 +11,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mifo.boxes import Box, parse_boxes, parse_named_box
-from mifo.cli import HelpFormatter, add_runtime_options, chosen_seed, seed_option, told_failures
+from mifo.cli import (
+    HelpFormatter,
+    Parser,
+    add_runtime_options,
+    chosen_seed,
+    seed_option,
+    told_failures,
+)
 from mifo.config import GuidanceConfig, SynthesisConfig
 
 
@@ -63,7 +70,7 @@ def token_indices(text: str) -> list[list[int]]:
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     defaults = SynthesisConfig()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="semantic_synthesis.py", description=__doc__, formatter_class=HelpFormatter
     )
 
@@ -118,10 +125,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] | None:
     """The boxes that --boxes or --box give; None where neither is given."""
-    if options.boxes and options.box:
-        raise ValueError("--boxes and --box are both given; give one of them")
+    given = [name for name in ("boxes", "box") if getattr(options, name) is not None]
+    given += ["no_box_control"] if options.no_box_control else []
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are both given; give one of them")
     size = (options.width, options.height) if options.width and options.height else None
-    if options.boxes:
+    if options.boxes is not None:
         return parse_boxes(options.boxes, size)
     if not options.box:
         return None
@@ -144,9 +153,13 @@ def main(argv: list[str] | None = None) -> None:
             **{f.name: getattr(options, f.name) for f in fields(SynthesisConfig)}
         )
         from mifo import synthesis
+        from mifo.learned import check_name, check_writable
         from mifo.models import choose_device
         from mifo.processes import Processes
 
+        check_name(config.model_id, "model_id")
+        folder = Path(config.output_path) / config.model_id
+        check_writable(folder, "output_path")
         processes = Processes(choose_device(config.device))
         config = replace(config, seed=processes.agree(chosen_seed(config.seed)))
         scene = synthesis.make_scene(
@@ -156,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"seed {config.seed}, {scene.base.source} on {scene.device}")
             for name, box in zip(scene.names, scene.boxes, strict=False):
                 print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
-        folder = Path(config.output_path) / config.model_id
         for path in synthesis.synthesise(scene, folder, processes):
             print(path)
 

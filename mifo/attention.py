@@ -3,7 +3,7 @@
 Axes: b batch, h heads, n query pixels, m keys (pixels or tokens), d channels a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mifo.losses import box_mass
-from mifo.regions import Refiner, RegionSet, TokenRoles
+from mifo.regions import PixelGroups, Refiner, RegionSet, TokenRoles
+
+#: From so many pixels on, bounded self-attention goes by groups of pixels instead of an n² mask:
+#: twice as fast at 4096 on a CPU, slower at 256 (benchmarks/README.md).
+GROUPED_PIXELS = 1024
 
 
 def attention_layers(unet, kind: str | None = None) -> dict[str, torch.nn.Module]:
@@ -55,7 +59,11 @@ def pixel_grids(unet, size: tuple[int, int]) -> dict[int, tuple[int, int]]:
 
 
 def attend(
-    attn, hidden: Tensor, context: Tensor | None, mask: Tensor | None, probabilities: bool
+    attn,
+    hidden: Tensor,
+    context: Tensor | None,
+    mask: Tensor | Sequence[PixelGroups] | None,
+    probabilities: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One attention layer, as diffusers computes it.
 
@@ -63,7 +71,7 @@ def attend(
         attn: diffusers' ``Attention`` module (LoRA in its projections is honoured).
         hidden: [b, n, c] queries; ``context``: [b, m, c'] keys and values, None for self-attention.
         mask: broadcastable to [b, h, n, m]; bool, True where attention is allowed, or an additive
-            float; or None.
+            float; or None. Groups of pixels (:func:`attend_in_groups`) give no probabilities.
         probabilities: materialise them, in float32; otherwise the fused kernel runs.
 
     Returns:
@@ -82,11 +90,35 @@ def attend(
             )
         attention = logits.softmax(dim=-1)
         out = attention.to(value.dtype) @ value
+    elif isinstance(mask, Sequence):
+        attention = None
+        out = attend_in_groups(query, key, value, mask, attn.scale)
     else:
         attention = None
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=attn.scale)
     out = out.transpose(1, 2).flatten(2)  # b h n d -> b n (h d)
     return attn.to_out[1](attn.to_out[0](out)), attention
+
+
+def attend_in_groups(
+    query: Tensor, key: Tensor, value: Tensor, groups: Sequence[PixelGroups], scale: float
+) -> Tensor:
+    """Self-attention [b, h, n, d] of pixels that see the keys of their group only.
+
+    Sample i has ``groups[i % len(groups)]``: one entry serves all samples, and one for each image
+    serves both halves of the classifier-free batch.
+    """
+    samples = [x.unflatten(0, (-1, len(groups))).unbind(1) for x in (query, key, value)]
+    out = []
+    for of_sample, q, k, v in zip(groups, *samples, strict=True):
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], scale=scale
+            )
+            for queries, keys in of_sample.parts
+        ]
+        out.append(torch.cat(parts, dim=2)[:, :, of_sample.order])
+    return torch.stack(out, dim=1).flatten(0, 1)
 
 
 class Recorder:
@@ -101,8 +133,9 @@ class Recorder:
 
     def processor(self, name: str):
         def process(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+            mask = None if attention_mask is None else attention_mask[:, None]  # b 1 1 m
             out, attention = attend(
-                attn, hidden_states, encoder_hidden_states, attention_mask, probabilities=True
+                attn, hidden_states, encoder_hidden_states, mask, probabilities=True
             )
             self.maps[name] = attention.mean(dim=1)
             return out
@@ -159,6 +192,17 @@ class BoxControl:
         foreground, background = zip(*found, strict=True)
         return torch.stack(foreground).mean(0), torch.stack(background).mean(0)
 
+    def _self_bounds(
+        self, grid: tuple[int, int], samples: int, probabilities: bool
+    ) -> Tensor | list[PixelGroups]:
+        """What bounds a self-attention layer of a pass of so many samples, in the faster form."""
+        if grid[0] * grid[1] >= GROUPED_PIXELS and not probabilities:
+            return self.regions.groups(*grid)
+        hidden = self.regions.self_mask(*grid)
+        return ~(hidden if len(hidden) == 1 else hidden.repeat(samples // len(hidden), 1, 1))[
+            :, None
+        ]
+
     def _guidance_processor(self, name: str):
         read = name in self.loss_layers
         last = name == self.loss_layers[-1]
@@ -167,13 +211,11 @@ class BoxControl:
             grid = self.grids[hidden_states.shape[1]]
             regions = self.regions.at(*grid)
             if encoder_hidden_states is None:
-                hidden, context = self.regions.self_mask(*grid), regions
+                mask, context = self._self_bounds(grid, len(hidden_states), read), regions
             else:
-                hidden = self.regions.cross_mask(*grid, guidance=True)
+                mask = ~self.regions.cross_mask(*grid, guidance=True)[:, None]
                 context = self._token_context.to(regions.device)
-            out, attention = attend(
-                attn, hidden_states, encoder_hidden_states, ~hidden[:, None], read
-            )
+            out, attention = attend(attn, hidden_states, encoder_hidden_states, mask, read)
             if read:
                 self._masses[name] = box_mass(attention, regions, context)
             if last:
@@ -189,16 +231,13 @@ class BoxControl:
             grid = self.grids[hidden_states.shape[1]]
             half = len(hidden_states) // 2
             crosswise = encoder_hidden_states is not None
+            recording = record and self.refiner is not None
             if crosswise:
                 hidden = self.regions.cross_mask(*grid, guidance=False).expand(half, -1, -1)
-                hidden = torch.cat([torch.zeros_like(hidden), hidden])
+                mask = ~torch.cat([torch.zeros_like(hidden), hidden])[:, None]
             else:
-                hidden = self.regions.self_mask(*grid)
-                hidden = hidden if len(hidden) == 1 else hidden.repeat(2, 1, 1)
-            recording = record and self.refiner is not None
-            out, attention = attend(
-                attn, hidden_states, encoder_hidden_states, ~hidden[:, None], recording
-            )
+                mask = self._self_bounds(grid, len(hidden_states), recording)
+            out, attention = attend(attn, hidden_states, encoder_hidden_states, mask, recording)
             if recording:
                 attention = attention[half:].mean(dim=1)
                 if crosswise:

@@ -34,8 +34,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             facts = json.loads(file.metadata()["mifo"])
     except Exception as error:
         raise ValueError(
-            f"there is no checkpoint to resume at {path} ({type(error).__name__}); start without "
-            "--resume"
+            f"the checkpoint {path} cannot be read ({type(error).__name__}); start anew with "
+            "--overwrite, without --resume"
         ) from error
     return Checkpoint(facts["stage"], facts["step"], tensors, facts["facts"])
 

@@ -12,6 +12,13 @@ from contextlib import contextmanager
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a bad option in one line, without the usage of all the others."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the script's docstring as it is written."""
 
@@ -62,8 +69,17 @@ def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Itera
             raise
         code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
         parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
+    except RuntimeError as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        parser.exit(1, f"{parser.prog}: error: {sentence(MemoryError())}\n")
     except KeyboardInterrupt as stop:
         parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Is it what torch raises for want of memory, on the GPU or on the CPU?"""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def sentence(error: Exception) -> str:

@@ -25,8 +25,12 @@ def learning_curves(
     stages: Sequence[tuple[int, int]],
     reward_steps: int,
 ) -> None:
-    """Losses over the steps of both stages, dots and a running mean, as a PNG."""
+    """Losses over the steps of both stages, dots and a running mean, as a PNG.
+
+    A loss that no step had (NaN, as with ``--attention_loss none``) is left out.
+    """
     pyplot = _pyplot()
+    losses = {name: values for name, values in losses.items() if np.isfinite(values).any()}
     figure, axes = pyplot.subplots(1, len(losses), figsize=(4.2 * len(losses), 3.2), squeeze=False)
     for axis, (name, values) in zip(axes[0], losses.items(), strict=True):
         values = np.asarray(values)
@@ -36,7 +40,7 @@ def learning_curves(
         window = max(1, min(50, len(finite) // 4))
         mean = np.convolve(finite, np.ones(window) / window, mode="valid")
         axis.plot(steps[window - 1 :], mean, color="tab:blue")
-        if len(finite) and (finite > 0).all():
+        if (finite > 0).all():
             axis.set_yscale("log")
         if len(stages) > 1:
             axis.axvline(stages[0][1], color="black", linewidth=0.8)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mifo.instance import asset_token
-from mifo.models import BaseModel, load_base
+from mifo.models import BaseModel, check_folder, load_base, locate_model, model_digest
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import (
     from_diffusers,
@@ -51,23 +52,52 @@ class LearnedFolder:
         return self.manifest["base_model"]["source"]
 
 
+def check_name(name: str, option: str) -> None:
+    """Raises ValueError unless a name is that of a folder right below another."""
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(
+            f"--{option} {name!r} is not the plain name of a folder; give the name alone, such as "
+            "toy_car, and the folder above it by its own option"
+        )
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises ValueError where a folder is not there and cannot be made, or cannot be written to."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, not a folder; give another --{option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {there} cannot be written to; give another --{option}")
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the place of ``target`` at the end, or vanishes on an error."""
-    aside = target.with_name(f".{target.name}.new")
-    old = target.with_name(f".{target.name}.old")
+    recover(target)
+    aside, old = target.with_name(f".{target.name}.new"), _old(target)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         yield aside
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
     except BaseException:
+        recover(target)
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(aside, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put back an earlier result that :func:`replacing` had moved away when it was killed."""
+    if _old(target).exists() and not target.exists():
+        os.replace(_old(target), target)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manifest: dict) -> None:
@@ -89,7 +119,7 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
     """Save the base model as it is now, as a pipeline that plain diffusers loads."""
     from diffusers import StableDiffusionPipeline
 
-    StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=base.tokenizer,
@@ -98,11 +128,18 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    try:
+        pipeline.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(
+            f"the pipeline could not be written ({error}); free some space and try again"
+        ) from error
 
 
 def open_learned(path: Path) -> LearnedFolder:
     """Check a learned folder and read its manifest; a ValueError says what is wrong with it."""
+    recover(path)
     if not path.is_dir():
         there = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST}"))
         raise ValueError(
@@ -111,7 +148,10 @@ def open_learned(path: Path) -> LearnedFolder:
         )
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        tokens = manifest["tokens"]
+        tokens, settings = manifest["tokens"], manifest["settings"]
+        if not tokens or tokens != [asset_token(i) for i in range(len(tokens))]:
+            raise ValueError("tokens")
+        has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
         manifest["base_model"]["source"], manifest["base_model"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -119,8 +159,8 @@ def open_learned(path: Path) -> LearnedFolder:
             f"({type(error).__name__}); learn the instance again with --overwrite"
         ) from error
     wanted = [f"asset{i}.safetensors" for i in range(len(tokens))]
-    wanted += [LORA] if manifest["settings"]["finetune"] == "lora" else []
-    wanted += [PIPELINE] if manifest["settings"]["finetune"] == "full" else []
+    wanted += [LORA] if has_lora else []
+    wanted += [PIPELINE] if settings["finetune"] == "full" else []
     for name in wanted:
         if not (path / name).exists():
             raise ValueError(f"{path} has no {name}; learn the instance again with --overwrite")
@@ -134,26 +174,44 @@ def load_learned(
 
     Raises ValueError when the base model is not the one that the folder was learned with.
     """
-    full = learned.manifest["settings"]["finetune"] == "full"
-    if full:
+    if learned.manifest["settings"]["finetune"] == "full":
+        if model_path:
+            path = locate_model(model_path, offline)
+            weights = {"single_file": path} if path.is_file() else check_folder(path)
+            _check_base(learned, model_path, model_digest(weights))
         base = load_base(str(learned.path / PIPELINE), offline)
         return base, base.tokenizer.convert_tokens_to_ids(learned.manifest["tokens"])
     base = load_base(model_path or learned.base_source, offline)
-    wanted = learned.manifest["base_model"]["sha256"]
-    if base.digest != wanted:
-        raise ValueError(
-            f"{learned.path} was learned with {learned.base_source} (sha256 {wanted[:12]}…), and "
-            f"{base.source} is another model ({base.digest[:12]}…); give its own base model with "
-            "--model_path"
-        )
+    _check_base(learned, base.source, base.digest)
+    rows = _read_rows(learned, base.text_encoder.config.hidden_size)
     ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(learned.assets))
-    rows = [
-        read_lora(learned.path / f"asset{i}.safetensors")[0][asset_token(i)][0]
-        for i in learned.assets
-    ]
-    write_rows(base.text_encoder, ids, torch.stack(rows))
+    write_rows(base.text_encoder, ids, rows)
     if (learned.path / LORA).is_file():
         file, metadata = read_lora(learned.path / LORA)
         for part, module in (("unet", base.unet), ("text_encoder", base.text_encoder)):
             inject_from(module, from_diffusers(file, module, part, metadata))
     return base, ids
+
+
+def _check_base(learned: LearnedFolder, source: str, digest: str) -> None:
+    wanted = learned.manifest["base_model"]["sha256"]
+    if digest != wanted:
+        raise ValueError(
+            f"{learned.path} was learned with {learned.base_source} (sha256 {wanted[:12]}…), and "
+            f"{source} is another model ({digest[:12]}…); give its own base model with --model_path"
+        )
+
+
+def _read_rows(learned: LearnedFolder, width: int) -> Tensor:
+    """The embeddings of all assets, [assets, width]."""
+    rows = []
+    for index in learned.assets:
+        path = learned.path / f"asset{index}.safetensors"
+        row = read_lora(path)[0].get(asset_token(index))
+        if row is None or row.shape != (1, width) or not row.isfinite().all():
+            raise ValueError(
+                f"{path} holds no {asset_token(index)} of {width} finite numbers; learn the "
+                "instance again with --overwrite"
+            )
+        rows.append(row[0])
+    return torch.stack(rows)

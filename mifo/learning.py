@@ -1,12 +1,11 @@
 """Semantic learning: the two stages, from an instance folder to a learned folder."""
 
 import logging
-import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,44 +22,60 @@ from mifo.checkpoint import (
 )
 from mifo.config import LearningConfig
 from mifo.instance import Instance, asset_token, coverage_report, read_instance
-from mifo.learned import PIPELINE, replacing, write_learned, write_pipeline
-from mifo.models import BaseModel, choose_model, choose_precision, load_base
+from mifo.learned import (
+    FORMAT,
+    MANIFEST,
+    PIPELINE,
+    check_name,
+    check_writable,
+    recover,
+    replacing,
+    write_learned,
+    write_pipeline,
+)
+from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
 from mifo.objective import Views, step_loss, supervised_layers
 from mifo.priors import class_latents, encode_class_images, find_class_images
-from mifo.tokens import add_asset_tokens, encode_ids, initial_rows, lend_rows, write_rows
+from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows, lend_rows, write_rows
 from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict
 
 log = logging.getLogger(__name__)
 
 UNET_TARGETS = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 TEXT_TARGETS = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+CHECKPOINT = "checkpoint.safetensors"
 #: Settings that may differ between a run and its resumption.
 FREE_SETTINGS = {"folder_path", "output_dir", "offline", "checkpoint_steps", "save_pipeline"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped and saved; the message says how to go on."""
+    """The run was stopped by Ctrl-C, at the end of a step, which is saved."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: what it will do, before anything long has started."""
+    """A checked run: what it will do, before anything long has started.
+
+    ids, rows: the asset tokens, which the base model has got, and their first embeddings.
+    """
 
     config: LearningConfig
     base: BaseModel
     instance: Instance
+    ids: list[int]
+    rows: Tensor
     device: str
     dtype: torch.dtype
     class_images: list[Path] | None
 
     @property
     def target(self) -> Path:
-        return Path(self.config.output_dir) / self.config.instance
+        return _target(self.config)
 
     @property
     def work(self) -> Path:
         """Where the checkpoint of the unfinished run lies."""
-        return self.target.with_name(f".{self.target.name}.work")
+        return _work(self.config)
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
@@ -70,11 +85,27 @@ class Plan:
             steps[2] = 0
         return tuple((stage, count) for stage, count in steps.items() if count)
 
+    @property
+    def has_prior(self) -> bool:
+        return bool(self.config.prior_weight) and any(stage == 2 for stage, _ in self.stages)
+
+
+def _target(config: LearningConfig) -> Path:
+    return Path(config.output_dir) / config.instance
+
+
+def _work(config: LearningConfig) -> Path:
+    return Path(config.output_dir) / f".{config.instance}.work"
+
 
 def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where a result or an unfinished run is in the way, or nothing to resume."""
-    target = Path(config.output_dir) / config.instance
-    checkpoint = target.with_name(f".{target.name}.work") / "checkpoint.safetensors"
+    check_name(config.instance, "instance")
+    target, checkpoint = _target(config), _work(config) / CHECKPOINT
+    check_writable(target.parent, "output_dir")
+    recover(target)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise ValueError(f"{target} is there and is no learned folder; give another --output_dir")
     if resume and not checkpoint.is_file():
         raise ValueError(f"there is no unfinished run at {checkpoint.parent}; leave out --resume")
     if target.exists() and not (overwrite or resume):
@@ -84,37 +115,49 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
             f"{checkpoint.parent} holds an unfinished run; go on with --resume, or start anew with "
             "--overwrite"
         )
-    parent = next(p for p in (target.parent, *target.parent.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise ValueError(f"{parent} cannot be written to; give another --output_dir")
 
 
 def check_settings(config: LearningConfig) -> None:
-    """Raises ValueError for numbers that make no sense."""
+    """Raises ValueError for settings that make no sense."""
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         value, least = getattr(config, name), int(name in positive)
         if value < least:
             raise ValueError(f"--{name} is {value}; give a whole number from {least} on")
-    for name in ("learning_rate", "lora_learning_rate", "max_grad_norm"):
+    rates = ("learning_rate", "finetune_learning_rate", "weight_decay", "prior_weight")
+    for name in rates:
         value = getattr(config, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} is {value}; give a positive number")
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} is {value}; give a number from 0 on")
+    if not 0 < config.max_grad_norm < float("inf"):
+        raise ValueError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
     if not config.train_steps and (config.finetune == "none" or not config.finetune_steps):
         raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
+    if ASSET.search(config.class_prompt):
+        raise ValueError(
+            f"--class_prompt {config.class_prompt!r} names an asset, which the base model does not "
+            "know; name the kind of thing, as in 'a photo of a chair'"
+        )
 
 
 def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
-    """Read and check everything that a run on a torch device needs."""
+    """Read and check everything that a run on a torch device needs, the cheapest first."""
     check_settings(config)
     dtype = choose_precision(config.mixed_precision, device)
-    pictures = find_class_images(config.class_images) if config.class_images else None
-    source = choose_model(config.model_path, device)
-    base = load_base(source, config.offline)
     folder = Path(config.folder_path) / config.instance
-    instance = read_instance(folder, base.resolution, base.multiple, config.resize)
+    source = choose_model(config.model_path, device)
+    pictures = find_class_images(config.class_images) if config.class_images else None
+    base, sizes = None, read_sizes(source, config.offline)
+    if sizes is None:  # a single file tells its sizes only when it is loaded
+        base = load_base(source, config.offline)
+        sizes = base.resolution, base.multiple
+    instance = read_instance(folder, *sizes, config.resize)
+    base = base or load_base(source, config.offline)
     encode_ids(base.tokenizer, config.class_prompt)
-    return Plan(config, base, instance, device, dtype, pictures)
+    ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(instance.masks))
+    words = config.initializer_tokens
+    rows = initial_rows(base.tokenizer, base.text_encoder, ids, words, config.seed)
+    return Plan(config, base, instance, ids, rows, device, dtype, pictures)
 
 
 def describe(plan: Plan) -> str:
@@ -134,6 +177,7 @@ def describe(plan: Plan) -> str:
     channels = sum(base.unet.config.block_out_channels)
     activations = size * 160 * channels * height * width // base.vae_factor**2
     memory += activations // (8 if config.gradient_checkpointing else 1)
+    images = config.class_images or f"{config.num_class_images} to make"
     lines = [
         f"base model   {base.source} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
         f"instance     {plan.instance.folder}: {len(plan.instance.masks)} masks, {width}×{height}",
@@ -141,7 +185,7 @@ def describe(plan: Plan) -> str:
         *(f"stage {stage}      {steps} steps" for stage, steps in plan.stages),
         f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
         f"seed         {config.seed}",
-        f"class images {config.class_images or f'{config.num_class_images} to make'}",
+        f"class images {images if plan.has_prior else 'none'}",
         f"memory       about {memory / 2**30:.1f} GiB (an estimate)",
         f"writes       {plan.target}",
     ]
@@ -160,12 +204,8 @@ class _Run:
         self.plan, self.config, self.base = plan, config, base
         self.generator = torch.Generator().manual_seed(config.seed)
         self.losses: dict[str, list[float]] = {"loss": [], "reconstruction": [], "attention": []}
-        count = len(plan.instance.masks)
-        self.ids = add_asset_tokens(base.tokenizer, base.text_encoder, count)
-        rows = initial_rows(
-            base.tokenizer, base.text_encoder, self.ids, config.initializer_tokens, config.seed
-        )
-        self.rows = torch.nn.Parameter(rows.to(plan.device))
+        self.ids = plan.ids
+        self.rows = torch.nn.Parameter(plan.rows.to(plan.device))
         base.vae.to(plan.device)
         base.text_encoder.to(plan.device)
         full = config.finetune == "full"
@@ -223,25 +263,25 @@ class _Run:
     def step(self, stage: int, step: int, layers: list[str]) -> float:
         prior = self.prior if stage == 2 else None
         batch = self.views.draw(self.generator, prior, self.config.class_prompt)
-        with (
-            lend_rows(self.base.text_encoder, self.ids, self.rows),
-            torch.autocast(
-                self.plan.device.split(":")[0],
-                self.plan.dtype,
-                enabled=self.config.finetune == "full" and self.plan.dtype != torch.float32,
-            ),
-        ):
-            loss = step_loss(
-                self.base, batch, layers, self.attention_loss(stage, step), self.config.prior_weight
-            )
-        if not loss.total.isfinite():
+        attention_loss, weight = self.attention_loss(stage, step), self.config.prior_weight
+        with ExitStack() as kept:
+            with (
+                lend_rows(self.base.text_encoder, self.ids, self.rows),
+                torch.autocast(
+                    self.plan.device.split(":")[0],
+                    self.plan.dtype,
+                    enabled=self.config.finetune == "full" and self.plan.dtype != torch.float32,
+                ),
+            ):
+                loss = step_loss(self.base, batch, layers, attention_loss, weight, kept)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if not (loss.total.isfinite() and norm.isfinite()):
             raise FloatingPointError(
-                f"the loss is not finite at step {step} of stage {stage}; nothing was overwritten: "
-                "try --mixed_precision no or a smaller learning rate"
+                f"the loss or its gradient is not finite at step {step} of stage {stage}; nothing "
+                "was overwritten: try --mixed_precision no or a smaller learning rate"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         attention = torch.stack(loss.attention).sum().item() if loss.attention else float("nan")
@@ -263,7 +303,8 @@ class _Run:
             elif stage == 2:
                 state = {k: v.cpu() for k, v in module.state_dict().items()}
             tensors |= {f"{part}:{key}": value for key, value in state.items()}
-        facts = {"settings": _kept_settings(self.config), "schedule": self.schedule.state_dict()}
+        facts = {"settings": _kept_settings(self.config), "inputs": _inputs(self.plan)}
+        facts["schedule"] = self.schedule.state_dict()
         facts["schedule"].pop("lr_lambdas", None)
         return Checkpoint(stage, step, tensors, facts)
 
@@ -302,32 +343,63 @@ def learn(plan: Plan, resume: bool = False) -> Path:
         ValueError: ``resume`` with other settings than the unfinished run's.
         FloatingPointError: a loss was not finite; nothing was overwritten.
     """
-    path = plan.work / "checkpoint.safetensors"
+    path = plan.work / CHECKPOINT
     saved = read_checkpoint(path) if resume else None
-    if saved and saved.facts["settings"] != _kept_settings(plan.config):
-        then, now = saved.facts["settings"], _kept_settings(plan.config)
-        differ = ", ".join(f"--{k} {then[k]}" for k in then if then[k] != now.get(k))
-        raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
+    if saved:
+        _check_same(saved, plan)
+    run = _Run(plan)
     if not resume:
         shutil.rmtree(plan.work, ignore_errors=True)
-    plan.work.mkdir(parents=True, exist_ok=True)
-    run = _Run(plan)
-    with _finish_step_on_interrupt() as stop:
-        for stage, steps in plan.stages:
-            if saved and saved.stage > stage:
-                continue
-            _run_stage(run, stage, steps, saved, path, stop)
-            saved = None
-    _save(plan, run)
+    try:
+        with _finish_step_on_interrupt() as stop:
+            for stage, steps in plan.stages:
+                if saved and saved.stage > stage:
+                    continue
+                _run_stage(run, stage, steps, saved, path, stop)
+                saved = None
+        _save(plan, run)
+    except (KeyboardInterrupt, OSError, MemoryError):
+        if path.is_file():
+            log.warning("saved in %s: go on with the same command and --resume", plan.work)
+        raise
     shutil.rmtree(plan.work, ignore_errors=True)
     return plan.target
+
+
+def _check_same(saved: Checkpoint, plan: Plan) -> None:
+    """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
+    then, now = saved.facts["settings"], _kept_settings(plan.config)
+    if differ := ", ".join(f"--{k} {then[k]}" for k in then if then[k] != now.get(k)):
+        raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
+    inputs = _inputs(plan)
+    if changed := [
+        name for name, digest in saved.facts["inputs"].items() if digest != inputs[name]
+    ]:
+        raise ValueError(
+            f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
+            "with --overwrite"
+        )
+
+
+def _inputs(plan: Plan) -> dict:
+    """What a run reads, by hash."""
+    return {
+        "base model": plan.base.digest,
+        "picture": plan.instance.image_hash,
+        "set of masks": list(plan.instance.mask_hashes),
+        "set of class images": [str(path) for path in plan.class_images or ()],
+    }
 
 
 def _run_stage(
     run: _Run, stage: int, steps: int, saved: Checkpoint | None, path: Path, stop: threading.Event
 ) -> None:
+    def interrupt(where: str) -> None:
+        if stop.is_set():
+            raise Interrupted(f"stopped {where}")
+
     if stage == 2:
-        run.prior = _prior(run)
+        run.prior = _prior(run, lambda: interrupt("before stage 2"))
     run.enter(stage, steps)
     first = 0
     if saved:
@@ -339,27 +411,23 @@ def _run_stage(
         loss = run.step(stage, step, layers)
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         done = step + 1
-        if stop.is_set() or done % run.config.checkpoint_steps == 0 and done < steps:
+        if stop.is_set() or done % run.config.checkpoint_steps == 0 or done == steps:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(path, run.checkpoint(stage, done))
-        if stop.is_set():
-            raise Interrupted(
-                f"stopped after step {done} of stage {stage}, saved in {path.parent}; "
-                "go on with the same command and --resume"
-            )
+        interrupt(f"after step {done} of stage {stage}")
 
 
-def _prior(run: _Run) -> Tensor | None:
+def _prior(run: _Run, after_batch: Callable[[], None]) -> Tensor | None:
     config, base = run.config, run.base
-    if not config.prior_weight:
+    if not run.plan.has_prior:
         return None
     size = tuple(run.views.moments.shape[-2:])
     if run.plan.class_images:
         return encode_class_images(base, run.plan.class_images, size)
     batch = 8 if run.plan.device.startswith("cuda") else 4
     cache = Path(config.output_dir) / ".class_images"
-    return class_latents(
-        base, config.class_prompt, config.num_class_images, size, config.seed, batch, cache
-    )
+    count, seed = config.num_class_images, config.seed
+    return class_latents(base, config.class_prompt, count, size, seed, batch, cache, after_batch)
 
 
 def _save(plan: Plan, run: _Run) -> None:
@@ -394,7 +462,7 @@ def _manifest(plan: Plan, run: _Run, scores: list[float]) -> dict:
 
     last = {key: _tail_mean(values) for key, values in run.losses.items()}
     return {
-        "format": 1,
+        "format": FORMAT,
         "base_model": {"source": plan.base.source, "sha256": plan.base.digest},
         "tokens": [asset_token(i) for i in range(len(run.ids))],
         "image_sha256": plan.instance.image_hash,
@@ -451,6 +519,4 @@ def _finish_step_on_interrupt() -> Iterator[threading.Event]:
 
 def saved_seed(config: LearningConfig) -> int:
     """The seed of the unfinished run that ``--resume`` goes on with."""
-    target = Path(config.output_dir) / config.instance
-    path = target.with_name(f".{target.name}.work") / "checkpoint.safetensors"
-    return read_checkpoint(path).facts["settings"]["seed"]
+    return read_checkpoint(_work(config) / CHECKPOINT).facts["settings"]["seed"]

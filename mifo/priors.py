@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,13 @@ def class_latents(
     seed: int,
     batch: int,
     cache: Path,
+    after_batch: Callable[[], None] | None = None,
 ) -> Tensor:
     """Scaled latents [count, c, *size] of pictures of ``prompt``, made by the base model.
 
     Picture i starts from noise of seed + i. They are read from ``cache`` where the same model,
     prompt, seed, size and settings left them; a larger cached set serves a smaller count.
+    ``after_batch`` is called once a batch is in the cache, and may raise to stop.
     """
     key = [base.digest, prompt, seed, list(size), STEPS, GUIDANCE_SCALE, str(base.unet.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -61,11 +64,13 @@ def class_latents(
             progress.update(len(seeds))
             cache.mkdir(parents=True, exist_ok=True)
             save_tensors(path, {"latents": torch.cat(made)}, {"prompt": prompt})
+            if after_batch:
+                after_batch()
     return torch.cat(made)
 
 
 def find_class_images(folder: str) -> list[Path]:
-    """The user's own pictures of the class; a ValueError when there are none."""
+    """The user's own pictures of the class; a ValueError when there are none, or one is broken."""
     path = Path(folder)
     found = sorted(p for p in path.glob("*") if p.suffix.lower() in PICTURES)
     if not found:
@@ -73,7 +78,18 @@ def find_class_images(folder: str) -> list[Path]:
             f"--class_images: {folder} holds no pictures; give a folder of {', '.join(PICTURES)} "
             "files, or leave the option out to have them made"
         )
+    for file in found:
+        read_picture(file)
     return found
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB as viewers show it."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
 
 
 @torch.no_grad()
@@ -82,11 +98,7 @@ def encode_class_images(base: BaseModel, paths: list[Path], size: tuple[int, int
     latents = []
     pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)
     for path in tqdm(paths, "class images", unit="image"):
-        try:
-            with Image.open(path) as file:
-                picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), pixels)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
+        picture = ImageOps.fit(read_picture(path), pixels)
         tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
         tensor = (tensor.float() / 127.5 - 1).to(base.vae.device)
         latents.append(base.vae.encode(tensor).latent_dist.mean.float().cpu())

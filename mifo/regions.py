@@ -59,6 +59,32 @@ def self_mask(regions: Tensor) -> Tensor:
     return occupied[:, :, None] & occupied[:, None, :] & ~shared
 
 
+@dataclass(frozen=True)
+class PixelGroups:
+    """:func:`self_mask` of one sample by groups of pixels that see the same: ids, no n² entries.
+
+    Attributes:
+        parts: (queries, keys) int64: the pixels of a group, and those that they may attend to.
+        order: int64 [n], where each pixel stands when all queries are put in a row.
+    """
+
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    order: Tensor
+
+
+def pixel_groups(regions: Tensor) -> PixelGroups:
+    """Groups of regions bool [s, n]: one for each set of subjects that share pixels, or none."""
+    background = ~regions.any(dim=0)
+    memberships, group = regions.T.unique(dim=0, return_inverse=True)
+    parts = []
+    for index, subjects in enumerate(memberships):
+        keys = background | regions[subjects].any(dim=0)
+        seen = keys if subjects.any() else torch.ones_like(keys)
+        parts.append(((group == index).nonzero()[:, 0], seen.nonzero()[:, 0]))
+    order = torch.cat([queries for queries, _ in parts]).argsort()
+    return PixelGroups(tuple(parts), order)
+
+
 def cross_mask(regions: Tensor, tokens: TokenRoles, guidance: bool) -> Tensor:
     """A subject's tokens are for the pixels of its region (in guidance: and of the background).
 
@@ -86,11 +112,11 @@ class RegionSet:
 
     def __init__(self, source: Sequence[Box] | Tensor, tokens: TokenRoles, device="cpu"):
         self._source, self._tokens, self._device = source, tokens, device
-        self._cache: dict[tuple, Tensor] = {}
+        self._cache: dict[tuple, Tensor | list[PixelGroups]] = {}
 
-    def _cached(self, key: tuple, make) -> Tensor:
+    def _cached(self, key: tuple, make):
         if key not in self._cache:
-            self._cache[key] = make().to(self._device)
+            self._cache[key] = make()
         return self._cache[key]
 
     def at(self, rows: int, columns: int) -> Tensor:
@@ -98,14 +124,23 @@ class RegionSet:
 
         def make() -> Tensor:
             if isinstance(self._source, Tensor):
-                return resize_regions(self._source, rows, columns).flatten(2)
-            return box_regions(self._source, rows, columns).flatten(2)
+                regions = resize_regions(self._source, rows, columns)
+            else:
+                regions = box_regions(self._source, rows, columns)
+            return regions.flatten(2).to(self._device)
 
         return self._cached((rows, columns), make)
 
     def self_mask(self, rows: int, columns: int) -> Tensor:
         """Hidden [b or 1, n, n]."""
         return self._cached((rows, columns, "self"), lambda: self_mask(self.at(rows, columns)))
+
+    def groups(self, rows: int, columns: int) -> list[PixelGroups]:
+        """The self mask by groups of pixels: of each sample, or one for all."""
+        return self._cached(
+            (rows, columns, "groups"),
+            lambda: [pixel_groups(regions) for regions in self.at(rows, columns)],
+        )
 
     def cross_mask(self, rows: int, columns: int, guidance: bool) -> Tensor:
         """Hidden [b or 1, n, k]."""
@@ -137,7 +172,7 @@ def soft_masks(cross_map: Tensor, regions: Tensor) -> Tensor:
     """
     soft = torch.sigmoid(10 * (cross_map.T - 0.2))
     low, high = soft.amin(-1, keepdim=True), soft.amax(-1, keepdim=True)
-    return (soft - low) / (high - low) * regions
+    return (soft - low) / (high - low).clamp_min(torch.finfo(soft.dtype).tiny) * regions
 
 
 def assign_clusters(

@@ -77,7 +77,7 @@ def guide(
             chosen = latents[active].requires_grad_()
             with torch.enable_grad():
                 with control.guidance(), leave_early():
-                    unet(chosen, timestep, text.expand(len(active), -1, -1))
+                    unet(chosen.to(unet.dtype), timestep, text.expand(len(active), -1, -1))
                 cross, self_ = control.masses("cross"), control.masses("self")
                 loss = box_loss(
                     cross, self_, box_alpha(step), config.cross_weight, config.self_weight
@@ -131,7 +131,7 @@ def denoise(
         watch: called after each guidance iteration.
     """
     scheduler.set_timesteps(steps, device=latents.device)
-    text = text.to(latents.device)
+    text = text.to(latents.device, unet.dtype)
     both = text.repeat_interleave(len(latents), dim=0)
     for step, timestep in enumerate(scheduler.timesteps):
         if control and step and _refines(step, config):
@@ -141,6 +141,7 @@ def denoise(
             latents = guide(unet, control, latents, timestep, text[1:], step, config, watch)
         guided = latents
         model_input = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        model_input = model_input.to(unet.dtype)
         if control:
             with control.denoising():
                 predicted = unet(model_input, timestep, both).sample

@@ -14,17 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mifo.attention import decoder_block, layer_grid
-from mifo.boxes import Box, check_box, draw_boxes
+from mifo.boxes import Box, check_box, draw_boxes, parse_box
 from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, load_learned, open_learned
 from mifo.models import BaseModel, choose_precision
 from mifo.processes import Processes
 from mifo.regions import TokenRoles
 from mifo.sampling import box_control, ddim_scheduler, denoise, initial_noise
-from mifo.tokens import encode_ids, find_assets, token_roles
+from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
 from mifo_lora import merge
 
 log = logging.getLogger(__name__)
+
+MOST = 4  # times the model's own resolution, for a side of a picture
 
 
 @dataclass(frozen=True)
@@ -63,40 +65,30 @@ def make_scene(
     dtype = choose_precision(config.mixed_precision, device)
     learned = open_learned(Path(config.models_dir) / config.model_id)
     names = _asset_names(config.prompt, learned)
+    if config.box_control and subject_token_indices is None:
+        _placed(names, boxes, get_boxes)  # told before the model is loaded
     base, _ = load_learned(learned, config.model_path, config.offline)
     tokenizer = base.tokenizer
     encode_ids(tokenizer, config.negative_prompt)
     found = find_assets(tokenizer, config.prompt, learned.assets)
-    if subject_token_indices is None:
-        subjects = [[position] for _, position in found]
-        names = tuple(name for name, _ in found)
-    else:
-        subjects = [list(positions) for positions in subject_token_indices]
-        at = {position: name for name, position in found}
-        names = tuple(
-            next((at[p] for p in positions if p in at), f"subject {i + 1}")
-            for i, positions in enumerate(subjects)
-        )
     size = _latent_size(config, base)
     if not config.box_control:
         return Scene(config, base, names, (), None, size, device, dtype)
-    if not subjects:
-        raise ValueError(
-            f"the prompt {config.prompt!r} names no asset; name one of "
-            f"{', '.join(learned.manifest['tokens'])}, or give --no_box_control"
-        )
+    if subject_token_indices is None:
+        subjects = [[position] for _, position in found]
+    else:
+        subjects = [list(positions) for positions in subject_token_indices]
+        names = _subject_names(subjects, found)
+    tokens = token_roles(tokenizer, config.prompt, subjects)
     placed = _placed(names, boxes, get_boxes)
     grid = layer_grid(base.unet, size, decoder_block(base.unet))
     for index, box in enumerate(placed):
         check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
-    tokens = token_roles(tokenizer, config.prompt, subjects)
     return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
 
 
 def _asset_names(prompt: str, learned: LearnedFolder) -> tuple[str, ...]:
-    """Assets of the prompt, checked before the model is loaded."""
-    from mifo.tokens import ASSET
-
+    """Assets of the prompt, in its order."""
     names = tuple(ASSET.findall(prompt))
     for name in names:
         if name not in learned.manifest["tokens"]:
@@ -107,8 +99,23 @@ def _asset_names(prompt: str, learned: LearnedFolder) -> tuple[str, ...]:
     return names
 
 
+def _subject_names(
+    subjects: Sequence[Sequence[int]], found: Sequence[tuple[str, int]]
+) -> tuple[str, ...]:
+    """Of subjects given by token positions: the asset that each holds, or its number."""
+    at = {position: name for name, position in found}
+    return tuple(
+        next((at[p] for p in positions if p in at), f"subject {index + 1}")
+        for index, positions in enumerate(subjects)
+    )
+
+
 def _placed(names, boxes, get_boxes) -> list[Box]:
     """A box for each subject, in the prompt's order."""
+    if not names:
+        raise ValueError(
+            "the prompt names no asset; name one, such as <asset0>, or give --no_box_control"
+        )
     if isinstance(boxes, dict):
         waiting = {name: list(given) for name, given in boxes.items()}
         unknown = [name for name in waiting if name not in names]
@@ -133,7 +140,7 @@ def _placed(names, boxes, get_boxes) -> list[Box]:
             f"there are {len(placed)} boxes and {len(names)} assets in the prompt "
             f"({', '.join(names)}); give one box for each"
         )
-    return [Box(*box) for box in placed]
+    return [parse_box(box) for box in placed]
 
 
 def check_numbers(config: SynthesisConfig) -> None:
@@ -146,19 +153,22 @@ def check_numbers(config: SynthesisConfig) -> None:
             raise ValueError(f"--{name} is {value}; give a whole number from 1 on")
     if config.num_inference_steps > 999:
         raise ValueError(f"--num_inference_steps is {config.num_inference_steps}; give 999 at most")
-    guidance = config.guidance
-    for name in ("guidance_steps", "guidance_iterations", "refine_every"):
-        if getattr(guidance, name) < 0:
-            raise ValueError(f"--{name} is {getattr(guidance, name)}; give 0 or more")
+    numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
+    for name, value in numbers.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} is {value}; give a number from 0 on")
 
 
 def _latent_size(config: SynthesisConfig, base: BaseModel) -> tuple[int, int]:
     size = []
     for name in ("height", "width"):
-        pixels = getattr(config, name) or base.resolution
-        if pixels % base.multiple or pixels < 4 * base.multiple // 2:
+        pixels = getattr(config, name)
+        if pixels is None:
+            pixels = base.resolution
+        if pixels % base.multiple or not 2 * base.multiple <= pixels <= MOST * base.resolution:
             raise ValueError(
-                f"--{name} is {pixels}; use a multiple of {base.multiple} like {base.resolution}"
+                f"--{name} is {pixels}; give a multiple of {base.multiple} from "
+                f"{2 * base.multiple} to {MOST * base.resolution}, such as {base.resolution}"
             )
         size.append(pixels // base.vae_factor)
     return size[0], size[1]
@@ -175,6 +185,17 @@ def encode_prompts(scene: Scene) -> Tensor:
     texts = (config.negative_prompt, config.prompt)
     ids = torch.stack([encode_ids(base.tokenizer, text) for text in texts])
     return base.text_encoder(ids.to(scene.device)).last_hidden_state
+
+
+def prepare(scene: Scene) -> Tensor:
+    """Merge the LoRA and move the model to its device; the prompts' states for :func:`paint`."""
+    base = scene.base
+    for module in (base.unet, base.text_encoder):
+        _merge_if_lora(module)
+    base.unet.to(scene.device, scene.dtype)
+    base.text_encoder.to(scene.device)
+    base.vae.to(scene.device)
+    return encode_prompts(scene).to(scene.dtype)
 
 
 def paint(scene: Scene, indices: Sequence[int], text: Tensor, progress=None) -> list[Image.Image]:
@@ -224,14 +245,9 @@ def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
     Each PNG carries its settings in its text and in a JSON beside it; numbers go on from what is
     there, and no file is ever replaced. Processes share the pictures; the first one returns all.
     """
-    config, base = scene.config, scene.base
-    for module in (base.unet, base.text_encoder):
-        _merge_if_lora(module)
-    base.unet.to(scene.device, scene.dtype)
-    base.text_encoder.to(scene.device)
-    base.vae.to(scene.device)
+    config = scene.config
+    text = prepare(scene)
     folder.mkdir(parents=True, exist_ok=True)
-    text = encode_prompts(scene).to(scene.dtype)
     first = processes.agree(_next_number(folder))
     mine = processes.share(range(config.num_images or config.batch_size))
     batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
@@ -281,6 +297,7 @@ def describe(scene: Scene, index: int) -> dict:
         "settings": settings,
         "subjects": list(scene.names),
         "boxes": [list(box) for box in scene.boxes],
+        "subject_token_indices": [list(s) for s in scene.tokens.subjects] if scene.tokens else [],
         "base_model": {"source": scene.base.source, "sha256": scene.base.digest},
         "device": scene.device,
         "precision": str(scene.dtype).removeprefix("torch."),

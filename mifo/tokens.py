@@ -149,6 +149,19 @@ def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str,
     return found
 
 
+def _function_words(tokenizer, ids: Sequence[int]) -> set[int]:
+    """Positions of the tokens that are a function word each, not a piece of a longer word."""
+    added = tokenizer.get_added_vocab()
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    closed = [piece.endswith("</w>") or piece in added for piece in pieces]
+    words = [piece.removesuffix("</w>") for piece in pieces]
+    return {
+        at
+        for at in range(1, len(ids))
+        if closed[at - 1] and closed[at] and words[at] in FUNCTION_WORDS
+    }
+
+
 def token_roles(tokenizer, prompt: str, subjects: Sequence[Sequence[int]]) -> TokenRoles:
     """Roles of a prompt's tokens, given the positions of each subject's tokens.
 
@@ -156,15 +169,20 @@ def token_roles(tokenizer, prompt: str, subjects: Sequence[Sequence[int]]) -> To
     """
     ids = encode_ids(tokenizer, prompt).tolist()
     end = ids.index(tokenizer.eos_token_id)
-    taken = {position for positions in subjects for position in positions}
+    listed = [position for positions in subjects for position in positions]
+    taken = set(listed)
     for position in sorted(taken):
         if not 0 < position < end:
             raise ValueError(
                 f"--subject_token_indices names position {position}; the prompt's tokens have "
                 f"positions 1 to {end - 1}"
             )
-    words = [tokenizer.decode([token]).strip().lower() for token in ids[:end]]
-    empty = {at for at in range(1, end) if words[at] in FUNCTION_WORDS}
+        if listed.count(position) > 1:
+            raise ValueError(
+                f"--subject_token_indices names position {position} twice; give each token to "
+                "one subject"
+            )
+    empty = _function_words(tokenizer, ids[:end])
     leading = tuple(
         next((at for at in sorted(positions, reverse=True) if at not in empty), max(positions))
         for positions in subjects

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,4 +31,38 @@ def small_sd(tiny_sd, tmp_path_factory) -> Path:
     for part, size in (("unet", 16), ("vae", 128)):
         path = folder / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory) -> Path:
+    """A folder with one instance folder, `toys`: a picture of 128×128 pixels and two masks."""
+    root = tmp_path_factory.mktemp("examples")
+    folder = root / "toys"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((128, 128)).save(folder / "img.jpg")
+    for index, left in enumerate((8, 72)):
+        mask = np.zeros((128, 128), np.uint8)
+        mask[32:96, left : left + 48] = 255
+        Image.fromarray(mask).save(folder / f"mask{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def learn_argv(examples, small_sd) -> list[str]:
+    """The options of a learning run of a few steps, its output folder still to be given."""
+    options = f"""--folder_path {examples} --instance toys --model_path {small_sd} --device cpu
+        --mixed_precision no --seed 1 --train_steps 3 --reward_steps 1 --finetune_steps 2
+        --lora_rank 2 --finetune_learning_rate 0.02 --prior_weight 0"""
+    return options.split()
+
+
+@pytest.fixture(scope="session")
+def learned_dir(learn_argv, tmp_path_factory) -> Path:
+    """The folder with the learned folder `toys`, with a LoRA; tests only read it."""
+    from semantic_learning import main
+
+    folder = tmp_path_factory.mktemp("learned")
+    main([*learn_argv, "--output_dir", str(folder)])
     return folder

@@ -77,20 +77,23 @@ def test_invented_looks_share_one_thing_and_are_near_in_the_other():
     assert seen == {"kind", "hue"}
 
 
-def test_kind_and_alike_are_honoured():
+def test_kinds_and_alike_are_honoured():
     rng = np.random.default_rng(0)
-    assert all(look_alikes(rng, 3, kind=kind)[0].kind == kind for kind in KINDS)
-    shark = look_alikes(rng, 3, "hue", "shark")
-    assert shark[0].kind == "shark"
-    assert len({look.hue for look in shark}) == 1
-    assert len({look.kind for look in look_alikes(rng, 3, "kind")}) == 1
+    assert all(look_alikes(rng, 3, kinds=[kind])[0].kind == kind for kind in KINDS)
+    some = ("bear", "car", "cat", "fox")
+    for _ in range(20):
+        alike = look_alikes(rng, 3, "hue", some)
+        assert {look.kind for look in alike} == {"bear", "cat", "fox"}
+        assert len({look.hue for look in alike}) == 1
+        assert {look.kind for look in look_alikes(rng, 2, None, some)} <= set(some)
+    assert len({look.kind for look in look_alikes(rng, 3, "kind", some)}) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, "hue", "teapot"), "no other kind resembles 'teapot'; use --alike kind"),
-        ((2, None, "unicorn"), "no toy of kind 'unicorn'"),
+        ((2, "hue", ["car", "teapot"]), "no 2 of the kinds car, teapot resemble .* --alike kind"),
+        ((2, None, ["car", "unicorn"]), "no toy of kind 'unicorn'"),
         ((4,), "cannot have 4 instances; ask for 1, 2 or 3"),
         ((0,), "cannot have 0 instances"),
     ],
@@ -145,7 +148,7 @@ def test_an_existing_folder_is_left_alone_unless_told(tmp_path):
 
 def test_options_for_new_folders_need_a_count(capsys):
     with pytest.raises(SystemExit):
-        main(["--kind", "car"])
+        main(["--kinds", "car"])
     assert "add --count" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--size", "8"])

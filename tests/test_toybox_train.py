@@ -34,7 +34,7 @@ def data(tmp_path_factory):
     vae, trainer = train.train_vae(CONFIG, SHAPE, folder)
     encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
     rng = np.random.default_rng(0)
-    texts = [caption(scene_of(0, index), rng).text for index in range(400)]
+    texts = [caption(scene_of(CONFIG, index), rng).text for index in range(400)]
     tokenizer = build_tokenizer(texts, folder)
     return folder, vae, trainer, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
 
@@ -123,7 +123,7 @@ def test_latents_are_encoded_once(data, monkeypatch):
 
 def test_every_word_of_a_caption_is_one_token(data):
     tokenizer = data[-1]
-    told = caption(scene_of(0, 3), np.random.default_rng(0))
+    told = caption(scene_of(CONFIG, 3), np.random.default_rng(0))
     ids = tokenizer(told.text, padding="max_length").input_ids
     words = told.text.split()
     assert tokenizer.convert_ids_to_tokens(ids)[1 : 1 + len(words)] == [w + "</w>" for w in words]

@@ -1,7 +1,7 @@
 """A small classifier of toys: which kinds are in a picture, how much of it, and of what hue.
 
 It answers for every cell of 8×8 pixels, so that one network judges crops of 64 pixels and whole
-scenes of 128, finds the toys in them, and compares them. ``python -m toybox.classifier`` trains
+scenes of 96, finds the toys in them, and compares them. ``python -m toybox.classifier`` trains
 it on renders, in some ten minutes on one core, and saves its held-out accuracy beside the weights.
 
 Axes: b batch, k kinds, r rows and c columns of cells.
@@ -25,8 +25,9 @@ from tqdm import tqdm
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
-CROP, SCENE, CELL = 64, 128, 8  # sides in pixels
-_PRESENT = 0.02  # share of a picture that a toy covers at least
+CROP, SCENE, CELL = 64, 96, 8  # sides in pixels: a crop, a whole scene, a cell
+_DRAWN = 128  # side at which training scenes are rendered
+_PRESENT = 0.01  # share of a picture that a toy covers at least
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def read(self, pictures: Tensor) -> Reading:
         """Kinds and hues in pictures, [b, 3, h, w] in [-1, 1] (see :func:`to_input`)."""
-        logits, vectors, _ = self(pictures)
+        answers = zip(*(self(part)[:2] for part in pictures.split(64)), strict=True)
+        logits, vectors = (torch.cat(parts) for parts in answers)
         shares = logits.softmax(dim=1)[:, 1:].flatten(2)  # [b, k, n], n = r·c
         cosine, sine = torch.einsum("bkn,bvn->vbk", shares, vectors.flatten(2))
         hues = torch.atan2(sine, cosine).rad2deg() % 360
@@ -184,7 +186,7 @@ class Scenes:
         self.scenes, self.pictures, self.masks = [], [], []
         for index in tqdm(range(count), "scenes"):
             scene = draw_scene(np.random.default_rng((seed, index)), toys)
-            picture, masks = render(scene, SCENE)
+            picture, masks = render(scene, _DRAWN)
             self.scenes.append(scene)
             self.pictures.append(picture)
             self.masks.append(masks)
@@ -195,7 +197,7 @@ class Scenes:
         width = min(1.0, placed.size * np.exp(rng.uniform(*np.log(loose))))
         shift = rng.uniform(-0.15, 0.15, 2) * placed.size
         left, top = np.clip([placed.x, placed.y] + shift - width / 2, 0, 1 - width)
-        return tuple(float(v * SCENE) for v in (left, top, left + width, top + width))
+        return tuple(float(v * _DRAWN) for v in (left, top, left + width, top + width))
 
     def sample(self, index: int, box, side: int = CROP, turn=0.0, gains=(1.0, 1.0)) -> Sample:
         """A view of ``side`` pixels; hues turned (degrees), saturation and value multiplied."""
@@ -277,17 +279,18 @@ def accuracy(classifier: Classifier, seed: int, count: int) -> dict[str, float]:
     """Shares of right answers on ``count`` scenes of one toy, crops of it, and scenes of two."""
     scenes, pairs = Scenes(seed, count, toys=1), Scenes(seed + 1, count, toys=2)
     rng = np.random.default_rng(seed)
-    crops = [scenes.sample(i, scenes.view(i, 0, rng, (0.9, 1.5))).picture for i in range(count)]
+    boxes = [scenes.view(index, 0, rng, (0.9, 1.5)) for index in range(count)]
+    crops = [p.crop(box) for p, box in zip(scenes.pictures, boxes, strict=True)]
     looks = [scene.toys[0].look for scene in scenes.scenes]
     result = {}
-    for name, pictures in (("scene", scenes.pictures), ("crop", crops)):
-        seen = classifier.read(_to_tensor([np.asarray(picture) for picture in pictures]))
+    for name, pictures, side in (("scene", scenes.pictures, SCENE), ("crop", crops, CROP)):
+        seen = classifier.read(to_input(pictures, side))
         kinds = [KINDS[index] for index in seen.kind().tolist()]
         far = hue_distance(seen.hue, torch.tensor([float(look.hue) for look in looks]))
         result[f"{name}_kind"] = _share(kinds, [look.kind for look in looks])
         result[f"{name}_hue"] = _share(hue_names(seen.hue), [look.colour for look in looks])
         result[f"{name}_hue_error_degrees"] = far.mean().item()
-    seen = classifier.read(_to_tensor([np.asarray(picture) for picture in pairs.pictures]))
+    seen = classifier.read(to_input(pairs.pictures, SCENE))
     truth = [{placed.look.kind for placed in scene.toys} for scene in pairs.scenes]
     result["pair_kinds"] = _share(seen.present(2), truth)
     return result
@@ -317,10 +320,10 @@ def main(argv: list[str] | None = None) -> None:
     aside = output.with_suffix(".part")
     save_file({name: tensor.half() for name, tensor in classifier.state_dict().items()}, aside)
     os.replace(aside, output)
-    record = {"train": asdict(config)}
-    record["held_out"] = accuracy(load_classifier(output), config.seed + 999, 1000)
+    held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
+    record = {"train": asdict(config), "held_out": held_out}
     output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record["held_out"], indent=2))
+    print(json.dumps(held_out, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ was trained on describes these toys exactly: something is left to learn.
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ EXAMPLES = {
         (Look("car", 199), Look("car", 247.5), Look("car", 149)), "on a wooden table", 0
     ),
     "balloon": Example((Look("balloon", 14), Look("balloon", 342.5)), "in the sky", 3),
-    "fish": Example((Look("fish", 199), Look("tropical_fish", 199)), "on the sand", 3),
+    "fish": Example((Look("fish", 247.5), Look("fish", 300)), "on the sand", 3),
     "lizard": Example((Look("lizard", 86), Look("lizard", 149)), "on the road", 3),
     "creature": Example(
         (Look("bear", 300), Look("cat", 300, 0.85), Look("fox", 300, 0.85)), "on the grass", 2
@@ -61,36 +62,44 @@ def example_scene(example: Example) -> Scene:
 
 
 def look_alikes(
-    rng: np.random.Generator, count: int, alike: str | None = None, kind: str | None = None
+    rng: np.random.Generator,
+    count: int,
+    alike: str | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> tuple[Look, ...]:
-    """Invent ``count`` toys that differ in little.
+    """Invent ``count`` toys that differ in little, of some of the ``kinds``.
 
     ``alike`` is what they share: ``"kind"`` (their hues are neighbours in :data:`BETWEEN`) or
-    ``"hue"`` (their kinds are of one of the :data:`FAMILIES`); None draws one of the two. ``kind``
-    is the kind of the first toy. Saturation and value differ by up to a fifth.
+    ``"hue"`` (their kinds are of one of the :data:`FAMILIES`); None draws one that is possible.
+    Saturation and value differ by up to a fifth.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(
+            f"there is no toy of kind {min(unknown)!r}; choose from {', '.join(KINDS)}"
+        )
     if not 1 <= count <= 3:
         raise ValueError(f"a folder cannot have {count} instances; ask for 1, 2 or 3")
-    family = next((family for family in FAMILIES if kind in family), None)
-    if alike == "hue" and kind and not family:
-        raise ValueError(f"no other kind resembles {kind!r}; use --alike kind")
+    families = [[kind for kind in family if kind in kinds] for family in FAMILIES]
+    families = [family for family in families if len(family) >= count]
+    if alike == "hue" and not families:
+        raise ValueError(
+            f"no {count} of the kinds {', '.join(kinds)} resemble one another; "
+            "give more --kinds or --alike kind"
+        )
     if alike is None:
-        alike = "kind" if kind and not family else str(rng.choice(ALIKE))
+        alike = str(rng.choice(ALIKE)) if families else "kind"
     first = int(rng.integers(len(BETWEEN)))
     if alike == "kind":
-        kinds = [kind or str(rng.choice(KINDS))] * count
+        chosen = [str(rng.choice(list(kinds)))] * count
         hues = [BETWEEN[(first + i) % len(BETWEEN)] for i in range(count)]
     else:
-        family = family or FAMILIES[rng.integers(len(FAMILIES))]
-        drawn = [str(name) for name in rng.permutation(family)]
-        kinds = sorted(drawn, key=lambda name: name != kind)[:count]
+        family = families[rng.integers(len(families))]
+        chosen = [str(kind) for kind in rng.permutation(family)[:count]]
         hues = [BETWEEN[first]] * count
     gains = rng.uniform(0.8, 1.0, (count, 2)).round(2)
     return tuple(
-        Look(name, hue, float(saturation), float(value))
-        for name, hue, (saturation, value) in zip(kinds, hues, gains, strict=True)
+        Look(kind, hue, float(saturation), float(value))
+        for kind, hue, (saturation, value) in zip(chosen, hues, gains, strict=True)
     )
 
 
@@ -151,10 +160,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     new.add_argument("--instances", type=int, choices=(1, 2, 3), help="a folder (default: 2 or 3)")
     new.add_argument("--alike", choices=ALIKE, help="what they share (default: either)")
     new.add_argument(
-        "--kind", choices=KINDS, metavar="KIND", help="of the first toy (default: any)"
+        "--kinds", nargs="+", choices=KINDS, metavar="KIND", help="to choose from (default: all)"
     )
     args = parser.parse_args(argv)
-    if args.count is None and (args.seed or args.instances or args.alike or args.kind):
+    if args.count is None and (args.seed or args.instances or args.alike or args.kinds):
         parser.error("the five examples are fixed; add --count to write new folders")
     if args.size < 32:
         parser.error(f"--size {args.size} is too small to see a toy; use 32 or more")
@@ -168,7 +177,8 @@ def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
     scenes = {}
     for index in range(args.count):
         rng = np.random.default_rng((args.seed, index))
-        looks = look_alikes(rng, args.instances or int(rng.integers(2, 4)), args.alike, args.kind)
+        count = args.instances or int(rng.integers(2, 4))
+        looks = look_alikes(rng, count, args.alike, args.kinds or KINDS)
         scenes[f"set{index:03d}"] = _with_looks(draw_scene(rng, len(looks)), looks), args.seed
     return scenes
 

@@ -31,26 +31,28 @@ class ToyboxConfig:
 
 
 def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Train a byte-pair CLIP vocabulary on captions (every word of them becomes one token).
+    """A byte-pair CLIP vocabulary trained on captions (every word of them becomes one token).
 
-    "!" has id 0 and pads, as in Stable Diffusion 2.
+    "!" has id 0 and pads, as in Stable Diffusion 2. A vocabulary that is in the folder already is
+    kept.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(captions, trainer)
-    bpe.model.save(str(folder))
+    if not (folder / "merges.txt").exists():
+        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Lowercase()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=4096,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        bpe.model.save(str(folder))
     return _clip_tokenizer(folder, alphabet)
 
 

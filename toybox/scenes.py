@@ -7,6 +7,7 @@ Sprites are Microsoft's Fluent 3D emoji (MIT, see ``sprites/LICENSE``). Recolour
 of a sprite until the commonest one is the wanted angle; eight angles have names.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -136,21 +137,23 @@ def _placements(rng: np.random.Generator, count: int) -> list[tuple[float, float
         low, high = 0.9 * low, 0.9 * high
 
 
-def draw_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
-    """Invent a scene of ``count`` toys (default: 1 to 3 with odds 5 : 3 : 2).
+def draw_scene(
+    rng: np.random.Generator, count: int | None = None, kinds: Sequence[str] = KINDS
+) -> Scene:
+    """Invent a scene of ``count`` toys (default: 1 to 3 with odds 5 : 3 : 2) of some kinds.
 
     A quarter of the scenes of several toys repeat one kind; half of all have a named ground.
     """
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])) if count is None else count
-    kinds = rng.choice(len(KINDS), size=count, replace=False)
+    chosen = rng.choice(len(kinds), size=count, replace=False)
     if count > 1 and rng.random() < 0.25:
-        kinds[:] = kinds[0]
+        chosen[:] = chosen[0]
     angles = list(HUES.values())
     toys = tuple(
         Placement(
-            Look(KINDS[kind], angles[rng.integers(len(angles))]), x, y, size, rng.random() < 0.5
+            Look(kinds[kind], angles[rng.integers(len(angles))]), x, y, size, rng.random() < 0.5
         )
-        for kind, (x, y, size) in zip(kinds, _placements(rng, count), strict=True)
+        for kind, (x, y, size) in zip(chosen, _placements(rng, count), strict=True)
     )
     ground = str(rng.choice(list(GROUNDS))) if rng.random() < 0.5 else None
     colour = tuple(int(v) for v in rng.integers(90, 246, 3))

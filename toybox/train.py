@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mifo.attention import Recorder, attention_layers, processors
 from toybox import model as toybox_model
 from toybox.model import ToyboxConfig
-from toybox.scenes import Scene, caption, draw_scene, render
+from toybox.scenes import KINDS, Scene, caption, draw_scene, render
 
 log = logging.getLogger("toybox")
 MAX_TOYS = 3
@@ -39,6 +39,7 @@ class TrainConfig:
     vae_crop: int = 32  # pixels
     vae_lr: float = 5e-4
     kl_weight: float = 1e-6
+    kinds: tuple[str, ...] = KINDS  # fewer are learned sooner
     scenes: int = 20_000
     steps: int = 9000
     batch: int = 16
@@ -162,8 +163,9 @@ class Trainer:
 # data
 
 
-def scene_of(seed: int, index: int, count: int | None = None) -> Scene:
-    return draw_scene(np.random.default_rng((seed, index)), count)
+def scene_of(config: TrainConfig, index: int) -> Scene:
+    """Training scene ``index``."""
+    return draw_scene(np.random.default_rng((config.seed, index)), kinds=config.kinds)
 
 
 def to_tensor(pictures: list) -> Tensor:
@@ -182,7 +184,7 @@ def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> 
     latents, coverage = [], []
     for start in tqdm(range(0, config.scenes, 64), "latents"):
         drawn = [
-            render(scene_of(config.seed, index), size)
+            render(scene_of(config, index), size)
             for index in range(start, min(start + 64, config.scenes))
         ]
         with torch.inference_mode():
@@ -209,7 +211,7 @@ def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path):
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
         drawn = [
-            render(scene_of(config.seed + 1, i), shape.resolution)
+            render(scene_of(replace(config, seed=config.seed + 1), i), shape.resolution)
             for i in tqdm(range(config.vae_scenes), "scenes")
         ]
         pixels = np.stack([np.asarray(picture) for picture, _ in drawn])
@@ -289,7 +291,7 @@ def train_unet(
         rows = rng.integers(config.scenes, size=config.batch)
         texts, nouns = [], []
         for sample, row in enumerate(rows):
-            told = caption(scene_of(config.seed, int(row)), rng)
+            told = caption(scene_of(config, int(row)), rng)
             if rng.random() < config.caption_dropout:
                 texts.append("")
                 continue
@@ -361,7 +363,8 @@ def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
 
 def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> float:
     """Mean PSNR in dB of held-out scenes through the autoencoder (8-bit range)."""
-    scenes = [scene_of(config.seed + 999, index) for index in range(count)]
+    held_out = replace(config, seed=config.seed + 999)
+    scenes = [scene_of(held_out, index) for index in range(count)]
     images = to_tensor([render(scene, shape.resolution)[0] for scene in scenes])
     with torch.inference_mode():
         restored = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
@@ -380,9 +383,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
     for name, value in asdict(TrainConfig()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}
+        parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
     work, output = arguments.pop("work"), arguments.pop("output")
+    arguments["kinds"] = tuple(arguments["kinds"])
     config, shape = TrainConfig(**arguments), ToyboxConfig()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work.mkdir(parents=True, exist_ok=True)
@@ -395,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     vae.register_to_config(scaling_factor=scale)
 
     rng = np.random.default_rng(config.seed)
-    texts = (caption(scene_of(config.seed, i), rng).text for i in range(min(5000, config.scenes)))
+    texts = [caption(draw_scene(rng), rng).text for _ in range(5000)]  # the words of all kinds
     tokenizer = toybox_model.build_tokenizer(texts, work)
 
     def report(unet, text_encoder, done: int) -> None:

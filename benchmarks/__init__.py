@@ -1,0 +1,1 @@
+"""What MIFO costs, beside a plain implementation of the same method."""

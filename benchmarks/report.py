@@ -1,0 +1,80 @@
+"""A table (Markdown), the numbers (JSON) and a plot of what was measured."""
+
+import json
+from pathlib import Path
+
+HEADINGS = (
+    "model", "work", "subjects", "images", "precision",
+    "plain, ms", "MIFO, ms", "times faster",
+    "plain, MB", "MIFO, MB", "times smaller",
+    "MIFO, GFLOP", "GFLOP/s", "floor, ms", "time / floor",
+)  # fmt: skip
+
+
+def write_report(stem: Path, facts: dict, results: list[dict]) -> None:
+    """Write ``stem``.md, .json and .png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(
+        json.dumps(facts | {"rows": results}, indent=1) + "\n", encoding="utf-8"
+    )
+    stem.with_suffix(".md").write_text(markdown(facts, results), encoding="utf-8")
+    plot(stem.with_suffix(".png"), facts, results)
+
+
+def markdown(facts: dict, results: list[dict]) -> str:
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in facts["rates"].items()
+    )
+    clock = {"wall": "wall clock", "cpu": "processor time"}[facts["clock"]]
+    lines = [
+        f"Made by `{facts['command']}` on {facts['machine']}.",
+        "",
+        f"Median {clock} of {facts['repeats']} alternating repeats; {facts['steps']} steps of a "
+        f"synthesis, and of each stage of a learning; a matrix product reaches {rates}.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * 5 + "---:|" * (len(HEADINGS) - 5),
+        *(f"| {' | '.join(cells(result))} |" for result in results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cells(result: dict) -> list[str]:
+    plain, ours, floor = result["plain"], result["ours"], result["floor"]
+    return [
+        *(str(result[key]) for key in ("model", "what", "subjects", "batch", "precision")),
+        f"{1e3 * plain['seconds']:.0f}",
+        f"{1e3 * ours['seconds']:.0f}",
+        f"{plain['seconds'] / ours['seconds']:.1f}",
+        f"{plain['bytes'] / 2**20:.0f}",
+        f"{ours['bytes'] / 2**20:.0f}",
+        f"{plain['bytes'] / ours['bytes']:.1f}",
+        f"{ours['operations'] / 1e9:.1f}",
+        f"{ours['operations'] / ours['seconds'] / 1e9:.0f}",
+        f"{1e3 * floor:.0f}",
+        f"{ours['seconds'] / floor:.1f}",
+    ]
+
+
+def plot(path: Path, facts: dict, results: list[dict]) -> None:
+    """Time and memory of both sides, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    names = [
+        f"{r['model']} {r['what']}, {r['subjects']} subj., {r['batch']} img., {r['precision']}"
+        for r in results
+    ]
+    figure = Figure(figsize=(11, 1.6 + 0.42 * len(results)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    units = (("seconds", 1e3, "milliseconds"), ("bytes", 2**-20, "MB at most"))
+    for axis, (key, scale, label) in zip(axes, units, strict=True):
+        for side, shift, colour in (("plain", -0.2, "#999999"), ("ours", 0.2, "#0072B2")):
+            values = [scale * r[side][key] for r in results]
+            places = [i + shift for i in range(len(results))]
+            axis.barh(places, values, 0.4, color=colour, label="MIFO" if side == "ours" else side)
+        axis.set(xscale="log", xlabel=label)
+    axes[0].set_yticks(range(len(results)), names)
+    axes[0].invert_yaxis()
+    axes[1].legend()
+    figure.suptitle(facts["machine"], fontsize=9)
+    figure.savefig(path, dpi=110)

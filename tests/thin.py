@@ -1,0 +1,61 @@
+"""Thin random models of Stable Diffusion's shapes, built from their configs in a blink."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def thin_unet(levels: int = 4, seed: int = 0, **settings) -> UNet2DConditionModel:
+    """A UNet of one layer a block and 16 channels in two heads; ``settings`` go to its config."""
+    plain = {
+        "sample_size": 16,
+        "block_out_channels": (16,) * levels,
+        "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    }
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**(plain | settings)).requires_grad_(False).eval()
+
+
+def thin_scheduler(**settings) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, **settings,
+    )  # fmt: skip
+
+
+def thin_pipeline(
+    tokenizer: Path, unet: UNet2DConditionModel, scheduler
+) -> StableDiffusionPipeline:
+    """A whole pipeline around a UNet, with an eightfold VAE and the tokenizer of a folder."""
+    torch.manual_seed(1)
+    width = unet.config.cross_attention_dim
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=552, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1,
+            num_attention_heads=2, bos_token_id=550, eos_token_id=551, pad_token_id=0,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=4,
+        sample_size=8 * unet.config.sample_size,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
