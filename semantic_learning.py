@@ -94,15 +94,18 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def learn_one(config: LearningConfig, options: argparse.Namespace, device: str) -> None:
     """Check one instance folder, tell the plan, and carry it out unless it is a dry run."""
-    from mifo import learning
+    from mifo.learning import learn
+    from mifo.plan import check_target, describe, estimate_seconds, make_plan, saved_seed
 
-    learning.check_target(config, options.resume, options.overwrite or options.dry_run)
+    check_target(config, options.resume, options.overwrite or options.dry_run)
     if options.resume and config.seed is None:
-        config = replace(config, seed=learning.saved_seed(config))
-    plan = learning.make_plan(replace(config, seed=chosen_seed(config.seed)), device)
-    print(learning.describe(plan))
-    if not options.dry_run:
-        print(f"learned: {learning.learn(plan, options.resume)}")
+        config = replace(config, seed=saved_seed(config))
+    plan = make_plan(replace(config, seed=chosen_seed(config.seed)), device)
+    print(describe(plan))
+    if options.dry_run:
+        print(f"time         about {estimate_seconds(plan) / 60:.0f} minutes (an estimate)")
+    else:
+        print(f"learned: {learn(plan, options.resume)}")
 
 
 def main(argv: list[str] | None = None) -> None:

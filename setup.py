@@ -13,20 +13,28 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=["mifo", "toybox"],
-    py_modules=["semantic_learning", "semantic_synthesis", "visual_box_mask"],
+    py_modules=[
+        "semantic_learning",
+        "semantic_synthesis",
+        "semantic_evaluation",
+        "semantic_export",
+        "visual_box_mask",
+    ],
     package_data={
         "toybox": ["sprites/*", "model/*", "model/*/*", "classifier.*"],
     },
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         *(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
         "mifo-lora",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.17"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.21"]},
     entry_points={
         "console_scripts": [
             "mifo-learn = semantic_learning:main",
             "mifo-synthesise = semantic_synthesis:main",
+            "mifo-evaluate = semantic_evaluation:main",
+            "mifo-export = semantic_export:main",
             "mifo-boxes = visual_box_mask:main",
         ]
     },

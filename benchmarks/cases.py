@@ -115,7 +115,7 @@ def make_work(row: Row, is_plain: bool, device: str, steps: int) -> tuple[BaseMo
     rows = initial_rows(base.tokenizer, base.text_encoder, ids, (), SEED).to(device)
     if is_plain:
         plain.require_gradients(base)
-    else:
+    elif row.precision != "fp32":
         base.unet.to(PRECISIONS[row.precision])
     if row.what in SYNTHESIS:
         write_rows(base.text_encoder, ids, rows)

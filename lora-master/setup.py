@@ -13,6 +13,6 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=["mifo_lora"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
 )

@@ -3,7 +3,7 @@
 Axes: b batch, h heads, n query pixels, m keys (pixels or tokens), d channels a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -113,12 +113,31 @@ def attend_in_groups(
     for of_sample, q, k, v in zip(groups, *samples, strict=True):
         parts = [
             F.scaled_dot_product_attention(
-                q[:, :, queries], k[:, :, keys], v[:, :, keys], scale=scale
+                q.index_select(2, queries),
+                k.index_select(2, keys),
+                v.index_select(2, keys),
+                scale=scale,
             )
             for queries, keys in of_sample.parts
         ]
-        out.append(torch.cat(parts, dim=2)[:, :, of_sample.order])
+        out.append(torch.cat(parts, dim=2).index_select(2, of_sample.order))
     return torch.stack(out, dim=1).flatten(0, 1)
+
+
+class Processor:
+    """A function as diffusers' attention processor.
+
+    diffusers inspects the signature of ``__call__`` whenever a layer runs, which takes ten times
+    longer for a function than for an instance.
+    """
+
+    def __init__(self, process: Callable):
+        self.process = process
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_
+    ) -> Tensor:
+        return self.process(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
 class Recorder:
@@ -132,7 +151,7 @@ class Recorder:
         self.maps: dict[str, Tensor] = {}
 
     def processor(self, name: str):
-        def process(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        def process(attn, hidden_states, encoder_hidden_states, attention_mask):
             mask = None if attention_mask is None else attention_mask[:, None]  # b 1 1 m
             out, attention = attend(
                 attn, hidden_states, encoder_hidden_states, mask, probabilities=True
@@ -140,7 +159,7 @@ class Recorder:
             self.maps[name] = attention.mean(dim=1)
             return out
 
-        return process
+        return Processor(process)
 
 
 class BoxControl:
@@ -160,9 +179,9 @@ class BoxControl:
         self.unet, self.tokens, self.regions = unet, tokens, regions
         self.grids = pixel_grids(unet, size)
         decoder = decoder_block(unet)
-        layers = attention_layers(unet)
-        self.map_layers = [n for n in layers if n.startswith(decoder)]
-        self.loss_layers = [n for n in layers if n.startswith("mid_block.")] + self.map_layers
+        self.layers = list(attention_layers(unet))
+        self.map_layers = [n for n in self.layers if n.startswith(decoder)]
+        self.loss_layers = [n for n in self.layers if n.startswith("mid_block.")] + self.map_layers
         self.map_grid = layer_grid(unet, size, decoder)
         self.refiner: Refiner | None = None
         self._masses: dict[str, tuple[Tensor, Tensor]] = {}
@@ -177,13 +196,13 @@ class BoxControl:
         The pass ends (see :func:`leave_early`) after the last layer that the box loss reads.
         """
         self._masses.clear()
-        names = attention_layers(self.unet)
-        return processors(self.unet, {name: self._guidance_processor(name) for name in names})
+        return processors(self.unet, {name: self._guidance_processor(name) for name in self.layers})
 
     def denoising(self):
         """Context manager: processors of a denoising pass over [unconditional; conditional]."""
-        names = attention_layers(self.unet)
-        return processors(self.unet, {name: self._denoising_processor(name) for name in names})
+        return processors(
+            self.unet, {name: self._denoising_processor(name) for name in self.layers}
+        )
 
     def masses(self, kind: str) -> tuple[Tensor, Tensor]:
         """F and B of the last guidance pass, each [b, s], means over the loss layers of a kind."""
@@ -207,7 +226,7 @@ class BoxControl:
         read = name in self.loss_layers
         last = name == self.loss_layers[-1]
 
-        def process(attn, hidden_states, encoder_hidden_states=None, **_):
+        def process(attn, hidden_states, encoder_hidden_states, attention_mask):
             grid = self.grids[hidden_states.shape[1]]
             regions = self.regions.at(*grid)
             if encoder_hidden_states is None:
@@ -222,12 +241,12 @@ class BoxControl:
                 raise _Left
             return out
 
-        return process
+        return Processor(process)
 
     def _denoising_processor(self, name: str):
         record = name in self.map_layers
 
-        def process(attn, hidden_states, encoder_hidden_states=None, **_):
+        def process(attn, hidden_states, encoder_hidden_states, attention_mask):
             grid = self.grids[hidden_states.shape[1]]
             half = len(hidden_states) // 2
             crosswise = encoder_hidden_states is not None
@@ -245,7 +264,7 @@ class BoxControl:
                 self.refiner.add("cross" if crosswise else "self", attention)
             return out
 
-        return process
+        return Processor(process)
 
 
 class _Left(Exception):
@@ -262,12 +281,12 @@ def leave_early() -> Iterator[None]:
 @contextmanager
 def processors(unet, new: dict[str, object]) -> Iterator[None]:
     """Install attention processors by layer name; put the former ones back, whatever happens."""
-    layers = attention_layers(unet)
-    former = {name: layers[name].processor for name in new}
+    layers = {name: unet.get_submodule(name) for name in new}
+    former = {name: layer.processor for name, layer in layers.items()}
     try:
-        for name, processor in new.items():
-            layers[name].processor = processor
+        for name, layer in layers.items():
+            layer.processor = new[name]
         yield
     finally:
-        for name, processor in former.items():
-            layers[name].processor = processor
+        for name, layer in layers.items():
+            layer.processor = former[name]

@@ -1,4 +1,4 @@
-"""Semantic learning: the two stages, from an instance folder to a learned folder."""
+"""Semantic learning: the two stages, from a plan to a learned folder."""
 
 import logging
 import shutil
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,180 +20,22 @@ from mifo.checkpoint import (
     unpack_optimizer,
     write_checkpoint,
 )
-from mifo.config import LearningConfig
-from mifo.instance import Instance, asset_token, coverage_report, read_instance
-from mifo.learned import (
-    FORMAT,
-    MANIFEST,
-    PIPELINE,
-    check_name,
-    check_writable,
-    recover,
-    replacing,
-    write_learned,
-    write_pipeline,
-)
-from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
+from mifo.instance import asset_token
+from mifo.learned import FORMAT, PIPELINE, replacing, write_learned, write_pipeline
 from mifo.objective import Views, step_loss, supervised_layers
-from mifo.priors import class_latents, encode_class_images, find_class_images
-from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows, lend_rows, write_rows
+from mifo.plan import CHECKPOINT, Plan, check_same, inputs_of, kept_settings
+from mifo.priors import class_latents, encode_class_images
+from mifo.tokens import lend_rows, write_rows
 from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict
 
 log = logging.getLogger(__name__)
 
 UNET_TARGETS = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 TEXT_TARGETS = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-CHECKPOINT = "checkpoint.safetensors"
-#: Settings that may differ between a run and its resumption.
-FREE_SETTINGS = {"folder_path", "output_dir", "offline", "checkpoint_steps", "save_pipeline"}
 
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C, at the end of a step, which is saved."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked run: what it will do, before anything long has started.
-
-    ids, rows: the asset tokens, which the base model has got, and their first embeddings.
-    """
-
-    config: LearningConfig
-    base: BaseModel
-    instance: Instance
-    ids: list[int]
-    rows: Tensor
-    device: str
-    dtype: torch.dtype
-    class_images: list[Path] | None
-
-    @property
-    def target(self) -> Path:
-        return _target(self.config)
-
-    @property
-    def work(self) -> Path:
-        """Where the checkpoint of the unfinished run lies."""
-        return _work(self.config)
-
-    @property
-    def stages(self) -> tuple[tuple[int, int], ...]:
-        """(stage, steps) of the stages that have steps."""
-        steps = {1: self.config.train_steps, 2: self.config.finetune_steps}
-        if self.config.finetune == "none":
-            steps[2] = 0
-        return tuple((stage, count) for stage, count in steps.items() if count)
-
-    @property
-    def has_prior(self) -> bool:
-        return bool(self.config.prior_weight) and any(stage == 2 for stage, _ in self.stages)
-
-
-def _target(config: LearningConfig) -> Path:
-    return Path(config.output_dir) / config.instance
-
-
-def _work(config: LearningConfig) -> Path:
-    return Path(config.output_dir) / f".{config.instance}.work"
-
-
-def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where a result or an unfinished run is in the way, or nothing to resume."""
-    check_name(config.instance, "instance")
-    target, checkpoint = _target(config), _work(config) / CHECKPOINT
-    check_writable(target.parent, "output_dir")
-    recover(target)
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise ValueError(f"{target} is there and is no learned folder; give another --output_dir")
-    if resume and not checkpoint.is_file():
-        raise ValueError(f"there is no unfinished run at {checkpoint.parent}; leave out --resume")
-    if target.exists() and not (overwrite or resume):
-        raise ValueError(f"{target} is there already; give --overwrite to learn it anew")
-    if checkpoint.is_file() and not (overwrite or resume):
-        raise ValueError(
-            f"{checkpoint.parent} holds an unfinished run; go on with --resume, or start anew with "
-            "--overwrite"
-        )
-
-
-def check_settings(config: LearningConfig) -> None:
-    """Raises ValueError for settings that make no sense."""
-    positive = ("lora_rank", "num_class_images", "checkpoint_steps")
-    for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
-        value, least = getattr(config, name), int(name in positive)
-        if value < least:
-            raise ValueError(f"--{name} is {value}; give a whole number from {least} on")
-    rates = ("learning_rate", "finetune_learning_rate", "weight_decay", "prior_weight")
-    for name in rates:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} is {value}; give a number from 0 on")
-    if not 0 < config.max_grad_norm < float("inf"):
-        raise ValueError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
-    if not config.train_steps and (config.finetune == "none" or not config.finetune_steps):
-        raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
-    if ASSET.search(config.class_prompt):
-        raise ValueError(
-            f"--class_prompt {config.class_prompt!r} names an asset, which the base model does not "
-            "know; name the kind of thing, as in 'a photo of a chair'"
-        )
-
-
-def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
-    """Read and check everything that a run on a torch device needs, the cheapest first."""
-    check_settings(config)
-    dtype = choose_precision(config.mixed_precision, device)
-    folder = Path(config.folder_path) / config.instance
-    source = choose_model(config.model_path, device)
-    pictures = find_class_images(config.class_images) if config.class_images else None
-    base, sizes = None, read_sizes(source, config.offline)
-    if sizes is None:  # a single file tells its sizes only when it is loaded
-        base = load_base(source, config.offline)
-        sizes = base.resolution, base.multiple
-    instance = read_instance(folder, *sizes, config.resize)
-    base = base or load_base(source, config.offline)
-    encode_ids(base.tokenizer, config.class_prompt)
-    ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(instance.masks))
-    words = config.initializer_tokens
-    rows = initial_rows(base.tokenizer, base.text_encoder, ids, words, config.seed)
-    return Plan(config, base, instance, ids, rows, device, dtype, pictures)
-
-
-def describe(plan: Plan) -> str:
-    """The plan in words, with an estimate of memory and work."""
-    config, base = plan.config, plan.base
-    height, width = plan.instance.image.shape[:2]
-    count = {
-        n: sum(p.numel() for p in getattr(base, n).parameters())
-        for n in ("unet", "text_encoder", "vae")
-    }
-    size = torch.finfo(plan.dtype).bits // 8
-    if config.finetune == "full":
-        memory = 16 * (count["unet"] + count["text_encoder"])  # weights, gradients, two moments
-    else:
-        memory = size * count["unet"] + 4 * (count["text_encoder"] + count["vae"])
-    # Activations kept for the backward pass: some 160 values for each latent pixel and channel.
-    channels = sum(base.unet.config.block_out_channels)
-    activations = size * 160 * channels * height * width // base.vae_factor**2
-    memory += activations // (8 if config.gradient_checkpointing else 1)
-    images = config.class_images or f"{config.num_class_images} to make"
-    lines = [
-        f"base model   {base.source} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
-        f"instance     {plan.instance.folder}: {len(plan.instance.masks)} masks, {width}×{height}",
-        *(f"             {line}" for line in coverage_report(plan.instance).splitlines()),
-        *(f"stage {stage}      {steps} steps" for stage, steps in plan.stages),
-        f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
-        f"seed         {config.seed}",
-        f"class images {images if plan.has_prior else 'none'}",
-        f"memory       about {memory / 2**30:.1f} GiB (an estimate)",
-        f"writes       {plan.target}",
-    ]
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------
-# the run
 
 
 class _Run:
@@ -303,7 +145,7 @@ class _Run:
             elif stage == 2:
                 state = {k: v.cpu() for k, v in module.state_dict().items()}
             tensors |= {f"{part}:{key}": value for key, value in state.items()}
-        facts = {"settings": _kept_settings(self.config), "inputs": _inputs(self.plan)}
+        facts = {"settings": kept_settings(self.config), "inputs": inputs_of(self.plan)}
         facts["schedule"] = self.schedule.state_dict()
         facts["schedule"].pop("lr_lambdas", None)
         return Checkpoint(stage, step, tensors, facts)
@@ -346,7 +188,7 @@ def learn(plan: Plan, resume: bool = False) -> Path:
     path = plan.work / CHECKPOINT
     saved = read_checkpoint(path) if resume else None
     if saved:
-        _check_same(saved, plan)
+        check_same(saved, plan)
     run = _Run(plan)
     if not resume:
         shutil.rmtree(plan.work, ignore_errors=True)
@@ -364,31 +206,6 @@ def learn(plan: Plan, resume: bool = False) -> Path:
         raise
     shutil.rmtree(plan.work, ignore_errors=True)
     return plan.target
-
-
-def _check_same(saved: Checkpoint, plan: Plan) -> None:
-    """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
-    then, now = saved.facts["settings"], _kept_settings(plan.config)
-    if differ := ", ".join(f"--{k} {then[k]}" for k in then if then[k] != now.get(k)):
-        raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
-    inputs = _inputs(plan)
-    if changed := [
-        name for name, digest in saved.facts["inputs"].items() if digest != inputs[name]
-    ]:
-        raise ValueError(
-            f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
-            "with --overwrite"
-        )
-
-
-def _inputs(plan: Plan) -> dict:
-    """What a run reads, by hash."""
-    return {
-        "base model": plan.base.digest,
-        "picture": plan.instance.image_hash,
-        "set of masks": list(plan.instance.mask_hashes),
-        "set of class images": [str(path) for path in plan.class_images or ()],
-    }
 
 
 def _run_stage(
@@ -486,17 +303,6 @@ def _tail_mean(values: list[float], count: int = 50) -> float | None:
     return sum(tail) / len(tail) if tail else None
 
 
-def _kept_settings(config: LearningConfig) -> dict:
-    """The settings that a resumed run has to share, in JSON's types."""
-    return {
-        field.name: list(value)
-        if isinstance(value := getattr(config, field.name), tuple)
-        else value
-        for field in fields(config)
-        if field.name not in FREE_SETTINGS
-    }
-
-
 @contextmanager
 def _finish_step_on_interrupt() -> Iterator[threading.Event]:
     """Within, the first Ctrl-C sets the event; a second one interrupts at once."""
@@ -515,8 +321,3 @@ def _finish_step_on_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, former)
-
-
-def saved_seed(config: LearningConfig) -> int:
-    """The seed of the unfinished run that ``--resume`` goes on with."""
-    return read_checkpoint(_work(config) / CHECKPOINT).facts["settings"]["seed"]

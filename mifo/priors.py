@@ -19,7 +19,7 @@ from mifo_lora import read_lora as read_tensors
 from mifo_lora import save_lora as save_tensors
 
 log = logging.getLogger(__name__)
-STEPS, GUIDANCE_SCALE = 50, 7.5
+STEPS, GUIDANCE_SCALE = 25, 7.5
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 

@@ -136,8 +136,8 @@ def contact_sheet(
 ) -> Image.Image:
     """A row for each case: its photo, then the pictures with their boxes.
 
-    A box says which instance it is for, and after an arrow for which one it is taken, should that
-    be another (in the first feature space).
+    A box says which instance it is for; "0 > 1" is a box for 0 that the first feature space takes
+    for 1.
     """
     columns = 1 + max(map(len, records))
     line = TILE // 12
@@ -163,7 +163,7 @@ def _labels(record: dict) -> list[str]:
     labels = []
     for own, row in zip(record["own"], first["similarities"], strict=True):
         taken = int(np.argmax(row))
-        labels.append(f"{own}" if taken == own else f"{own} → {taken}")
+        labels.append(f"{own}" if taken == own else f"{own} > {taken}")
     return labels
 
 

@@ -77,7 +77,7 @@ def guide(
             chosen = latents[active].requires_grad_()
             with torch.enable_grad():
                 with control.guidance(), leave_early():
-                    unet(chosen.to(unet.dtype), timestep, text.expand(len(active), -1, -1))
+                    unet(chosen.to(text.dtype), timestep, text.expand(len(active), -1, -1))
                 cross, self_ = control.masses("cross"), control.masses("self")
                 loss = box_loss(
                     cross, self_, box_alpha(step), config.cross_weight, config.self_weight
@@ -141,7 +141,7 @@ def denoise(
             latents = guide(unet, control, latents, timestep, text[1:], step, config, watch)
         guided = latents
         model_input = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        model_input = model_input.to(unet.dtype)
+        model_input = model_input.to(text.dtype)
         if control:
             with control.denoising():
                 predicted = unet(model_input, timestep, both).sample

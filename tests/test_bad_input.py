@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 import semantic_learning
 import semantic_synthesis
 import visual_box_mask
-from mifo import learned, learning
+from mifo import learned, plan
 
 TOYS, LEARNED, MODEL = Path("examples/toys"), Path("learned/toys"), Path("model")
 IMAGE, MASK0, MASK1 = (TOYS / name for name in ("img.jpg", "mask0.png", "mask1.png"))
@@ -309,7 +309,7 @@ def without_model(monkeypatch):
     def loaded(*args):
         raise AssertionError("the base model was loaded before the input was checked")
 
-    for module in (learning, learned):
+    for module in (plan, learned):
         monkeypatch.setattr(module, "load_base", loaded)
 
 

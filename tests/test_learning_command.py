@@ -16,6 +16,7 @@ from PIL import Image
 import mifo.figures
 from mifo import learning, priors
 from mifo.learned import LORA, load_learned, open_learned
+from mifo.models import load_base
 from mifo.tokens import encode_ids
 from mifo_lora import read_lora
 from semantic_learning import main
@@ -162,7 +163,7 @@ def test_lora_without_steps_opens(learn, monkeypatch):
 def test_initializer_tokens_and_gradient_checkpointing(learn, small_sd):
     options = ("--learning_rate", 0, "--finetune", "none", "--train_steps", 1)
     folder = learn("--initializer_tokens", "a", "photo", "--gradient_checkpointing", *options)
-    base = learning.load_base(str(small_sd))
+    base = load_base(str(small_sd))
     for index, word in enumerate(("a", "photo")):
         pieces = base.tokenizer(word, add_special_tokens=False).input_ids
         wanted = base.text_encoder.get_input_embeddings().weight[pieces].mean(0)
@@ -213,7 +214,14 @@ def test_dry_run_writes_nothing(learn, folder, capsys):
     learn("--dry_run")
     assert tree(folder) == []
     plan = capsys.readouterr().out
-    for words in ("stage 1      3 steps", "stage 2      2 steps", "GiB", "2 masks", "out/toys"):
+    for words in (
+        "stage 1      3 steps",
+        "stage 2      2 steps",
+        "GiB",
+        "minutes",
+        "2 masks",
+        "out/toys",
+    ):
         assert words in plan
 
 

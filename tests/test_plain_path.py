@@ -1,5 +1,6 @@
 """What MIFO computes equals the plain path (benchmarks/plain.py), within 1e-4 in float32."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 import mifo.attention
-from benchmarks import plain
+from benchmarks import cases, plain, run
 from mifo.boxes import Box
 from mifo.config import GuidanceConfig
 from mifo.learning import TEXT_TARGETS, UNET_TARGETS
@@ -182,3 +183,19 @@ def test_the_picture_is_encoded_anew_or_once_alike(small_sd):
     for flip in (0, 1):
         for ours, theirs in zip(views.moments[flip], fresh[flip], strict=True):
             assert_equal(ours, theirs)
+
+
+def test_the_benchmark_writes_what_it_measured(small_sd, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cases, "TINY_SD", small_sd)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    what = ["--what", "guidance", "learning", "--subjects", "3", "--steps", "1", "--repeats", "1"]
+    threads = str(torch.get_num_threads())
+    run.main(["--device", "cpu", "--model", "tiny_sd", *what, "--threads", threads])
+    numbers = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["what"] for row in numbers["rows"]] == ["guidance", "learning"]
+    for row in numbers["rows"]:
+        assert row["plain"]["bytes"] > row["ours"]["bytes"] > 5e6  # the weights alone are 5 MB
+        assert row["ours"]["operations"] > 1e8
+        assert row["ours"]["seconds"] > row["floor"] > 0
+    assert "| tiny_sd | guidance | 3 | 1 | fp32 |" in capsys.readouterr().out
+    assert (tmp_path / "cpu.png").stat().st_size > 0

@@ -1,0 +1,223 @@
+"""The plan of a learning run: everything read and checked before anything long starts."""
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mifo.checkpoint import Checkpoint, read_checkpoint
+from mifo.config import LearningConfig
+from mifo.instance import Instance, coverage_report, read_instance
+from mifo.learned import MANIFEST, check_name, check_writable, recover
+from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
+from mifo.priors import STEPS, find_class_images
+from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows
+
+CHECKPOINT = "checkpoint.safetensors"
+#: Settings that may differ between a run and its resumption.
+FREE_SETTINGS = {"folder_path", "output_dir", "offline", "checkpoint_steps", "save_pipeline"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: what it will do, before anything long has started.
+
+    ids, rows: the asset tokens, which the base model has got, and their first embeddings.
+    """
+
+    config: LearningConfig
+    base: BaseModel
+    instance: Instance
+    ids: list[int]
+    rows: Tensor
+    device: str
+    dtype: torch.dtype
+    class_images: list[Path] | None
+
+    @property
+    def target(self) -> Path:
+        return target_folder(self.config)
+
+    @property
+    def work(self) -> Path:
+        return work_folder(self.config)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """(stage, steps) of the stages that have steps."""
+        steps = {1: self.config.train_steps, 2: self.config.finetune_steps}
+        if self.config.finetune == "none":
+            steps[2] = 0
+        return tuple((stage, count) for stage, count in steps.items() if count)
+
+    @property
+    def has_prior(self) -> bool:
+        return bool(self.config.prior_weight) and any(stage == 2 for stage, _ in self.stages)
+
+
+def target_folder(config: LearningConfig) -> Path:
+    """Where the learned folder will be."""
+    return Path(config.output_dir) / config.instance
+
+
+def work_folder(config: LearningConfig) -> Path:
+    """Where the checkpoint of the unfinished run lies."""
+    return Path(config.output_dir) / f".{config.instance}.work"
+
+
+def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError where a result or an unfinished run is in the way, or nothing to resume."""
+    check_name(config.instance, "instance")
+    target, checkpoint = target_folder(config), work_folder(config) / CHECKPOINT
+    check_writable(target.parent, "output_dir")
+    recover(target)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise ValueError(f"{target} is there and is no learned folder; give another --output_dir")
+    if resume and not checkpoint.is_file():
+        raise ValueError(f"there is no unfinished run at {checkpoint.parent}; leave out --resume")
+    if target.exists() and not (overwrite or resume):
+        raise ValueError(f"{target} is there already; give --overwrite to learn it anew")
+    if checkpoint.is_file() and not (overwrite or resume):
+        raise ValueError(
+            f"{checkpoint.parent} holds an unfinished run; go on with --resume, or start anew with "
+            "--overwrite"
+        )
+
+
+def check_settings(config: LearningConfig) -> None:
+    """Raises ValueError for settings that make no sense."""
+    positive = ("lora_rank", "num_class_images", "checkpoint_steps")
+    for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
+        value, least = getattr(config, name), int(name in positive)
+        if value < least:
+            raise ValueError(f"--{name} is {value}; give a whole number from {least} on")
+    rates = ("learning_rate", "finetune_learning_rate", "weight_decay", "prior_weight")
+    for name in rates:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} is {value}; give a number from 0 on")
+    if not 0 < config.max_grad_norm < float("inf"):
+        raise ValueError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
+    if not config.train_steps and (config.finetune == "none" or not config.finetune_steps):
+        raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
+    if ASSET.search(config.class_prompt):
+        raise ValueError(
+            f"--class_prompt {config.class_prompt!r} names an asset, which the base model does not "
+            "know; name the kind of thing, as in 'a photo of a chair'"
+        )
+
+
+def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
+    """Read and check everything that a run on a torch device needs, the cheapest first."""
+    check_settings(config)
+    dtype = choose_precision(config.mixed_precision, device)
+    folder = Path(config.folder_path) / config.instance
+    source = choose_model(config.model_path, device)
+    pictures = find_class_images(config.class_images) if config.class_images else None
+    base, sizes = None, read_sizes(source, config.offline)
+    if sizes is None:  # a single file tells its sizes only when it is loaded
+        base = load_base(source, config.offline)
+        sizes = base.resolution, base.multiple
+    instance = read_instance(folder, *sizes, config.resize)
+    base = base or load_base(source, config.offline)
+    encode_ids(base.tokenizer, config.class_prompt)
+    ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(instance.masks))
+    words = config.initializer_tokens
+    rows = initial_rows(base.tokenizer, base.text_encoder, ids, words, config.seed)
+    return Plan(config, base, instance, ids, rows, device, dtype, pictures)
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words, with an estimate of memory and work."""
+    config, base = plan.config, plan.base
+    height, width = plan.instance.image.shape[:2]
+    count = {
+        n: sum(p.numel() for p in getattr(base, n).parameters())
+        for n in ("unet", "text_encoder", "vae")
+    }
+    size = torch.finfo(plan.dtype).bits // 8
+    if config.finetune == "full":
+        memory = 16 * (count["unet"] + count["text_encoder"])  # weights, gradients, two moments
+    else:
+        memory = size * count["unet"] + 4 * (count["text_encoder"] + count["vae"])
+    # Activations kept for the backward pass: some 160 values for each latent pixel and channel.
+    channels = sum(base.unet.config.block_out_channels)
+    activations = size * 160 * channels * height * width // base.vae_factor**2
+    memory += activations // (8 if config.gradient_checkpointing else 1)
+    images = config.class_images or f"{config.num_class_images} to make"
+    lines = [
+        f"base model   {base.source} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
+        f"instance     {plan.instance.folder}: {len(plan.instance.masks)} masks, {width}×{height}",
+        *(f"             {line}" for line in coverage_report(plan.instance).splitlines()),
+        *(f"stage {stage}      {steps} steps" for stage, steps in plan.stages),
+        f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
+        f"seed         {config.seed}",
+        f"class images {images if plan.has_prior else 'none'}",
+        f"memory       about {memory / 2**30:.1f} GiB (an estimate)",
+        f"writes       {plan.target}",
+    ]
+    return "\n".join(lines)
+
+
+def estimate_seconds(plan: Plan) -> float:
+    """About how long a run takes, from one timed pass of its UNet; a backward pass counts twice."""
+    base, (height, width) = plan.base, plan.instance.image.shape[:2]
+    unet = base.unet.to(plan.device, plan.dtype)
+    latents = torch.zeros(
+        1, unet.config.in_channels, height // base.vae_factor, width // base.vae_factor
+    )
+    text = torch.zeros(1, base.tokenizer.model_max_length, base.text_encoder.config.hidden_size)
+    latents, text = (x.to(plan.device, plan.dtype) for x in (latents, text))
+    with torch.inference_mode():
+        for _ in range(2):  # the first pass also warms up
+            start = time.perf_counter()
+            unet(latents, torch.zeros(1, device=plan.device), text).sample.cpu()
+            seconds = time.perf_counter() - start
+    passes = sum(3 * steps for _, steps in plan.stages)
+    if plan.has_prior:
+        passes += 3 * plan.config.finetune_steps
+        passes += 0 if plan.class_images else 2 * STEPS * plan.config.num_class_images
+    return passes * seconds
+
+
+def check_same(saved: Checkpoint, plan: Plan) -> None:
+    """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
+    then, now = saved.facts["settings"], kept_settings(plan.config)
+    if differ := ", ".join(f"--{k} {then[k]}" for k in then if then[k] != now.get(k)):
+        raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
+    inputs = inputs_of(plan)
+    if changed := [
+        name for name, digest in saved.facts["inputs"].items() if digest != inputs[name]
+    ]:
+        raise ValueError(
+            f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
+            "with --overwrite"
+        )
+
+
+def inputs_of(plan: Plan) -> dict:
+    """What a run reads, by hash."""
+    return {
+        "base model": plan.base.digest,
+        "picture": plan.instance.image_hash,
+        "set of masks": list(plan.instance.mask_hashes),
+        "set of class images": [str(path) for path in plan.class_images or ()],
+    }
+
+
+def kept_settings(config: LearningConfig) -> dict:
+    """The settings that a resumed run has to share, in JSON's types."""
+    return {
+        field.name: list(value)
+        if isinstance(value := getattr(config, field.name), tuple)
+        else value
+        for field in fields(config)
+        if field.name not in FREE_SETTINGS
+    }
+
+
+def saved_seed(config: LearningConfig) -> int:
+    """The seed of the unfinished run that ``--resume`` goes on with."""
+    return read_checkpoint(work_folder(config) / CHECKPOINT).facts["settings"]["seed"]
