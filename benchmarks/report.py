@@ -68,10 +68,12 @@ def plot(path: Path, facts: dict, results: list[dict]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     units = (("seconds", 1e3, "milliseconds"), ("bytes", 2**-20, "MB at most"))
     for axis, (key, scale, label) in zip(axes, units, strict=True):
-        for side, shift, colour in (("plain", -0.2, "#999999"), ("ours", 0.2, "#0072B2")):
-            values = [scale * r[side][key] for r in results]
-            places = [i + shift for i in range(len(results))]
-            axis.barh(places, values, 0.4, color=colour, label="MIFO" if side == "ours" else side)
+        values = [[scale * r[side][key] for r in results] for side in ("plain", "ours")]
+        axis.hlines(range(len(results)), *values, color="#CCCCCC")
+        for side, name, colour in zip(
+            values, ("plain", "MIFO"), ("#999999", "#0072B2"), strict=True
+        ):
+            axis.plot(side, range(len(results)), "o", color=colour, label=name)
         axis.set(xscale="log", xlabel=label)
     axes[0].set_yticks(range(len(results)), names)
     axes[0].invert_yaxis()

@@ -233,7 +233,7 @@ class Refiner:
         cross = normalise_columns(self.mean("cross")).cpu()
         self_ = normalise_columns(self.mean("self")).cpu()
         current = current.cpu().expand(len(cross), -1, -1)
-        clusters = 3 * len(self.boxes)
+        clusters = min(3 * len(self.boxes), self_.shape[-1])  # a very small map has fewer pixels
         regions = []
         for image in range(len(cross)):
             labels = self._cluster(image, self_[image], clusters)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import semantic_export
 import semantic_learning
 import semantic_synthesis

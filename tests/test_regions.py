@@ -254,3 +254,12 @@ def test_refiner_clusters_each_image_by_itself():
     both.add("self", torch.cat([self_, self_]))
     refined = both.refine(both.boxes[None])
     assert torch.equal(refined[:, 0, 0], rows("110000 000011"))
+
+
+def test_a_map_of_fewer_pixels_than_clusters_is_refined():
+    boxes = [Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)]
+    refiner = Refiner((1, 4), boxes, seeds=[0])
+    refiner.add("cross", torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.1, 0.8], [0.1, 0.9]]]))
+    refiner.add("self", torch.eye(4)[None])
+    refined = refiner.refine(box_regions(boxes, 1, 4).flatten(2))
+    assert torch.equal(refined[0, :, 0], rows("1100 0011"))

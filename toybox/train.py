@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -128,11 +130,15 @@ class Trainer:
         report: Callable[[int], None] | None = None,
         report_every: int = 1000,
     ) -> None:
-        """Go on to ``steps`` steps; save every ``every`` seconds and on Ctrl-C."""
+        """Go on to ``steps`` steps; save every ``every`` seconds and on Ctrl-C.
+
+        A stop in the middle of an update is not saved: the last checkpoint stands then.
+        """
         done = len(self.losses)
         saved = started = time.monotonic()
         before = self.seconds
         progress = tqdm(range(done, steps), self.name, total=steps, initial=done)
+        whole = True
         try:
             for index in progress:
                 for group in self.optimizer.param_groups:
@@ -143,9 +149,11 @@ class Trainer:
                 loss = step(index)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                whole = False
                 self.optimizer.step()
                 self.ema.update(index)
                 self.losses.append(loss.item())
+                whole = True
                 now = time.monotonic()
                 self.seconds = before + now - started
                 if index % 20 == 0:
@@ -156,7 +164,8 @@ class Trainer:
                     self.save()
                     saved = now
         finally:
-            self.save()
+            if whole:
+                self.save()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -204,9 +213,16 @@ def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> 
 # the two stages
 
 
-def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path):
+def begin_from(module: torch.nn.Module, start: Path | None, part: str) -> torch.nn.Module:
+    """Give a module the weights of the same part of a saved pipeline, if one is given."""
+    if start is not None:
+        module.load_state_dict(type(module).from_pretrained(start / part).float().state_dict())
+    return module
+
+
+def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path, start: Path | None = None):
     torch.manual_seed(config.seed)
-    vae = toybox_model.build_vae(shape)
+    vae = begin_from(toybox_model.build_vae(shape), start, "vae")
     trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr)
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
@@ -273,10 +289,12 @@ def train_unet(
     scale: float,
     tokenizer,
     report=None,
+    start: Path | None = None,
 ):
     torch.manual_seed(config.seed + 1)
-    unet = toybox_model.build_unet(shape)
+    unet = begin_from(toybox_model.build_unet(shape), start, "unet")
     text_encoder = toybox_model.build_text_encoder(shape, tokenizer)
+    begin_from(text_encoder, start, "text_encoder")
     trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr)
     scheduler = toybox_model.build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -382,21 +400,28 @@ def main(argv: list[str] | None = None) -> None:
         "--work", type=Path, default=Path("toybox_work"), help="checkpoints, curves"
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
+    parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     for name, value in asdict(TrainConfig()).items():
         more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
-    work, output = arguments.pop("work"), arguments.pop("output")
+    work, output, start = (arguments.pop(name) for name in ("work", "output", "start"))
     arguments["kinds"] = tuple(arguments["kinds"])
     config, shape = TrainConfig(**arguments), ToyboxConfig()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work.mkdir(parents=True, exist_ok=True)
 
-    vae, vae_trainer = train_vae(config, shape, work)
+    if start is not None:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(start / "tokenizer" / name, work / name)
+    vae, vae_trainer = train_vae(config, shape, work, start)
     quality = psnr(vae, config, shape)
     log.info("autoencoder: %.1f dB on held-out scenes", quality)
     data = encode_scenes(vae, config, shape, work / "latents.pt")
-    scale = 1 / data["latents"].float().std().item()
+    if start is None:
+        scale = 1 / data["latents"].float().std().item()
+    else:  # the UNet knows latents of this scale
+        scale = AutoencoderKL.load_config(start / "vae")["scaling_factor"]
     vae.register_to_config(scaling_factor=scale)
 
     rng = np.random.default_rng(config.seed)
@@ -407,16 +432,20 @@ def main(argv: list[str] | None = None) -> None:
         pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
         sample_grid(pipeline, work / f"samples_{done:06d}.png")
 
-    unet, text_encoder, trainer = train_unet(config, shape, work, data, scale, tokenizer, report)
+    unet, text_encoder, trainer = train_unet(
+        config, shape, work, data, scale, tokenizer, report, start
+    )
     pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(work / name, output / "tokenizer" / name)
     record = {
         "train": asdict(config),
         "shape": asdict(shape),
         "psnr_db": quality,
         "seconds": {"autoencoder": vae_trainer.seconds, "unet": trainer.seconds},
     }
-    (work / "record.json").write_text(json.dumps(record, indent=2))
+    (output / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
