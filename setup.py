@@ -28,7 +28,7 @@ setup(
         *(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
         "mifo-lora",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.21"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.21", "pytest-xdist>=3.8"]},
     entry_points={
         "console_scripts": [
             "mifo-learn = semantic_learning:main",

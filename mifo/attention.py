@@ -83,7 +83,8 @@ def attend(
         for projected in (attn.to_q(hidden), attn.to_k(context), attn.to_v(context))
     )
     if probabilities:
-        logits = attn.scale * (query.float() @ key.float().transpose(-1, -2))
+        with torch.autocast(query.device.type, enabled=False):
+            logits = attn.scale * (query.float() @ key.float().transpose(-1, -2))
         if mask is not None:
             logits = (
                 logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

@@ -1,6 +1,7 @@
 """Fixtures: the thin random Stable Diffusion 2.1 whose numbers `golden/` holds."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, processors
+from mifo.models import choose_device
 from toybox import model as toybox_model
 from toybox.model import ToyboxConfig
 from toybox.scenes import KINDS, Scene, caption, draw_scene, render
@@ -92,6 +93,7 @@ class Trainer:
         self.name, self.path = name, folder / f"{name}.pt"
         self.modules = modules
         parameters = [p for module in modules for p in module.parameters()]
+        self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(
             parameters, lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
         )
@@ -103,7 +105,7 @@ class Trainer:
             self._load()
 
     def _load(self) -> None:
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location=self.device)
         for module, weights in zip(self.modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -146,7 +148,10 @@ class Trainer:
                         index, steps, self.config.warmup, self.config.cooldown
                     )
                 self.optimizer.zero_grad(set_to_none=True)
-                loss = step(index)
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+                ):
+                    loss = step(index)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 whole = False
@@ -197,8 +202,9 @@ def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> 
             for index in range(start, min(start + 64, config.scenes))
         ]
         with torch.inference_mode():
-            means = vae.encode(to_tensor([picture for picture, _ in drawn])).latent_dist.mean
-        latents.append(means.half())
+            pixels = to_tensor([picture for picture, _ in drawn]).to(vae.device)
+            means = vae.encode(pixels).latent_dist.mean
+        latents.append(means.half().cpu())
         inside = torch.zeros(len(drawn), MAX_TOYS, size, size)
         for row, (_, masks) in zip(inside, drawn, strict=True):
             row[: len(masks)] = torch.from_numpy(masks)
@@ -220,9 +226,15 @@ def begin_from(module: torch.nn.Module, start: Path | None, part: str) -> torch.
     return module
 
 
-def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path, start: Path | None = None):
+def train_vae(
+    config: TrainConfig,
+    shape: ToyboxConfig,
+    folder: Path,
+    start: Path | None = None,
+    device: str = "cpu",
+):
     torch.manual_seed(config.seed)
-    vae = begin_from(toybox_model.build_vae(shape), start, "vae")
+    vae = begin_from(toybox_model.build_vae(shape), start, "vae").to(device)
     trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr)
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
@@ -250,7 +262,7 @@ def train_vae(config: TrainConfig, shape: ToyboxConfig, folder: Path, start: Pat
         return to_tensor(out)
 
     def step(index: int) -> Tensor:
-        images = crops(index)
+        images = crops(index).to(device)
         posterior = vae.encode(images).latent_dist
         latents = posterior.sample(generator(config.seed, index))
         restored = vae.decode(latents).sample
@@ -290,16 +302,17 @@ def train_unet(
     tokenizer,
     report=None,
     start: Path | None = None,
+    device: str = "cpu",
 ):
     torch.manual_seed(config.seed + 1)
-    unet = begin_from(toybox_model.build_unet(shape), start, "unet")
+    unet = begin_from(toybox_model.build_unet(shape), start, "unet").to(device)
     text_encoder = toybox_model.build_text_encoder(shape, tokenizer)
-    begin_from(text_encoder, start, "text_encoder")
+    text_encoder = begin_from(text_encoder, start, "text_encoder").to(device)
     trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr)
     scheduler = toybox_model.build_scheduler()
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
-    weights = snr.clamp(max=config.min_snr) / snr
+    weights = (snr.clamp(max=config.min_snr) / snr).to(device)
     recorder = Recorder()
     watched = [n for n in attention_layers(unet, "cross") if n.startswith("up_blocks.1.")]
     everyone = {n: recorder.processor(n) for n in attention_layers(unet)}
@@ -321,10 +334,11 @@ def train_unet(
         return data["latents"][rows].float() * scale, data["coverage"][rows].float(), ids, nouns
 
     def step(index: int) -> Tensor:
-        latents, coverage, ids, nouns = batch(index)
+        *tensors, nouns = batch(index)
+        latents, coverage, ids = (tensor.to(device) for tensor in tensors)
         draw = generator(config.seed, index)
-        noise = torch.randn(latents.shape, generator=draw)
-        timesteps = torch.randint(0, len(alphas), (len(latents),), generator=draw)
+        noise = torch.randn(latents.shape, generator=draw).to(device)
+        timesteps = torch.randint(0, len(alphas), (len(latents),), generator=draw).to(device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         hidden = text_encoder(ids).last_hidden_state
         predicted = unet(noisy, timesteps, hidden).sample
@@ -383,7 +397,7 @@ def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> flo
     """Mean PSNR in dB of held-out scenes through the autoencoder (8-bit range)."""
     held_out = replace(config, seed=config.seed + 999)
     scenes = [scene_of(held_out, index) for index in range(count)]
-    images = to_tensor([render(scene, shape.resolution)[0] for scene in scenes])
+    images = to_tensor([render(scene, shape.resolution)[0] for scene in scenes]).to(vae.device)
     with torch.inference_mode():
         restored = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     error = ((restored - images) / 2).square().mean((1, 2, 3))
@@ -401,11 +415,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
+    parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
     for name, value in asdict(TrainConfig()).items():
         more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
     work, output, start = (arguments.pop(name) for name in ("work", "output", "start"))
+    device = choose_device(arguments.pop("device"))
     arguments["kinds"] = tuple(arguments["kinds"])
     config, shape = TrainConfig(**arguments), ToyboxConfig()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -414,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     if start is not None:
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(start / "tokenizer" / name, work / name)
-    vae, vae_trainer = train_vae(config, shape, work, start)
+    vae, vae_trainer = train_vae(config, shape, work, start, device)
     quality = psnr(vae, config, shape)
     log.info("autoencoder: %.1f dB on held-out scenes", quality)
     data = encode_scenes(vae, config, shape, work / "latents.pt")
@@ -433,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         sample_grid(pipeline, work / f"samples_{done:06d}.png")
 
     unet, text_encoder, trainer = train_unet(
-        config, shape, work, data, scale, tokenizer, report, start
+        config, shape, work, data, scale, tokenizer, report, start, device
     )
     pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
