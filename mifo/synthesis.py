@@ -26,6 +26,9 @@ from mifo_lora import merge
 
 log = logging.getLogger(__name__)
 
+#: Pictures of a contact sheet are enlarged to about this side, in pixels, for labels to be read.
+SHEET_SIDE = 384
+
 MOST = 4  # times the model's own resolution, for a side of a picture
 
 
@@ -265,11 +268,13 @@ def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
 
 
 def save_sheet(scene: Scene, paths: Sequence[Path]) -> Path:
-    """A contact sheet of saved pictures, with the boxes drawn over each."""
+    """A contact sheet of saved pictures, small ones enlarged, with the boxes drawn over each."""
     pictures = []
     for path in paths:
         with Image.open(path) as file:
             picture = file.convert("RGB")
+        times = max(1, SHEET_SIDE // max(picture.size))
+        picture = picture.resize((times * picture.width, times * picture.height))
         boxed = draw_boxes(picture, scene.boxes, list(scene.names)) if scene.boxes else picture
         pictures.append(boxed)
     stem = f"sheet_{paths[0].stem}-{paths[-1].stem}"

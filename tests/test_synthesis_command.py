@@ -83,7 +83,7 @@ def test_files_and_what_they_say(paint, capsys):
         assert facts(path)["settings"]["seed"] == 7 + index
         assert facts(path)["boxes"] == [list(box) for box in get_boxes(2)]
     with Image.open(folder / "sheet_0000-0001.png") as sheet:
-        assert sheet.size == (128 * 2 + 4, 128)
+        assert sheet.size == (384 * 2 + 4, 384)
 
 
 def test_pictures_are_never_replaced(paint):
