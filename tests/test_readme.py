@@ -44,5 +44,5 @@ def test_every_option_is_told_with_its_default(command, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
