@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mifo.boxes import parse_boxes
-from mifo.cli import HelpFormatter, Parser, add_runtime_options, told_failures
+from mifo.cli import HelpFormatter, Parser, add_runtime_options, add_setting, told_failures
 from mifo.config import GuidanceConfig, SynthesisConfig
 from semantic_synthesis import get_boxes
 
@@ -24,9 +24,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
 
     def add(name: str, text: str, into=parser, settings=defaults, **more) -> None:
-        default = getattr(settings, name)
-        more.setdefault("type", type(default) if default is not None else str)
-        into.add_argument(f"--{name}", default=default, help=text, **more)
+        add_setting(into, settings, name, text, **more)
 
     parser.add_argument(
         "--model_id",

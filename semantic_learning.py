@@ -13,6 +13,7 @@ from mifo.cli import (
     HelpFormatter,
     Parser,
     add_runtime_options,
+    add_setting,
     chosen_seed,
     seed_option,
     sentence,
@@ -27,9 +28,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser = Parser(prog="semantic_learning.py", description=__doc__, formatter_class=HelpFormatter)
 
     def add(name: str, text: str, into=parser, **more) -> None:
-        default = getattr(defaults, name)
-        more.setdefault("type", type(default) if default is not None else str)
-        into.add_argument(f"--{name}", default=default, help=text, **more)
+        add_setting(into, defaults, name, text, **more)
 
     add("folder_path", "folder of the instance folders")
     parser.add_argument(

@@ -15,6 +15,7 @@ from mifo.cli import (
     HelpFormatter,
     Parser,
     add_runtime_options,
+    add_setting,
     chosen_seed,
     seed_option,
     told_failures,
@@ -75,9 +76,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
 
     def add(name: str, text: str, into=parser, settings=defaults, **more) -> None:
-        default = getattr(settings, name)
-        more.setdefault("type", type(default) if default is not None else str)
-        into.add_argument(f"--{name}", default=default, help=text, **more)
+        add_setting(into, settings, name, text, **more)
 
     add("batch_size", "pictures painted at a time")
     add("model_id", "name of the learned folder")

@@ -43,6 +43,13 @@ def chosen_seed(seed: int | None) -> int:
     return secrets.randbelow(2**31) if seed is None else seed
 
 
+def add_setting(into, defaults, name: str, text: str, **more) -> None:
+    """Declare ``--name`` with the default (and its type) that a config dataclass gives it."""
+    default = getattr(defaults, name)
+    more.setdefault("type", type(default) if default is not None else str)
+    into.add_argument(f"--{name}", default=default, help=text, **more)
+
+
 def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
     """--device, --mixed_precision, --offline, --debug."""
     parser.add_argument(

@@ -155,7 +155,7 @@ def describe(plan: Plan) -> str:
         f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
         f"seed         {config.seed}",
         f"class images {images if plan.has_prior else 'none'}",
-        f"memory       about {memory / 2**30:.1f} GiB (an estimate)",
+        f"memory       about {memory / 2**30:.2f} GiB (an estimate)",
         f"writes       {plan.target}",
     ]
     return "\n".join(lines)
