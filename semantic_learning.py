@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         if processes.is_first:
             for name in names:
                 print(f"{name}: {failures.get(name, 'learned')}", flush=True)
-        processes.gather(None)  # a process that fails ends the others: the summary comes first
+        processes.leave()  # the summary comes before the launcher hears of a failure
         if failures:
             sys.exit(2)
 

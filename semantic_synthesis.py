@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
         for path in synthesis.synthesise(scene, folder, processes):
             print(path)
+        processes.leave()
 
 
 if __name__ == "__main__":

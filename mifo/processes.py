@@ -38,6 +38,12 @@ class Processes:
 
         return broadcast_object_list([value])[0]
 
+    def leave(self) -> None:
+        """Wait for all, then leave the group: one process's exit code cannot disturb another."""
+        if self.count > 1:
+            self._state.wait_for_everyone()
+            self._state.destroy_process_group()
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order. All wait here for each other."""
         if self.count == 1:

@@ -309,6 +309,8 @@ def ctrl_c(monkeypatch):
     """Press Ctrl-C in the middle of a step, so many times."""
 
     run_step = learning._Run.step
+    # A worker of pytest-xdist ignores SIGINT; a terminal's process does not.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
     def press(stage, step, times=1):
@@ -322,7 +324,8 @@ def ctrl_c(monkeypatch):
             patch.setattr(learning._Run, "step", interrupted)
             yield
 
-    return press
+    yield press
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
