@@ -283,15 +283,24 @@ def _read(make: Callable, folder: Path):
 
 
 def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
-    """A checkpoint in Stability's format; configs from a model folder beside it or a mirror."""
-    from diffusers import StableDiffusionPipeline
+    """A checkpoint in Stability's format, with the configs of the diffusers folder it lies in.
 
-    beside = path.parent if (path.parent / "model_index.json").is_file() else None
-    known = {"config": str(beside), "local_files_only": True} if beside else {}
+    Elsewhere Stable Diffusion 2 takes a mirror's configs (the repository that diffusers would ask
+    is gone), and other models what diffusers finds for them on the hub.
+    """
+    from diffusers import StableDiffusionPipeline
+    from safetensors import safe_open
 
     def load(file: Path):
+        config = {}
+        if (file.parent / "model_index.json").is_file():
+            config = {"config": str(file.parent)}
+        else:
+            with safe_open(file, framework="pt") as tensors:
+                if any(name.startswith("cond_stage_model.model.") for name in tensors.keys()):  # noqa: SIM118
+                    config = {"config": MIRRORS[0]}
         return StableDiffusionPipeline.from_single_file(
-            str(file), **{"local_files_only": offline, **known}, safety_checker=None
+            str(file), local_files_only=offline, safety_checker=None, **config
         )
 
     pipeline = _read(load, path)
