@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from toybox import train
+from toybox import loop, train
+from toybox.loop import lr_factor
 from toybox.model import ToyboxConfig, build_pipeline, build_tokenizer
 from toybox.scenes import caption
-from toybox.train import TrainConfig, encode_scenes, grounding_loss, lr_factor, scene_of
+from toybox.train import TrainConfig, encode_scenes, grounding_loss, scene_of
 
 SHAPE = ToyboxConfig(
     resolution=32,
@@ -52,7 +53,7 @@ def interrupt_at(monkeypatch, at: int) -> None:
             raise KeyboardInterrupt
         return lr_factor(step, *args)
 
-    monkeypatch.setattr(train, "lr_factor", interrupted)
+    monkeypatch.setattr(loop, "lr_factor", interrupted)
 
 
 def assert_same(first, second) -> None:
