@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.attention import Recorder, processors
+from mifo.attention import Recorder, pixel_grids, processors
 from mifo.instance import view_prompt
 from mifo.models import BaseModel
 from mifo.objective import Views, supervised_layers
@@ -35,17 +35,9 @@ def asset_maps(base: BaseModel, views: Views, count: int) -> Tensor:
     mean = torch.stack(list(recorder.maps.values())).mean(0)[0]  # n k
     row = ids.tolist()
     columns = [row.index(views.asset_ids[asset]) for asset in range(count)]
-    grid = _grid(mean.shape[0], tuple(latents.shape[-2:]))
+    grid = pixel_grids(unet, tuple(latents.shape[-2:]))[len(mean)]
     maps = mean[:, columns].T.unflatten(-1, grid)[None]
     return F.interpolate(maps, views.masks.shape[-2:], mode="bilinear")[0].cpu()
-
-
-def _grid(pixels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a map of so many pixels, for latents of ``size``."""
-    rows, columns = size
-    while rows * columns > pixels:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return rows, columns
 
 
 def separation(maps: Tensor, masks: np.ndarray) -> list[float]:

@@ -98,8 +98,9 @@ class _Run:
         )
 
     def attention_loss(self, stage: int, step: int) -> str | None:
-        if self.config.attention_loss != "mifo":
-            return {"none": None}.get(self.config.attention_loss, self.config.attention_loss)
+        chosen = self.config.attention_loss
+        if chosen != "mifo":
+            return None if chosen == "none" else chosen
         return "reward" if stage == 1 and step < self.config.reward_steps else "penalty"
 
     def step(self, stage: int, step: int, layers: list[str]) -> float:
