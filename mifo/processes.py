@@ -1,7 +1,8 @@
 """Sharing work over the processes of `accelerate launch`; without one, a single process."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,6 +38,15 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process through before the others, who then find what it wrote."""
+        if self.count == 1:
+            yield
+            return
+        with self._state.main_process_first():
+            yield
 
     def leave(self) -> None:
         """Wait for all, then leave the group: one process's exit code cannot disturb another."""

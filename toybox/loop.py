@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mifo.processes import Processes
+
 
 def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
     """Linear warm-up, constant, cosine cool-down to 0.01 over the last part of the steps."""
@@ -39,7 +41,15 @@ class Ema:
 class Trainer:
     """A resumable loop: `step(index) -> loss` between checkpoints written aside and renamed."""
 
-    def __init__(self, name: str, folder: Path, modules: list[torch.nn.Module], config, lr: float):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        modules: list[torch.nn.Module],
+        config,
+        lr: float,
+        processes: Processes,
+    ):
         self.name, self.path = name, folder / f"{name}.pt"
         self.modules = modules
         parameters = [p for module in modules for p in module.parameters()]
@@ -47,7 +57,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameters, lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
         )
-        self.lr, self.config, self.parameters = lr, config, parameters
+        self.lr, self.config, self.parameters, self.processes = lr, config, parameters, processes
         self.ema = Ema(modules, config.ema)
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -74,6 +84,17 @@ class Trainer:
         torch.save(state, aside)
         os.replace(aside, self.path)
 
+    def _average_over_processes(self, loss: Tensor) -> Tensor:
+        """Make the gradients, and return the loss, of the whole batch."""
+        if self.processes.count > 1:
+            parts = [loss.view(1), *(p.grad for p in self.parameters if p.grad is not None)]
+            whole = torch.cat([part.flatten() for part in parts])
+            torch.distributed.all_reduce(whole)
+            means = (whole / self.processes.count).split([part.numel() for part in parts])
+            for part, mean in zip(parts, means, strict=True):
+                part.copy_(mean.view_as(part))
+        return loss
+
     def run(
         self,
         steps: int,
@@ -86,10 +107,10 @@ class Trainer:
 
         A stop in the middle of an update is not saved: the last checkpoint stands then.
         """
-        done = len(self.losses)
+        done, first = len(self.losses), self.processes.is_first
         saved = started = time.monotonic()
         before = self.seconds
-        progress = tqdm(range(done, steps), self.name, total=steps, initial=done)
+        progress = tqdm(range(done, steps), self.name, total=steps, initial=done, disable=not first)
         whole = True
         try:
             for index in progress:
@@ -103,6 +124,7 @@ class Trainer:
                 ):
                     loss = step(index)
                 loss.backward()
+                loss = self._average_over_processes(loss.detach())
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 whole = False
                 self.optimizer.step()
@@ -113,11 +135,11 @@ class Trainer:
                 self.seconds = before + now - started
                 if index % 20 == 0:
                     progress.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}")
-                if report and (index + 1) % report_every == 0:
+                if report and first and (index + 1) % report_every == 0:
                     report(index + 1)
-                if now - saved > every:
+                if first and now - saved > every:
                     self.save()
                     saved = now
         finally:
-            if whole:
+            if whole and first:
                 self.save()

@@ -2,6 +2,7 @@
 
 Every random draw depends on the seed and the step alone, so a run may be stopped at any moment
 (Ctrl-C) and, started again with the same command, ends where an unbroken one would have.
+`torchrun --nproc_per_node N -m toybox.train` shares every batch over N processes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, processors
 from mifo.models import choose_device
+from mifo.processes import Processes
 from toybox import model as toybox_model
 from toybox.loop import Trainer
 from toybox.model import ToyboxConfig
@@ -118,11 +120,12 @@ def train_vae(
     shape: ToyboxConfig,
     folder: Path,
     start: Path | None = None,
-    device: str = "cpu",
+    processes: Processes | None = None,
 ):
+    processes = processes or Processes("cpu")
     torch.manual_seed(config.seed)
-    vae = begin_from(toybox_model.build_vae(shape), start, "vae").to(device)
-    trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr)
+    vae = begin_from(toybox_model.build_vae(shape), start, "vae").to(processes.device)
+    trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr, processes)
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
         drawn = [
@@ -149,9 +152,12 @@ def train_vae(
         return to_tensor(out)
 
     def step(index: int) -> Tensor:
-        images = crops(index).to(device)
+        images = processes.share(crops(index)).to(processes.device)
         posterior = vae.encode(images).latent_dist
-        latents = posterior.sample(generator(config.seed, index))
+        draw = torch.randn(
+            config.vae_batch, *posterior.mean.shape[1:], generator=generator(config.seed, index)
+        )
+        latents = posterior.mean + posterior.std * processes.share(draw).to(processes.device)
         restored = vae.decode(latents).sample
         return F.mse_loss(restored, images) + config.kl_weight * posterior.kl().mean()
 
@@ -189,33 +195,35 @@ def train_unet(
     tokenizer,
     report=None,
     start: Path | None = None,
-    device: str = "cpu",
+    processes: Processes | None = None,
 ):
+    processes = processes or Processes("cpu")
+    device = processes.device
     torch.manual_seed(config.seed + 1)
     unet = begin_from(toybox_model.build_unet(shape), start, "unet").to(device)
     text_encoder = toybox_model.build_text_encoder(shape, tokenizer)
     text_encoder = begin_from(text_encoder, start, "text_encoder").to(device)
-    trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr)
+    trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr, processes)
     scheduler = toybox_model.build_scheduler()
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
     weights = (snr.clamp(max=config.min_snr) / snr).to(device)
     recorder = Recorder()
     watched = [n for n in attention_layers(unet, "cross") if n.startswith("up_blocks.1.")]
-    everyone = {n: recorder.processor(n) for n in attention_layers(unet)}
 
     def batch(index: int):
         rng = np.random.default_rng((config.seed, 7, index))
         rows = rng.integers(config.scenes, size=config.batch)
-        texts, nouns = [], []
-        for sample, row in enumerate(rows):
-            told = caption(scene_of(config, int(row)), rng)
-            if rng.random() < config.caption_dropout:
-                texts.append("")
-                continue
-            texts.append(told.text)
-            # each word is one token, after the start token
-            nouns += [(sample, t, 1 + w) for t, w in zip(told.toys, told.nouns, strict=True)]
+        told = [caption(scene_of(config, int(row)), rng) for row in rows]
+        silent = rng.random(config.batch) < config.caption_dropout
+        rows, told, silent = (processes.share(part) for part in (rows, told, silent))
+        texts = ["" if mute else c.text for c, mute in zip(told, silent, strict=True)]
+        nouns = [  # each word is one token, after the start token
+            (sample, toy, 1 + word)
+            for sample, c in enumerate(told)
+            if not silent[sample]
+            for toy, word in zip(c.toys, c.nouns, strict=True)
+        ]
         ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         rows = torch.from_numpy(rows)
         return data["latents"][rows].float() * scale, data["coverage"][rows].float(), ids, nouns
@@ -224,8 +232,9 @@ def train_unet(
         *tensors, nouns = batch(index)
         latents, coverage, ids = (tensor.to(device) for tensor in tensors)
         draw = generator(config.seed, index)
-        noise = torch.randn(latents.shape, generator=draw).to(device)
-        timesteps = torch.randint(0, len(alphas), (len(latents),), generator=draw).to(device)
+        noise = torch.randn(config.batch, *latents.shape[1:], generator=draw)
+        timesteps = torch.randint(0, len(alphas), (config.batch,), generator=draw)
+        noise, timesteps = (processes.share(part).to(device) for part in (noise, timesteps))
         noisy = scheduler.add_noise(latents, noise, timesteps)
         hidden = text_encoder(ids).last_hidden_state
         predicted = unet(noisy, timesteps, hidden).sample
@@ -243,7 +252,7 @@ def train_unet(
             report(unet, text_encoder, done)
             trainer.ema.swap()
 
-    with processors(unet, everyone):
+    with processors(unet, {name: recorder.processor(name) for name in watched}):
         trainer.run(config.steps, step, report=show)
     trainer.ema.swap()
     return unet.eval(), text_encoder.eval(), trainer
@@ -301,26 +310,27 @@ def main(argv: list[str] | None = None) -> None:
         "--work", type=Path, default=Path("toybox_work"), help="checkpoints, curves"
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
-    parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
+    parser.add_argument("--begin_from", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
     for name, value in asdict(TrainConfig()).items():
         more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
-    work, output, start = (arguments.pop(name) for name in ("work", "output", "start"))
-    device = choose_device(arguments.pop("device"))
+    work, output, start = (arguments.pop(name) for name in ("work", "output", "begin_from"))
+    processes = Processes(choose_device(arguments.pop("device")))
     arguments["kinds"] = tuple(arguments["kinds"])
     config, shape = TrainConfig(**arguments), ToyboxConfig()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work.mkdir(parents=True, exist_ok=True)
 
-    if start is not None:
+    if start is not None and processes.is_first:
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(start / "tokenizer" / name, work / name)
-    vae, vae_trainer = train_vae(config, shape, work, start, device)
+    vae, vae_trainer = train_vae(config, shape, work, start, processes)
     quality = psnr(vae, config, shape)
     log.info("autoencoder: %.1f dB on held-out scenes", quality)
-    data = encode_scenes(vae, config, shape, work / "latents.pt")
+    with processes.first_alone():
+        data = encode_scenes(vae, config, shape, work / "latents.pt")
     if start is None:
         scale = 1 / data["latents"].float().std().item()
     else:  # the UNet knows latents of this scale
@@ -329,15 +339,19 @@ def main(argv: list[str] | None = None) -> None:
 
     rng = np.random.default_rng(config.seed)
     texts = [caption(draw_scene(rng), rng).text for _ in range(5000)]  # the words of all kinds
-    tokenizer = toybox_model.build_tokenizer(texts, work)
+    with processes.first_alone():
+        tokenizer = toybox_model.build_tokenizer(texts, work)
 
     def report(unet, text_encoder, done: int) -> None:
         pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
         sample_grid(pipeline, work / f"samples_{done:06d}.png")
 
     unet, text_encoder, trainer = train_unet(
-        config, shape, work, data, scale, tokenizer, report, start, device
+        config, shape, work, data, scale, tokenizer, report, start, processes
     )
+    processes.leave()
+    if not processes.is_first:
+        return
     pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
