@@ -51,13 +51,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("reward_steps", "first steps, with the reward in place of the penalty", stage)
     add("learning_rate", "learning rate", stage)
     add("warmup_steps", "warm-up of the learning rate", stage)
-    add("attention_loss", "regularisation", stage, choices=("mifo", "break_a_scene", "none"))
+    add(
+        "attention_loss",
+        "regularisation; reward: in stage 1 alone, penalty: from the first step on",
+        stage,
+        choices=("mifo", "break_a_scene", "reward", "penalty", "none"),
+    )
     stage.add_argument(
         "--initializer_tokens",
         nargs="+",
         default=defaults.initializer_tokens,
-        metavar="WORD",
-        help="start the tokens from these words (one, or one an instance), not at random",
+        metavar="WORDS",
+        help="start the tokens from these words (for all, or for each instance), such as car or "
+        '"blue car" "teal car", not at random',
     )
 
     stage = parser.add_argument_group("stage 2: fine-tuning")

@@ -1,8 +1,9 @@
 """Paint learned instances into a new scene, each inside its box (MIFO).
 
-Reads {models_dir}/{model_id}, which semantic_learning.py wrote, and writes numbered pictures into
-{output_path}/{model_id}. Boxes are fractions x0,y0,x1,y1 from the top left (or pixels, `…px`, or
-percent, `…%`); without --boxes and --box they come from get_boxes in this script.
+Reads {models_dir}/{model_id}, which semantic_learning.py wrote, or else the files of --lora and
+--tokens, and writes numbered pictures into {output_path}/{model_id}. Boxes are fractions
+x0,y0,x1,y1 from the top left (or pixels, `…px`, or percent, `…%`); without --boxes and --box they
+come from get_boxes in this script.
 """
 
 import argparse
@@ -102,7 +103,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("width", "pixels; None: the model's own", type=int)
     add("height", "pixels; None: the model's own", type=int)
     add("models_dir", "folder of the learned folders")
-    add("model_path", "base model; None: the one that the learned folder names")
+    parser.add_argument(
+        "--lora",
+        metavar="FILE",
+        help="LoRA of kohya or diffusers (.safetensors), in place of the learned folder",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        default=defaults.tokens,
+        metavar="FILE",
+        help="textual inversions, likewise; asset0.safetensors is <asset0>",
+    )
+    add("model_path", "base model; None: the one that the learned folder, or a file of it, names")
 
     group = parser.add_argument_group("box control")
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")

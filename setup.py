@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+GRADIO = "gradio>=6.31,<7"  # the page of mifo.app
 
 setup(
     name="mifo",
@@ -12,7 +13,7 @@ setup(
     description="Learn several instances from one image and paint them inside boxes (MIFO)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=["mifo", "toybox"],
+    packages=["mifo", "mifo.app", "toybox"],
     py_modules=[
         "semantic_learning",
         "semantic_synthesis",
@@ -21,6 +22,7 @@ setup(
         "visual_box_mask",
     ],
     package_data={
+        "mifo.app": ["*.css", "*.html", "*.js"],
         "toybox": ["sprites/*", "model/*", "model/*/*", "classifier.*"],
     },
     python_requires=">=3.11",
@@ -28,7 +30,17 @@ setup(
         *(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
         "mifo-lora",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "peft>=0.21", "pytest-xdist>=3.8"]},
+    extras_require={
+        "app": [GRADIO],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "peft>=0.21",
+            "pytest-xdist>=3.8",
+            GRADIO,
+            "playwright>=1.65",
+        ],
+    },
     entry_points={
         "console_scripts": [
             "mifo-learn = semantic_learning:main",

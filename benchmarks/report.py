@@ -1,11 +1,13 @@
 """A table (Markdown), the numbers (JSON) and a plot of what was measured."""
 
+import itertools
 import json
+from math import nan
 from pathlib import Path
 
 HEADINGS = (
     "model", "work", "subjects", "images", "precision",
-    "plain, ms", "MIFO, ms", "times faster",
+    "plain, ms", "MIFO, ms", "an image", "times faster",
     "plain, MB", "MIFO, MB", "times smaller",
     "MIFO, GFLOP", "GFLOP/s", "floor, ms", "time / floor",
 )  # fmt: skip
@@ -35,25 +37,50 @@ def markdown(facts: dict, results: list[dict]) -> str:
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * 5 + "---:|" * (len(HEADINGS) - 5),
         *(f"| {' | '.join(cells(result))} |" for result in results),
+        "",
+        *(f"- {line}" for line in by_subjects(results)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def of(result: dict, side: str, what: str) -> float:
+    """A number of a side; not a number where the plain path was left out."""
+    return result[side][what] if side in result else nan
+
+
+def by_subjects(results: list[dict]) -> list[str]:
+    """How MIFO's time an image grows with the subjects, for rows that differ in them alone."""
+    lines = []
+    for few, many in itertools.combinations(results, 2):
+        same = all(few[key] == many[key] for key in ("model", "what", "batch", "precision"))
+        if same and few["subjects"] == 1 < many["subjects"]:
+            ratio = many["ours"]["seconds"] / few["ours"]["seconds"]
+            lines.append(
+                f"{few['model']} {few['what']}, {few['batch']} image(s) at once, "
+                f"{few['precision']}: {many['subjects']} subjects take {ratio:.2f} times the time "
+                "an image of 1"
+            )
+    return lines
 
 
 def cells(result: dict) -> list[str]:
-    plain, ours, floor = result["plain"], result["ours"], result["floor"]
-    return [
+    ours, floor = result["ours"], result["floor"]
+    plain_seconds, plain_bytes = (of(result, "plain", what) for what in ("seconds", "bytes"))
+    numbers = [
         *(str(result[key]) for key in ("model", "what", "subjects", "batch", "precision")),
-        f"{1e3 * plain['seconds']:.0f}",
+        f"{1e3 * plain_seconds:.0f}",
         f"{1e3 * ours['seconds']:.0f}",
-        f"{plain['seconds'] / ours['seconds']:.1f}",
-        f"{plain['bytes'] / 2**20:.0f}",
+        f"{1e3 * ours['seconds'] / result['batch']:.0f}",
+        f"{plain_seconds / ours['seconds']:.1f}",
+        f"{plain_bytes / 2**20:.0f}",
         f"{ours['bytes'] / 2**20:.0f}",
-        f"{plain['bytes'] / ours['bytes']:.1f}",
+        f"{plain_bytes / ours['bytes']:.1f}",
         f"{ours['operations'] / 1e9:.1f}",
         f"{ours['operations'] / ours['seconds'] / 1e9:.0f}",
         f"{1e3 * floor:.0f}",
         f"{ours['seconds'] / floor:.1f}",
     ]
+    return ["–" if number == "nan" else number for number in numbers]
 
 
 def plot(path: Path, facts: dict, results: list[dict]) -> None:
@@ -68,7 +95,7 @@ def plot(path: Path, facts: dict, results: list[dict]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     units = (("seconds", 1e3, "milliseconds"), ("bytes", 2**-20, "MB at most"))
     for axis, (key, scale, label) in zip(axes, units, strict=True):
-        values = [[scale * r[side][key] for r in results] for side in ("plain", "ours")]
+        values = [[scale * of(r, side, key) for r in results] for side in ("plain", "ours")]
         axis.hlines(range(len(results)), *values, color="#CCCCCC")
         for side, name, colour in zip(
             values, ("plain", "MIFO"), ("#999999", "#0072B2"), strict=True

@@ -37,6 +37,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of MIFO's UNet"
     )
+    parser.add_argument(
+        "--without_plain", action="store_true", help="MIFO alone, to compare its rows"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--steps", type=int, default=10, help="of a whole synthesis, and of each stage of learning"
@@ -74,9 +77,8 @@ def rows(args: argparse.Namespace) -> list[Row]:
 def measure(row: Row, args: argparse.Namespace, rate: float) -> dict:
     """All numbers of a row."""
     device, clock = args.device, args.clock
-    sides = {
-        side: make_work(row, side == "plain", device, args.steps) for side in ("plain", "ours")
-    }
+    names = ("ours",) if args.without_plain else ("plain", "ours")
+    sides = {side: make_work(row, side == "plain", device, args.steps) for side in names}
     result: dict = asdict(row)
     for side, (base, work) in sides.items():  # the run whose memory is measured warms up
         result[side] = {"bytes": weight_bytes(base) + peak_bytes(work, device), "times": []}

@@ -70,8 +70,8 @@ def attend(
     Args:
         attn: diffusers' ``Attention`` module (LoRA in its projections is honoured).
         hidden: [b, n, c] queries; ``context``: [b, m, c'] keys and values, None for self-attention.
-        mask: broadcastable to [b, h, n, m]; bool, True where attention is allowed, or an additive
-            float; or None. Groups of pixels (:func:`attend_in_groups`) give no probabilities.
+        mask: added to the logits, broadcastable to [b, h, n, m]; or None; or groups of pixels
+            (:func:`attend_in_groups`), which give no probabilities.
         probabilities: materialise them, in float32; otherwise the fused kernel runs.
 
     Returns:
@@ -86,9 +86,7 @@ def attend(
         with torch.autocast(query.device.type, enabled=False):
             logits = attn.scale * (query.float() @ key.float().transpose(-1, -2))
         if mask is not None:
-            logits = (
-                logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-            )
+            logits = logits + mask
         attention = logits.softmax(dim=-1)
         out = attention.to(value.dtype) @ value
     elif isinstance(mask, Sequence):
@@ -200,7 +198,10 @@ class BoxControl:
         return processors(self.unet, {name: self._guidance_processor(name) for name in self.layers})
 
     def denoising(self):
-        """Context manager: processors of a denoising pass over [unconditional; conditional]."""
+        """Context manager: processors of a denoising pass over [unconditional; conditional].
+
+        Both halves start from the same latents.
+        """
         return processors(
             self.unet, {name: self._denoising_processor(name) for name in self.layers}
         )
@@ -213,15 +214,14 @@ class BoxControl:
         return torch.stack(foreground).mean(0), torch.stack(background).mean(0)
 
     def _self_bounds(
-        self, grid: tuple[int, int], samples: int, probabilities: bool
+        self, hidden_states: Tensor, probabilities: bool
     ) -> Tensor | list[PixelGroups]:
-        """What bounds a self-attention layer of a pass of so many samples, in the faster form."""
-        if grid[0] * grid[1] >= GROUPED_PIXELS and not probabilities:
+        """What bounds a self-attention layer of such states, in the faster form."""
+        samples, pixels, _ = hidden_states.shape
+        grid = self.grids[pixels]
+        if pixels >= GROUPED_PIXELS and not probabilities:
             return self.regions.groups(*grid)
-        hidden = self.regions.self_mask(*grid)
-        return ~(hidden if len(hidden) == 1 else hidden.repeat(samples // len(hidden), 1, 1))[
-            :, None
-        ]
+        return self.regions.bias(*grid, "self", samples, hidden_states.dtype)
 
     def _guidance_processor(self, name: str):
         read = name in self.loss_layers
@@ -231,9 +231,10 @@ class BoxControl:
             grid = self.grids[hidden_states.shape[1]]
             regions = self.regions.at(*grid)
             if encoder_hidden_states is None:
-                mask, context = self._self_bounds(grid, len(hidden_states), read), regions
+                mask, context = self._self_bounds(hidden_states, read), regions
             else:
-                mask = ~self.regions.cross_mask(*grid, guidance=True)[:, None]
+                samples, dtype = len(hidden_states), hidden_states.dtype
+                mask = self.regions.bias(*grid, "guidance", samples, dtype)
                 context = self._token_context.to(regions.device)
             out, attention = attend(attn, hidden_states, encoder_hidden_states, mask, read)
             if read:
@@ -246,20 +247,25 @@ class BoxControl:
 
     def _denoising_processor(self, name: str):
         record = name in self.map_layers
+        first = name == self.layers[0] and name.startswith("down_blocks.")
 
         def process(attn, hidden_states, encoder_hidden_states, attention_mask):
-            grid = self.grids[hidden_states.shape[1]]
-            half = len(hidden_states) // 2
-            crosswise = encoder_hidden_states is not None
+            if first:  # no text has been seen: both halves are the same yet
+                half = hidden_states.chunk(2)[0]
+                mask = self._self_bounds(half, probabilities=False)
+                return attend(attn, half, None, mask, probabilities=False)[0].repeat(2, 1, 1)
             recording = record and self.refiner is not None
+            crosswise = encoder_hidden_states is not None
             if crosswise:
-                hidden = self.regions.cross_mask(*grid, guidance=False).expand(half, -1, -1)
-                mask = ~torch.cat([torch.zeros_like(hidden), hidden])[:, None]
+                samples, pixels, _ = hidden_states.shape
+                mask = self.regions.bias(
+                    *self.grids[pixels], "denoising", samples, hidden_states.dtype
+                )
             else:
-                mask = self._self_bounds(grid, len(hidden_states), recording)
+                mask = self._self_bounds(hidden_states, recording)
             out, attention = attend(attn, hidden_states, encoder_hidden_states, mask, recording)
             if recording:
-                attention = attention[half:].mean(dim=1)
+                attention = attention.chunk(2)[1].mean(dim=1)
                 if crosswise:
                     attention = attention[..., list(self.tokens.leading)]
                 self.refiner.add("cross" if crosswise else "self", attention)

@@ -32,7 +32,7 @@ class LearningConfig:
     num_class_images: int = 100
     class_images: str | None = None  # a folder of the user's own, in place of generated ones
 
-    attention_loss: str = "mifo"  # mifo, break_a_scene, none
+    attention_loss: str = "mifo"  # mifo, break_a_scene, reward, penalty, none
     initializer_tokens: tuple[str, ...] = ()
     resize: str = "aspect"  # aspect, squash
     weight_decay: float = 1e-2
@@ -71,6 +71,8 @@ class SynthesisConfig:
 
     model_id: str = "toy_car"
     models_dir: str = "Model_ours"
+    lora: str | None = None  # a LoRA file, in place of the learned folder
+    tokens: tuple[str, ...] = ()  # token files, likewise
     model_path: str | None = None  # None: the base model that the manifest names
     output_path: str = "output"
     prompt: str = DEFAULT_PROMPT

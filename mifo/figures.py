@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,7 @@ def _pyplot():
 
 
 def learning_curves(
-    path: Path,
+    path: Path | BinaryIO,
     losses: dict[str, list[float]],
     stages: Sequence[tuple[int, int]],
     reward_steps: int,

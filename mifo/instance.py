@@ -90,7 +90,7 @@ def read_instance(
         raise ValueError(
             f"there is no instance folder {folder}; the instances in {folder.parent} are: {found}"
         )
-    image_path, mask_paths = _find_image(folder), _find_masks(folder)
+    image_path, mask_paths = find_image(folder), find_masks(folder)
     picture = _load(image_path)
     source_size = picture.image.size
     if min(source_size) < MIN_SIDE:
@@ -206,7 +206,7 @@ def view_prompt(assets: tuple[int, ...], template: str = "a photo of {}") -> str
     return template.replace("{}", " and ".join(asset_token(i) for i in assets))
 
 
-def _find_image(folder: Path) -> Path:
+def find_image(folder: Path) -> Path:
     """The one picture of an instance folder; img.jpg goes before its other spellings."""
     found = [folder / name for name in IMAGE_NAMES if (folder / name).is_file()]
     if not found:
@@ -217,7 +217,7 @@ def _find_image(folder: Path) -> Path:
     return found[0]
 
 
-def _find_masks(folder: Path) -> list[Path]:
+def find_masks(folder: Path) -> list[Path]:
     """The mask files in numeric order, checked to be mask0.png, mask1.png, … without a gap."""
     masks: dict[int, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -240,6 +240,16 @@ def _find_masks(folder: Path) -> list[Path]:
                 f"number the masks from 0 without a gap"
             )
     return [masks[i] for i in range(len(masks))]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture file as viewers show it, in 8-bit RGB: upright, its pixels and no metadata."""
+    return Image.fromarray(np.array(_to_rgb(_load(path).image)))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """True [h, w] inside, at the size of the file."""
+    return _inside(_load(path))
 
 
 def _load(path: Path) -> _Picture:

@@ -45,7 +45,16 @@ class LearnedFolder:
 
     @property
     def assets(self) -> list[int]:
-        return list(range(len(self.manifest["tokens"])))
+        return list(range(len(self.tokens)))
+
+    @property
+    def tokens(self) -> list[str]:
+        return self.manifest["tokens"]
+
+    @property
+    def where(self) -> str:
+        """What a sentence calls the place of the assets."""
+        return str(self.path)
 
     @property
     def base_source(self) -> str:

@@ -98,9 +98,12 @@ class _Run:
         )
 
     def attention_loss(self, stage: int, step: int) -> str | None:
+        """The key of ATTENTION_LOSSES that a step is regularised with; None for none."""
         chosen = self.config.attention_loss
+        if chosen == "none" or (chosen == "reward" and stage == 2):
+            return None
         if chosen != "mifo":
-            return None if chosen == "none" else chosen
+            return chosen
         return "reward" if stage == 1 and step < self.config.reward_steps else "penalty"
 
     def step(self, stage: int, step: int, layers: list[str]) -> float:
@@ -178,8 +181,15 @@ class _Run:
             group["lr"] = rate
 
 
-def learn(plan: Plan, resume: bool = False) -> Path:
+def learn(
+    plan: Plan, resume: bool = False, after_stage: Callable[[int, Path], None] | None = None
+) -> Path:
     """Run both stages and write the learned folder, which appears only when complete.
+
+    Args:
+        plan: what to do.
+        resume: go on from the checkpoint of an unfinished run.
+        after_stage: called with each stage that has ended and the path of its last checkpoint.
 
     Raises:
         Interrupted: Ctrl-C; the step was finished and saved.
@@ -200,6 +210,8 @@ def learn(plan: Plan, resume: bool = False) -> Path:
                     continue
                 _run_stage(run, stage, steps, saved, path, stop)
                 saved = None
+                if after_stage:
+                    after_stage(stage, path)
         _save(plan, run)
     except (KeyboardInterrupt, OSError, MemoryError):
         if path.is_file():
@@ -262,7 +274,8 @@ def _save(plan: Plan, run: _Run) -> None:
     with replacing(plan.target) as folder:
         lora = config.finetune == "lora" and any(stage == 2 for stage, _ in plan.stages)
         write_learned(folder, base, run.rows, lora, manifest)
-        learning_curves(folder / "learning.png", run.losses, plan.stages, config.reward_steps)
+        reward_steps = config.reward_steps if config.attention_loss == "mifo" else 0
+        learning_curves(folder / "learning.png", run.losses, plan.stages, reward_steps)
         attention_figure(folder / "attention.png", plan.instance, maps, scores)
         if config.save_pipeline or config.finetune == "full":
             from mifo_lora import remove

@@ -149,6 +149,30 @@ class RegionSet:
             lambda: cross_mask(self.at(rows, columns), self._tokens, guidance),
         )
 
+    def bias(self, rows: int, columns: int, kind: str, samples: int, dtype: torch.dtype) -> Tensor:
+        """A mask as what is added to the logits of a pass over so many samples.
+
+        kind: ``"self"``; or cross-attention: ``"guidance"``, or ``"denoising"``, whose first half
+        of the samples is the unconditional one, from which nothing is hidden.
+
+        Returns [1 or samples, 1, n, keys]: −∞ where hidden, 0 elsewhere.
+        """
+
+        def make() -> Tensor:
+            if kind == "self":
+                hidden = self.self_mask(rows, columns)
+                if len(hidden) > 1:
+                    hidden = hidden.repeat(samples // len(hidden), 1, 1)
+            else:
+                hidden = self.cross_mask(rows, columns, kind == "guidance")
+            if kind == "denoising":
+                hidden = hidden.expand(samples // 2, -1, -1)
+                hidden = torch.cat([torch.zeros_like(hidden), hidden])
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            return bias.masked_fill_(hidden, -torch.inf)[:, None]
+
+        return self._cached((rows, columns, kind, samples, dtype), make)
+
     def select(self, samples: Tensor) -> "RegionSet":
         """The regions of some samples of the batch (int64 [b']); boxes are the same for all."""
         if not isinstance(self._source, Tensor):

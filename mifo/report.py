@@ -171,9 +171,13 @@ def confusion_figure(path: Path, matrices: dict[str, np.ndarray]) -> None:
     """For each feature space, whose box (rows) was taken for which instance (columns)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(matrices), 4), layout="constrained")
-    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for panel, (name, counts) in zip(panels, matrices.items(), strict=True):
+    columns = min(4, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels[len(matrices) :]:
+        panel.set_axis_off()
+    for panel, (name, counts) in zip(panels, matrices.items(), strict=False):
         names = [asset_token(index) for index in range(len(counts))]
         shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)

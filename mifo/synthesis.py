@@ -1,4 +1,4 @@
-"""Semantic synthesis: from a learned folder, a prompt and boxes to numbered pictures."""
+"""Semantic synthesis: from what was learned, a prompt and boxes to numbered pictures."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from mifo.attention import decoder_block, layer_grid
 from mifo.boxes import Box, check_box, draw_boxes, parse_box
 from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, load_learned, open_learned
+from mifo.learned_files import LearnedFiles, load_files, open_files
 from mifo.models import BaseModel, choose_precision
 from mifo.processes import Processes
 from mifo.regions import TokenRoles
@@ -66,11 +67,14 @@ def make_scene(
     """
     check_numbers(config)
     dtype = choose_precision(config.mixed_precision, device)
-    learned = open_learned(Path(config.models_dir) / config.model_id)
+    if config.lora is not None or config.tokens:
+        learned, load = open_files(config.lora, config.tokens, config.model_path), load_files
+    else:
+        learned, load = open_learned(Path(config.models_dir) / config.model_id), load_learned
     names = _asset_names(config.prompt, learned)
     if config.box_control and subject_token_indices is None:
         _placed(names, boxes, get_boxes)  # told before the model is loaded
-    base, _ = load_learned(learned, config.model_path, config.offline)
+    base, _ = load(learned, config.model_path, config.offline)
     tokenizer = base.tokenizer
     encode_ids(tokenizer, config.negative_prompt)
     found = find_assets(tokenizer, config.prompt, learned.assets)
@@ -90,14 +94,14 @@ def make_scene(
     return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
 
 
-def _asset_names(prompt: str, learned: LearnedFolder) -> tuple[str, ...]:
+def _asset_names(prompt: str, learned: LearnedFolder | LearnedFiles) -> tuple[str, ...]:
     """Assets of the prompt, in its order."""
     names = tuple(ASSET.findall(prompt))
     for name in names:
-        if name not in learned.manifest["tokens"]:
+        if name not in learned.tokens:
             raise ValueError(
-                f"the prompt names {name}, which {learned.path} has not learned; it has "
-                f"{', '.join(learned.manifest['tokens'])}"
+                f"the prompt names {name}, which {learned.where} does not hold; it holds "
+                f"{', '.join(learned.tokens) or 'nothing'}"
             )
     return names
 

@@ -30,12 +30,16 @@ FUNCTION_WORDS = frozenset(
 
 
 def add_asset_tokens(tokenizer, text_encoder, count: int) -> list[int]:
-    """Add ``<asset0>`` … and as many rows to the embedding table; returns their ids.
+    """Add ``<asset0>`` … as :func:`add_tokens` does; returns their ids."""
+    return add_tokens(tokenizer, text_encoder, [asset_token(i) for i in range(count)])
+
+
+def add_tokens(tokenizer, text_encoder, names: list[str]) -> list[int]:
+    """Add tokens by these names, and as many rows to the embedding table; returns their ids.
 
     The new rows are zero until they are written (:func:`write_rows`) or lent
     (:func:`lend_rows`); no other row changes.
     """
-    names = [asset_token(i) for i in range(count)]
     known = set(names) & set(tokenizer.get_vocab())
     if known:
         raise ValueError(
@@ -49,7 +53,7 @@ def add_asset_tokens(tokenizer, text_encoder, count: int) -> list[int]:
         trains = table.weight.requires_grad
         text_encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         text_encoder.get_input_embeddings().weight.requires_grad_(trains)
-    write_rows(text_encoder, ids, torch.zeros(count, table.embedding_dim))
+    write_rows(text_encoder, ids, torch.zeros(len(ids), table.embedding_dim))
     return ids
 
 
@@ -59,7 +63,8 @@ def initial_rows(
     """First values of the asset rows, float32 [assets, width].
 
     Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
-    channel, fixed by the seed; with words (one for all, or one an asset) they start from these.
+    channel, fixed by the seed; with words (for all, or for each asset) they start from the mean
+    of these words' rows.
     """
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
     if not words:
@@ -69,8 +74,8 @@ def initial_rows(
     words = list(words) * len(ids) if len(words) == 1 else list(words)
     if len(words) != len(ids):
         raise ValueError(
-            f"--initializer_tokens has {len(words)} words for {len(ids)} instances; give one word "
-            "for all, or one for each"
+            f"--initializer_tokens has {len(words)} entries for {len(ids)} instances; give one for "
+            'all, or one for each, in quotes if it is of several words: "blue car" "teal car"'
         )
     rows = []
     for word in words:

@@ -67,16 +67,14 @@ def test_attend_hides_what_the_mask_hides(unet):
     attn = attention_layers(unet, "cross")["mid_block.attentions.0.transformer_blocks.0.attn2"]
     draw = torch.Generator().manual_seed(2)
     hidden, context = torch.randn(2, 6, 16, generator=draw), torch.randn(2, 8, 16, generator=draw)
-    allowed = torch.rand(2, 1, 6, 8, generator=draw) < 0.5
-    allowed[..., 0] = True
-    additive = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    out, attention = attend(attn, hidden, context, allowed, probabilities=True)
-    assert (attention[~allowed.expand_as(attention)] == 0).all()
+    hides = torch.rand(2, 1, 6, 8, generator=draw) < 0.5
+    hides[..., 0] = False
+    mask = torch.zeros(hides.shape).masked_fill(hides, -torch.inf)
+    out, attention = attend(attn, hidden, context, mask, probabilities=True)
+    assert (attention[hides.expand_as(attention)] == 0).all()
     assert torch.allclose(attention.sum(-1), torch.ones(2, attn.heads, 6))
-    for mask in (allowed, additive):
-        for probabilities in (True, False):
-            again, _ = attend(attn, hidden, context, mask, probabilities)
-            assert torch.allclose(again, out, atol=1e-6)
+    fused, _ = attend(attn, hidden, context, mask, probabilities=False)
+    assert torch.allclose(fused, out, atol=1e-6)
     seen, _ = attend(attn, hidden, context, None, probabilities=False)
     assert not torch.allclose(seen, out, atol=1e-4)
 
@@ -261,9 +259,8 @@ def test_guidance_sees_what_a_full_pass_sees(unet, inputs, control):
                 if kind == "self"
                 else regions.cross_mask(*grid, guidance=True)
             )
-            out, attention = attend(
-                attn, hidden_states, encoder_hidden_states, ~hidden[:, None], True
-            )
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
+            out, attention = attend(attn, hidden_states, encoder_hidden_states, mask, True)
             if name.startswith(("mid_block.", "up_blocks.1.")):
                 keys = regions.at(*grid) if kind == "self" else context
                 masses[kind].append(box_mass(attention, regions.at(*grid), keys))
@@ -290,6 +287,23 @@ def test_denoising_bounds_cross_attention_in_the_conditional_half_alone(unet, in
         before, after = (unet(latents, timestep, states).sample for states in (text, other))
     assert not torch.allclose(before[0], after[0], atol=1e-4)
     assert torch.allclose(before[1], after[1], atol=1e-6)
+
+
+def test_denoising_attends_once_for_both_halves_before_the_first_text(unet, inputs, control):
+    latents, timestep, text = inputs
+    seen = {}
+    handles = [
+        layer.to_out[0].register_forward_hook(
+            lambda _, given, out, name=name: seen.update({name: len(out)})
+        )
+        for name, layer in attention_layers(unet).items()
+    ]
+    with control.denoising():
+        unet(latents[:1].repeat(2, 1, 1, 1), timestep, text)
+    for handle in handles:
+        handle.remove()
+    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    assert seen == {name: 1 if name == first else 2 for name in attention_layers(unet)}
 
 
 def test_other_exceptions_are_not_swallowed():

@@ -178,7 +178,7 @@ LEARNING_LOADED = [
     ("--model_path model", "already has the token <asset0>", know_assets),
     ("--model_path m.safetensors", "could not be loaded", write(Path("m.safetensors"))),
     (f"--class_prompt {LONG}", "tokens, and the model reads 75: shorten"),
-    ("--initializer_tokens a b c", "has 3 words for 2 instances; give one word for all"),
+    ("--initializer_tokens a b c", "has 3 entries for 2 instances; give one for all"),
     ("--initializer_tokens ''", "'' is empty; give a word"),
 ]
 BOTH = "--box <asset0>=0,0,.5,.5 --box <asset1>=.5,.5,1,1"
@@ -198,7 +198,7 @@ SYNTHESIS = [
     ("--prompt 'a photo'", "the prompt names no asset; name one, such as <asset0>"),
     (
         "--prompt <asset7>",
-        "<asset7>, which learned/toys has not learned; it has <asset0>, <asset1>",
+        "<asset7>, which learned/toys does not hold; it holds <asset0>, <asset1>",
     ),
     ("--boxes [[0,0,1,1]]", "there are 1 boxes and 2 assets in the prompt"),
     ("--boxes [[0,0,1,1],[0,0,1,1],[0,0,1,1]]", "there are 3 boxes and 2 assets in the prompt"),

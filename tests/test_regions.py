@@ -129,6 +129,31 @@ def test_region_set_builds_each_mask_once(monkeypatch):
     assert sorted(built) == ["box_regions"] * 2 + ["cross_mask"] * 4 + ["self_mask"] * 2
 
 
+@pytest.mark.parametrize("kind", ["self", "guidance", "denoising"])
+def test_region_set_biases_hide_what_its_masks_hide(kind):
+    """Of two images with regions of their own; in denoising, after their unconditional halves."""
+    source = box_regions([Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 0.5)], 2, 4)
+    regions = RegionSet(torch.cat([source, source.flip(-1)]), TOKENS)
+    samples = 2 if kind == "guidance" else 4
+    bias = regions.bias(2, 4, kind, samples, torch.bfloat16)
+    assert bias is regions.bias(2, 4, kind, samples, torch.bfloat16)
+    assert bias.dtype == torch.bfloat16
+    if kind == "self":
+        expected = regions.self_mask(2, 4).repeat(2, 1, 1)
+    else:
+        expected = regions.cross_mask(2, 4, kind == "guidance")
+    if kind == "denoising":
+        expected = torch.cat([torch.zeros_like(expected), expected])
+    assert torch.equal(bias == -torch.inf, expected[:, None])
+    assert (bias[~expected[:, None]] == 0).all()
+
+
+def test_biases_of_boxes_serve_all_samples_of_a_self_attention_layer():
+    regions = RegionSet([Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)], TOKENS)
+    assert regions.bias(2, 4, "self", 6, torch.float32).shape == (1, 1, 8, 8)
+    assert regions.bias(2, 4, "denoising", 6, torch.float32).shape == (6, 1, 8, TOKENS.length)
+
+
 def test_select_takes_the_regions_of_some_samples():
     source = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     chosen = RegionSet(source, TOKENS).select(torch.tensor([2, 0]))

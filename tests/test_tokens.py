@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mifo.tokens import (
+    ASSET,
     FUNCTION_WORDS,
     add_asset_tokens,
     encode_ids,
@@ -108,7 +111,7 @@ def test_initializer_words(tokenizer, text_encoder, ids):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("car", "dog"), "has 2 words for 3 instances; give one word for all, or one for each"),
+        (("car", "dog"), "has 2 entries for 3 instances; give one for all, or one for each"),
         (("car", "dog", " "), "' ' is empty"),
     ],
 )
@@ -225,6 +228,59 @@ def test_an_unknown_asset(tokenizer, ids):
 def test_an_asset_in_capitals_is_not_passed_over(tokenizer, ids):
     with pytest.raises(ValueError, match="does not see the assets.*'<asset0> and <asset1>'"):
         find_assets(tokenizer, "a photo of <ASSET0>", range(3))
+
+
+@pytest.fixture(scope="module")
+def three_assets(tiny_sd):
+    """A tokenizer that knows three assets; tests only read it."""
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
+    tokenizer.add_tokens(["<asset0>", "<asset1>", "<asset2>"])
+    return tokenizer
+
+
+def counted(tokenizer, prompt) -> list[tuple[str, int]]:
+    """Each asset and its position: one more than there are tokens in the text before it."""
+    return [
+        (match[0], 1 + len(tokenizer(prompt[: match.start()], add_special_tokens=False).input_ids))
+        for match in ASSET.finditer(prompt)
+    ]
+
+
+ASSETS = st.sampled_from(["<asset0>", "<asset1>", "<asset2>"])
+ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=8)
+PIECES = ASSETS | st.sampled_from(["a", "photo", "of", "car.", "!", "!!", "Dog", "x-ray", "<", "é"])
+
+
+@settings(deadline=None)
+@given(pieces=st.lists(PIECES, max_size=10), glue=st.sampled_from([" ", "", "  ", ", "]))
+def test_positions_in_any_prompt(three_assets, pieces, glue):
+    prompt = glue.join(pieces)
+    found = find_assets(three_assets, prompt, range(3))
+    assert found == counted(three_assets, prompt)
+    ids = encode_ids(three_assets, prompt).tolist()
+    assert [three_assets.convert_ids_to_tokens(ids[at]) for _, at in found] == [
+        piece for piece in pieces if piece.startswith("<asset")
+    ]
+    roles = token_roles(three_assets, prompt, [[at] for _, at in found])
+    assert ids[roles.end] == three_assets.eos_token_id
+    taken = {at for _, at in found}
+    assert not taken & set(roles.filtered)
+    words = {three_assets.decode([ids[at]]).strip() for at in roles.filtered}
+    assert words <= FUNCTION_WORDS
+
+
+@settings(deadline=None)
+@given(before=ANY_TEXT, name=ASSETS, after=ANY_TEXT)
+@example(before="", name="<asset0>", after="\u0338")  # which turns ">" into another letter
+def test_beside_any_text_positions_are_right_or_refused(three_assets, before, name, after):
+    prompt = before + name + after
+    try:
+        found = find_assets(three_assets, prompt, range(3))
+    except ValueError as error:
+        assert "write each as a word of its own" in str(error)
+        assert not (before + after).isascii()
+    else:
+        assert found == counted(three_assets, prompt)
 
 
 # --- roles -----------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Training toybox, very small: it learns, and an interruption changes nothing."""
 
+import os
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mifo.processes import Processes
 from toybox import loop, train
 from toybox.loop import lr_factor
 from toybox.model import ToyboxConfig, build_pipeline, build_tokenizer
@@ -26,6 +29,7 @@ CONFIG = TrainConfig(
     scenes=24, steps=20, batch=4, lr=5e-3, warmup=2,
 )  # fmt: skip
 SHORT = replace(CONFIG, vae_steps=5, steps=5)
+SHARED = replace(SHORT, grounding_weight=0.0)  # its mean is over the nouns of each process
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,38 @@ def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch
     assert not list((tmp_path / "broken").glob("*.part"))
 
 
+def train_in_process(index, port, data_folder, folder):
+    """One of two processes that train together."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        WORLD_SIZE="2", RANK=str(index), LOCAL_RANK=str(index),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port),
+    )  # fmt: skip
+    processes = Processes("cpu")
+    vae, _ = train.train_vae(SHORT, SHAPE, folder, processes=processes)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt")  # reads them
+    scale = 1 / encoded["latents"].float().std().item()
+    tokenizer = build_tokenizer([], data_folder)
+    train.train_unet(SHARED, SHAPE, folder, encoded, scale, tokenizer, processes=processes)
+    processes.leave()
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    data_folder, *_, encoded, scale, tokenizer = data
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_process, (port, data_folder, two), nprocs=2)
+    train.train_vae(SHORT, SHAPE, one)
+    train.train_unet(SHARED, SHAPE, one, encoded, scale, tokenizer)
+    for name in ("autoencoder.pt", "unet.pt"):
+        alone, shared = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+        assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
 def test_latents_are_encoded_once(data, monkeypatch):
     folder, vae, _, encoded, *_ = data
     assert encoded["latents"].shape == (24, 4, 8, 8)
@@ -135,8 +171,13 @@ def test_every_word_of_a_caption_is_one_token(data):
 def test_grounding_loss_by_hand():
     maps = torch.tensor([[[0.0, 0.6], [0.0, 0.2], [0.0, 0.1], [0.0, 0.1]]])  # [1, 4 pixels, 2]
     coverage = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])  # [1, 1 toy, 2, 2]
-    # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy
-    assert grounding_loss([maps], coverage, [(0, 0, 1)]).item() == pytest.approx(-np.log(0.65))
+    # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy, which covers 1.5 pixels
+    expected = -np.log(0.65) - np.log(2 * 0.65 / 1.5)
+    assert grounding_loss([maps], coverage, [(0, 0, 1)]).item() == pytest.approx(expected)
+    # token 0 reigns on the second pixel; more than half is not asked for
+    maps[0, 1, 0] = 0.9
+    coverage = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+    assert grounding_loss([maps], coverage, [(0, 0, 0)]).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_cools_down():

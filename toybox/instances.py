@@ -58,7 +58,7 @@ EXAMPLES = {
 def example_scene(example: Example) -> Scene:
     """The scene of a folder of ``example/``."""
     scene = draw_scene(np.random.default_rng(example.seed), len(example.looks))
-    return _with_looks(replace(scene, ground=example.ground), example.looks)
+    return with_looks(replace(scene, ground=example.ground), example.looks)
 
 
 def look_alikes(
@@ -103,7 +103,8 @@ def look_alikes(
     )
 
 
-def _with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:
+def with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:
+    """A scene whose toys look otherwise, in the same places."""
     toys = zip(scene.toys, looks, strict=True)
     return replace(scene, toys=tuple(replace(placed, look=look) for placed, look in toys))
 
@@ -179,7 +180,7 @@ def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
         rng = np.random.default_rng((args.seed, index))
         count = args.instances or int(rng.integers(2, 4))
         looks = look_alikes(rng, count, args.alike, args.kinds or KINDS)
-        scenes[f"set{index:03d}"] = _with_looks(draw_scene(rng, len(looks)), looks), args.seed
+        scenes[f"set{index:03d}"] = with_looks(draw_scene(rng, len(looks)), looks), args.seed
     return scenes
 
 

@@ -51,6 +51,11 @@ class Look:
     value: float = 1.0
 
     @property
+    def nearest_colour(self) -> str:
+        """The name of the hue that is nearest on the circle."""
+        return min(HUES, key=lambda name: abs((HUES[name] - self.hue + 180) % 360 - 180))
+
+    @property
     def colour(self) -> str | None:
         """The hue's name, or None for a hue between the named ones."""
         return next((name for name, degrees in HUES.items() if degrees == self.hue), None)

@@ -169,7 +169,11 @@ def train_vae(
 def grounding_loss(
     maps: list[Tensor], coverage: Tensor, nouns: list[tuple[int, int, int]]
 ) -> Tensor:
-    """−log of the share of a noun's attention that falls on its toy, mean over layers and nouns.
+    """How far each noun's attention is from lying on its toy, and from reigning there.
+
+    −log s + max(0, log ½ − log a), mean over layers and nouns: s is the share of the noun's
+    attention that falls on its toy, a its mean over the toy's pixels. Without the second term
+    every pixel leaves nearly all of its attention to the start token.
 
     Args:
         maps: each layer's [b, n, k] cross-attention, n = h·w pixels in row order.
@@ -181,8 +185,11 @@ def grounding_loss(
     loss = 0.0
     for attention in maps:
         columns = attention[samples, :, tokens]  # [nouns, n]
-        share = (columns * inside).sum(-1) / columns.sum(-1).clamp_min(1e-8)
+        on_toy = (columns * inside).sum(-1)  # [nouns]
+        share = on_toy / columns.sum(-1).clamp_min(1e-8)
+        mean = on_toy / inside.sum(-1).clamp_min(1e-8)
         loss = loss - share.clamp_min(1e-4).log().mean()
+        loss = loss - (2 * mean).clamp(1e-4, 1).log().mean()
     return loss / len(maps)
 
 
@@ -310,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         "--work", type=Path, default=Path("toybox_work"), help="checkpoints, curves"
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
-    parser.add_argument("--begin_from", type=Path, help="pipeline folder whose weights to begin with")
+    parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
     parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
     for name, value in asdict(TrainConfig()).items():
         more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}

@@ -2,10 +2,18 @@
 
 The way of a LoRA: `inject` it, `mark_only_lora_trainable`, train, take `lora_state_dict`,
 spell that for others (`to_diffusers`, `to_kohya`), `save_lora`. And back: `read_lora`,
-`from_diffusers` or `from_kohya`, then `inject_from`, and `merge` for speed.
+`from_file` (or, part by part, `from_diffusers` and `from_kohya`), then `inject_from`, and `merge`
+for speed.
 """
 
-from mifo_lora.formats import from_diffusers, from_kohya, kohya_metadata, to_diffusers, to_kohya
+from mifo_lora.formats import (
+    from_diffusers,
+    from_file,
+    from_kohya,
+    kohya_metadata,
+    to_diffusers,
+    to_kohya,
+)
 from mifo_lora.injection import (
     inject,
     lora_layers,
@@ -21,6 +29,7 @@ from mifo_lora.states import inject_from, load_lora, lora_state_dict, read_lora,
 __all__ = [
     "LoRALinear",
     "from_diffusers",
+    "from_file",
     "from_kohya",
     "inject",
     "inject_from",

@@ -28,6 +28,19 @@ class _Format:
     def stem(self, name: str, part: str) -> str:
         return self.prefixes[part] + name.replace(".", self.dot)
 
+    def leaf(self, key: str) -> str | None:
+        """Which leaf of a state a key ends like."""
+        return next((leaf for leaf, end in self.endings.items() if key.endswith(end)), None)
+
+    def modules(self, model: nn.Module, part: str) -> dict[str, list[tuple[str, nn.Linear]]]:
+        """The Linear modules, with their names, that the stem of a key may stand for."""
+        stems = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                for alias in _file_names(name, part):
+                    stems.setdefault(self.stem(alias, part), []).append((name, module))
+        return stems
+
 
 _DIFFUSERS = _Format(
     program="diffusers",
@@ -109,6 +122,38 @@ def from_kohya(file: Mapping[str, torch.Tensor], model: nn.Module, part: str = "
     return _with_alphas(_read(_KOHYA, file, model, part))
 
 
+def from_file(
+    file: Mapping[str, torch.Tensor],
+    models: Mapping[str, nn.Module],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, State]:
+    """The states of all parts of a file in kohya's or diffusers' keys, whichever it has.
+
+    Args:
+        file: All tensors of the file.
+        models: The modules by part, without LoRA.
+        metadata: Metadata of the file, as for `from_diffusers`.
+
+    Raises:
+        ValueError: A key fits no Linear module of the models by its name or by the size of its
+            tensor (the message says how many do not), or a layer is incomplete or not finite.
+    """
+    is_kohya = any(key.startswith(tuple(_KOHYA.prefixes.values())) for key in file)
+    form = _KOHYA if is_kohya else _DIFFUSERS
+    modules = {}
+    for part, model in models.items():
+        modules |= form.modules(model, part)
+    if odd := [key for key, tensor in file.items() if not _fits(form, key, tensor, modules)]:
+        raise ValueError(
+            f"{len(odd)} of its {len(file)} keys fit no Linear module of "
+            f"{' and '.join(models)}, the first is {odd[0]!r} of shape {list(file[odd[0]].shape)}; "
+            "give a plain LoRA in the keys of kohya or diffusers and the model it was made for."
+        )
+    if is_kohya:
+        return {part: from_kohya(file, model, part) for part, model in models.items()}
+    return {part: from_diffusers(file, model, part, metadata) for part, model in models.items()}
+
+
 def kohya_metadata(
     file: Mapping[str, torch.Tensor], architecture: str, title: str
 ) -> dict[str, str]:
@@ -156,15 +201,10 @@ def _spell(form: _Format, layers: dict[str, Factors], part: str, leaves: tuple[s
 def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, part: str) -> State:
     """The tensors of one part under the model's own names; alphas only where the file has them."""
     _check_part(form, part)
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names = {}  # the module names that a stem may stand for
-    for name in linears:
-        for alias in _file_names(name, part):
-            names.setdefault(form.stem(alias, part), []).append(name)
-
+    modules = form.modules(model, part)
     state = {}
     for key, tensor in file.items():
-        leaf = next((leaf for leaf, ending in form.endings.items() if key.endswith(ending)), None)
+        leaf = form.leaf(key)
         if leaf is None or not key.startswith(tuple(form.prefixes.values())):
             raise ValueError(
                 f"{key!r} is no key of a plain LoRA for Stable Diffusion in {form.program}'s "
@@ -173,7 +213,7 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
             )
         if not key.startswith(form.prefixes[part]):
             continue
-        found = names.get(key.removesuffix(form.endings[leaf]), [])
+        found = modules.get(key.removesuffix(form.endings[leaf]), [])
         if len(found) != 1:
             raise ValueError(
                 f"{key!r} names {len(found)} Linear modules of {type(model).__name__} instead of "
@@ -181,8 +221,26 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
             )
         if leaf != "alpha" and tensor.ndim != 2:
             raise ValueError(f"{key!r} has shape {list(tensor.shape)}; give a LoRA of matrices.")
-        state[f"{found[0]}.{leaf}"] = tensor
+        state[f"{found[0][0]}.{leaf}"] = tensor
     return state
+
+
+def _fits(
+    form: _Format,
+    key: str,
+    tensor: torch.Tensor,
+    modules: Mapping[str, list[tuple[str, nn.Linear]]],
+) -> bool:
+    """Does a key name one module, and a matrix of its size or an alpha?"""
+    leaf = form.leaf(key)
+    found = modules.get(key.removesuffix(form.endings[leaf]), []) if leaf else []
+    if len(found) != 1:
+        return False
+    ((_, module),) = found
+    if leaf == "alpha":
+        return tensor.numel() == 1
+    side, size = (1, module.in_features) if leaf == "lora_A" else (0, module.out_features)
+    return tensor.ndim == 2 and tensor.shape[side] == size
 
 
 def _with_alphas(state: State) -> State:

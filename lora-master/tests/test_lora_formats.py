@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mifo_lora
-from mifo_lora import from_diffusers, from_kohya, to_diffusers, to_kohya
+from mifo_lora import from_diffusers, from_file, from_kohya, to_diffusers, to_kohya
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 UNET = {f"{BLOCK}.to_k": (2, 8.0), f"{BLOCK}.to_out.0": (2, 8.0)}
@@ -199,6 +199,74 @@ def test_half_a_layer_and_kernels_are_refused():
         from_kohya({k: t for k, t in file.items() if k != f"{stem}.lora_up.weight"}, model)
     with pytest.raises(ValueError, match=r"shape \[2, 4, 1, 1\]; give a LoRA of matrices"):
         from_kohya({**file, f"{stem}.lora_down.weight": torch.zeros(2, 4, 1, 1)}, model)
+
+
+# --- whole files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models():
+    return {"unet": make_model(*UNET), "text_encoder": make_model(*TEXT)}
+
+
+@pytest.mark.parametrize("write", [to_kohya, to_diffusers])
+def test_a_whole_file_is_read_by_part_whichever_keys_it_has(write, models):
+    unet, text = make_state(UNET), make_state(TEXT)
+    found = from_file({**write(unet), **write(text, "text_encoder")}, models)
+    assert_same_deltas(found["unet"], unet)
+    assert_same_deltas(found["text_encoder"], text)
+    assert from_file(write(text, "text_encoder"), models)["unet"] == {}
+
+
+def test_a_whole_file_is_read_with_the_alphas_of_its_metadata(models):
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 3})}
+    found = from_file(to_diffusers(make_state(UNET)), models, metadata)["unet"]
+    assert found[f"{BLOCK}.to_k.alpha"] == 3
+
+
+SIZES = [
+    (".lora_down.weight", (2, 3)),
+    (".lora_down.weight", (2, 4, 1, 1)),
+    (".lora_up.weight", (3, 2)),
+    (".lora_up.weight", (4, 2, 1, 1)),
+    (".alpha", (2,)),
+]
+
+
+@pytest.mark.parametrize(("ending", "shape"), SIZES)
+def test_a_tensor_of_another_size_does_not_fit(ending, shape, models):
+    file = to_kohya(make_state(UNET))
+    key = f"lora_unet_{BLOCK.replace('.', '_')}_to_k{ending}"
+    assert key in file
+    words = f"1 of its 6 keys fit no Linear module .*first is '{key}' of shape {list(shape)}; give"
+    with pytest.raises(ValueError, match=words.replace("[", r"\[")):
+        from_file({**file, key: torch.ones(shape)}, models)
+
+
+FOREIGN = [
+    "lora_unet_conv_in.lora_down.weight",
+    f"lora_unet_{BLOCK.replace('.', '_')}_to_k.dora_scale",
+    f"lora_te_{BLOCK.replace('.', '_')}_to_k.lora_down.weight",  # of the other part
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+    f"unet.{BLOCK}.to_k.lora_A.weight",  # of the other format
+    "<asset0>",
+]
+
+
+def test_all_keys_that_do_not_fit_are_counted(models):
+    file = {**to_kohya(make_state(UNET)), **dict.fromkeys(FOREIGN, torch.ones(2, 4))}
+    with pytest.raises(ValueError, match=f"6 of its 12 keys .*first is '{FOREIGN[0]}'"):
+        from_file(file, models)
+    for key in FOREIGN:
+        with pytest.raises(ValueError, match=f"1 of its 1 keys fit no .*'{key}'"):
+            from_file({key: torch.ones(2, 3)}, models)
+
+
+def test_a_whole_file_has_whole_layers(models):
+    file = to_kohya(make_state(UNET))
+    del file[f"lora_unet_{BLOCK.replace('.', '_')}_to_k.lora_up.weight"]
+    with pytest.raises(ValueError, match="to_k.lora_B' are missing"):
+        from_file(file, models)
 
 
 @pytest.mark.parametrize("convert", [to_kohya, to_diffusers])

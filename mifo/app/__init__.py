@@ -1,0 +1,1 @@
+"""`python -m mifo.app`: a page to draw on."""

@@ -1,0 +1,137 @@
+"""A page to draw on: mask the things in a photo, learn them, paint each inside its box.
+
+It serves on this machine alone unless --listen names another address, reads and writes in the
+chosen folders alone, and shows every command that it runs.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
+
+from mifo.cli import HelpFormatter, Parser, add_setting, told_failures
+from mifo.config import LearningConfig, SynthesisConfig
+
+LOCAL = "127.0.0.1"
+MAX_FILE = 32 * 2**20  # bytes of an upload
+#: The browser may use what this page serves, and nothing from elsewhere.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'none'"
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = Parser(prog="python -m mifo.app", description=__doc__, formatter_class=HelpFormatter)
+    learning, synthesis = LearningConfig(), SynthesisConfig()
+    add_setting(parser, learning, "folder_path", "folder of the instance folders")
+    add_setting(parser, synthesis, "models_dir", "folder of the learned folders")
+    add_setting(parser, synthesis, "output_path", "where the folders of pictures go")
+    add_setting(
+        parser, learning, "model_path", "diffusers folder, .safetensors file, hub id, or toybox"
+    )
+    add_setting(parser, learning, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
+    parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
+    parser.add_argument(
+        "--listen",
+        default=LOCAL,
+        metavar="ADDRESS",
+        help="serve on this address, such as 0.0.0.0: whoever reaches it can use the page",
+    )
+    parser.add_argument("--port", type=int, help="None: the first free one from 7860 on")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser, parser.parse_args(argv)
+
+
+class Guard:
+    """Serves requests to this host from this page, with POLICY; refuses all others.
+
+    So no other page open in the browser can use this one, not even under a name of its own that
+    leads to this machine. ``hosts``: the names that this page answers to; empty: any.
+    """
+
+    def __init__(self, app, hosts: set[str]):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        stranger = self.hosts and host.rsplit(":", 1)[0] not in self.hosts
+        if stranger or (origin is not None and urlsplit(origin).netloc != host):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not asked from this page\n"})
+            return
+
+        async def send_with_policy(message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message = {**message, "headers": [*message["headers"], policy]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; a command that runs then is stopped and saves."""
+    from starlette.middleware import Middleware
+
+    from mifo.app.job import Job
+    from mifo.app.page import CSS, build_page, theme
+    from mifo.app.places import Places
+    from mifo.learned import check_writable
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("folder_path", "models_dir", "output_path"):
+        check_writable(Path(getattr(options, name)), name)
+    places = Places(**{field.name: getattr(options, field.name) for field in fields(Places)})
+    job, local = Job(), options.listen == LOCAL
+    hosts = {LOCAL, "localhost"} if local else set()
+    page = build_page(places, job)
+    try:
+        _, address, _ = page.launch(
+            server_name=options.listen,
+            server_port=options.port,
+            allowed_paths=[str(Path(options.output_path).resolve())],
+            max_file_size=MAX_FILE,
+            app_kwargs={"middleware": [Middleware(Guard, hosts)]},
+            state_session_capacity=16,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=theme(),
+            css=CSS,
+        )
+        print(f"open {address} (Ctrl-C ends)", flush=True)
+        if not local:
+            print(f"whoever reaches {options.listen} can use the page: it has no password")
+        threading.Event().wait()
+    finally:
+        job.close()
+        page.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, options = parse_args(argv)
+    with told_failures(parser, options.debug), TemporaryDirectory(prefix="mifo") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        try:
+            import gradio  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError("the page needs gradio: pip install .[app]") from error
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        serve(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What is written beside learned assets and pictures is read back as it was."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mifo.learned import open_learned, replacing, write_learned
+from mifo.learned_files import open_files
+from mifo.synthesis import save_picture
+
+TEXT = st.text(st.characters(), max_size=20)  # any, as a path may hold bytes that are no letters
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXT, values, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 12), source=TEXT, sha256=TEXT, more=st.dictionaries(TEXT, VALUES))
+def test_any_manifest_is_read_back(tmp_path_factory, count, source, sha256, more):
+    manifest = {
+        **more,
+        "base_model": {"source": source, "sha256": sha256},
+        "tokens": [f"<asset{i}>" for i in range(count)],
+        "settings": {**more, "finetune": "none", "finetune_steps": 0},
+    }
+    path = tmp_path_factory.mktemp("learned") / "toys"
+    rows = torch.randn(count, 4)
+    with replacing(path) as folder:
+        write_learned(folder, None, rows, False, manifest)
+    learned = open_learned(path)
+    assert learned.manifest == manifest
+    assert learned.assets == list(range(count)) and learned.tokens == manifest["tokens"]
+    files = [path / f"asset{i}.safetensors" for i in range(count)]
+    found = open_files(None, [str(file) for file in files])
+    assert list(found.bases) == files
+    assert all(base == manifest["base_model"] for base in found.bases.values())
+    assert torch.equal(torch.stack([found.rows[i] for i in range(count)]), rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=99), facts=VALUES
+)
+def test_what_a_picture_says_is_read_back(tmp_path_factory, prompt, facts):
+    folder = tmp_path_factory.mktemp("pictures")
+    facts = {"settings": {"prompt": prompt}, "more": facts}
+    path = save_picture(folder, 3, Image.new("RGB", (2, 2)), facts)
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["mifo"]) == facts
+        assert picture.text["prompt"] == prompt
+    assert json.loads(path.with_suffix(".json").read_text()) == facts
+
+
+def test_a_failure_leaves_the_earlier_folder(tmp_path):
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys/mine").write_text("mine")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "toys") as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["toys", "mine"]
