@@ -517,7 +517,7 @@ def paint_masks(page):
 
 
 def learn(page, folder):
-    """Start learning, stop it, go on to its end."""
+    """Start learning, stop it so that it can be resumed, learn something shorter to its end."""
     page.get_by_role("tab", name="Learn").click()
     wait_until(page, "instance", "cars")
     fill(page, "train_steps", "200")
@@ -536,6 +536,10 @@ def learn(page, folder):
 
     page.get_by_role("radio", name="go on (--resume)").check()
     wait_until(page, "learning_command", "--resume")
+    page.get_by_role("radio", name="replace (--overwrite)").check()
+    fill(page, "train_steps", "4")
+    wait_until(page, "learning_command", "--overwrite")
+    wait_until(page, "learning_command", "--train_steps 4")
     page.locator("#learn").click()
     wait_until(page, "status", "learning cars: finished")
     page.wait_for_selector("#maps img")

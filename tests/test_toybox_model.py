@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from mifo.models import load_base, toybox_folder
+from toybox.config import TrainConfig
 from toybox.evaluate import grounding, load_pipeline
 from toybox.model import ToyboxConfig
 from toybox.scenes import HUES, KINDS
-from toybox.train import TrainConfig, psnr
+from toybox.train import psnr
 
 RECORD = json.loads((toybox_folder() / "record.json").read_text())
 

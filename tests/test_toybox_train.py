@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from mifo.processes import Processes
+from toybox import data as toybox_data
 from toybox import loop, train
+from toybox.config import TrainConfig
+from toybox.data import MAX_TOYS, encode_scenes, scene_of
 from toybox.loop import lr_factor
 from toybox.model import ToyboxConfig, build_pipeline, build_tokenizer
 from toybox.scenes import caption
-from toybox.train import TrainConfig, encode_scenes, grounding_loss, scene_of
+from toybox.train import grounding_loss
 
 SHAPE = ToyboxConfig(
     resolution=32,
@@ -152,8 +155,8 @@ def test_two_processes_train_as_one(data, tmp_path):
 def test_latents_are_encoded_once(data, monkeypatch):
     folder, vae, _, encoded, *_ = data
     assert encoded["latents"].shape == (24, 4, 8, 8)
-    assert encoded["coverage"].shape == (24, train.MAX_TOYS, 8, 8)
-    monkeypatch.setattr(train, "render", None)
+    assert encoded["coverage"].shape == (24, MAX_TOYS, 8, 8)
+    monkeypatch.setattr(toybox_data, "render", None)
     again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
     assert all(torch.equal(again[key], encoded[key]) for key in encoded)
 

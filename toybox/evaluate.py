@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
 from mifo.models import check_folder, choose_device, quiet_libraries
-from toybox import train
 from toybox.classifier import SCENE, Classifier, Reading, hue_names, load_classifier, to_input
+from toybox.config import TrainConfig
+from toybox.data import to_tensor
 from toybox.model import FOLDER, ToyboxConfig
 from toybox.scenes import KINDS, Look, caption, draw_scene, render
+from toybox.train import psnr
 
 STEPS, GUIDANCE, NOISED_TO, BATCH = 25, 5.0, 300, 32
 #: (section, key) of each measure, what it is, and the aim.
@@ -144,7 +146,7 @@ def judge_renders(
                 pictures.append(render(scene, size)[0])
         restored = []
         for start in range(0, images, BATCH):
-            pixels = train.to_tensor(pictures[start : start + BATCH]).to(pipeline.device)
+            pixels = to_tensor(pictures[start : start + BATCH]).to(pipeline.device)
             with torch.inference_mode():
                 latents = pipeline.vae.encode(pixels).latent_dist.mean
                 decoded = pipeline.vae.decode(latents).sample
@@ -176,7 +178,7 @@ def word_maps(pipeline, pictures: list[Image.Image], texts: list[str], seed: int
     unet, scheduler, device = pipeline.unet, pipeline.scheduler, pipeline.device
     recorder, prefix = Recorder(), decoder_block(unet)
     watched = [name for name in attention_layers(unet, "cross") if name.startswith(prefix)]
-    pixels = train.to_tensor(pictures).to(device)
+    pixels = to_tensor(pictures).to(device)
     with torch.inference_mode(), processors(unet, {n: recorder.processor(n) for n in watched}):
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
@@ -256,7 +258,7 @@ def evaluate(
     """
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     shape = ToyboxConfig(resolution=size)
-    quality = train.psnr(pipeline.vae, train.TrainConfig(kinds=tuple(kinds)), shape)
+    quality = psnr(pipeline.vae, TrainConfig(kinds=tuple(kinds)), shape)
     pipeline.to(device)
     result = {
         "autoencoder": {"psnr_db": quality},

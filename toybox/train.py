@@ -8,9 +8,8 @@ Every random draw depends on the seed and the step alone, so a run may be stoppe
 import argparse
 import json
 import logging
-import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,84 +23,17 @@ from mifo.attention import Recorder, attention_layers, processors
 from mifo.models import choose_device
 from mifo.processes import Processes
 from toybox import model as toybox_model
-from toybox.loop import Trainer
+from toybox.config import TrainConfig
+from toybox.data import encode_scenes, scene_of, to_tensor
+from toybox.loop import Trainer, draw_curves
 from toybox.model import ToyboxConfig
-from toybox.scenes import KINDS, Scene, caption, draw_scene, render
+from toybox.scenes import caption, draw_scene, render
 
 log = logging.getLogger("toybox")
-MAX_TOYS = 3
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every number of the training."""
-
-    seed: int = 0
-    vae_scenes: int = 1500
-    vae_steps: int = 9000
-    vae_batch: int = 16
-    vae_crop: int = 32  # pixels
-    vae_lr: float = 5e-4
-    kl_weight: float = 1e-6
-    kinds: tuple[str, ...] = KINDS  # fewer are learned sooner
-    scenes: int = 20_000
-    steps: int = 9000
-    batch: int = 16
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: int = 200  # steps
-    cooldown: float = 0.25  # of all steps, cosine to a hundredth
-    ema: float = 0.999
-    caption_dropout: float = 0.1
-    min_snr: float = 5.0
-    grounding_weight: float = 0.02
-    grounding_timesteps: int = 500
 
 
 def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-# ----------------------------------------------------------------------------------------------
-# data
-
-
-def scene_of(config: TrainConfig, index: int) -> Scene:
-    """Training scene ``index``."""
-    return draw_scene(np.random.default_rng((config.seed, index)), kinds=config.kinds)
-
-
-def to_tensor(pictures: list) -> Tensor:
-    """RGB pictures as float [b, 3, h, w] in [-1, 1]."""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> dict[str, Tensor]:
-    """Latents (posterior means, unscaled) [i, c, h, w] and toy coverage [i, toys, h, w], cached."""
-    if path.exists():
-        data = torch.load(path, weights_only=True)
-        if data["latents"].shape[0] == config.scenes:
-            return data
-    size, latent = shape.resolution, shape.latent_size
-    latents, coverage = [], []
-    for start in tqdm(range(0, config.scenes, 64), "latents"):
-        drawn = [
-            render(scene_of(config, index), size)
-            for index in range(start, min(start + 64, config.scenes))
-        ]
-        with torch.inference_mode():
-            pixels = to_tensor([picture for picture, _ in drawn]).to(vae.device)
-            means = vae.encode(pixels).latent_dist.mean
-        latents.append(means.half().cpu())
-        inside = torch.zeros(len(drawn), MAX_TOYS, size, size)
-        for row, (_, masks) in zip(inside, drawn, strict=True):
-            row[: len(masks)] = torch.from_numpy(masks)
-        coverage.append(F.adaptive_avg_pool2d(inside, latent).half())
-    data = {"latents": torch.cat(latents), "coverage": torch.cat(coverage)}
-    torch.save(data, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-    return data
 
 
 # ----------------------------------------------------------------------------------------------
@@ -314,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("toybox_work"), help="checkpoints, curves"
+        "--work", type=Path, default=Path("toybox_work"), help="checkpoints, sample grids"
     )
     parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
@@ -363,11 +295,15 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / name, output / "tokenizer" / name)
+    curves = {one.name: one.losses for one in (vae_trainer, trainer)}
+    draw_curves(output / "training.png", curves)
     record = {
         "train": asdict(config),
         "shape": asdict(shape),
         "psnr_db": quality,
         "seconds": {"autoencoder": vae_trainer.seconds, "unet": trainer.seconds},
+        "processes": processes.count,
+        "began_from": json.loads((start / "record.json").read_text()) if start else None,
     }
     (output / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,54 @@
+"""What toybox is trained on: scenes by their number, and their latents."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from toybox.config import TrainConfig
+from toybox.model import ToyboxConfig
+from toybox.scenes import Scene, draw_scene, render
+
+MAX_TOYS = 3
+
+
+def scene_of(config: TrainConfig, index: int) -> Scene:
+    """Training scene ``index``."""
+    return draw_scene(np.random.default_rng((config.seed, index)), kinds=config.kinds)
+
+
+def to_tensor(pictures: list) -> Tensor:
+    """RGB pictures as float [b, 3, h, w] in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> dict[str, Tensor]:
+    """Latents (posterior means, unscaled) [i, c, h, w] and toy coverage [i, toys, h, w], cached."""
+    if path.exists():
+        data = torch.load(path, weights_only=True)
+        if data["latents"].shape[0] == config.scenes:
+            return data
+    size, latent = shape.resolution, shape.latent_size
+    latents, coverage = [], []
+    for start in tqdm(range(0, config.scenes, 64), "latents"):
+        drawn = [
+            render(scene_of(config, index), size)
+            for index in range(start, min(start + 64, config.scenes))
+        ]
+        with torch.inference_mode():
+            pixels = to_tensor([picture for picture, _ in drawn]).to(vae.device)
+            means = vae.encode(pixels).latent_dist.mean
+        latents.append(means.half().cpu())
+        inside = torch.zeros(len(drawn), MAX_TOYS, size, size)
+        for row, (_, masks) in zip(inside, drawn, strict=True):
+            row[: len(masks)] = torch.from_numpy(masks)
+        coverage.append(F.adaptive_avg_pool2d(inside, latent).half())
+    data = {"latents": torch.cat(latents), "coverage": torch.cat(coverage)}
+    torch.save(data, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return data
