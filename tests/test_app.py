@@ -263,7 +263,7 @@ def test_no_text_becomes_an_option(places, text):
 
 def test_bad_settings_are_told(places):
     with pytest.raises(ValueError, match="'--debug' is no word"):
-        learning_command(places, "toys", "new", initializer_tokens=as_words("car --debug"))
+        learning_command(places, "toys", "new", initializer_tokens=as_words("car, --debug"))
     with pytest.raises(ValueError, match="no way to start"):
         learning_command(places, "toys", "output_dir=/etc")
     with pytest.raises(ValueError, match="not valid JSON"):

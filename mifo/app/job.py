@@ -1,7 +1,6 @@
 """The commands that the page shows, and the one that runs."""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -81,8 +80,8 @@ def shown(argv: Sequence[str]) -> str:
 
 
 def as_words(text: str) -> tuple[str, ...]:
-    """Words separated by spaces or commas."""
-    return tuple(re.split(r"[\s,]+", text.strip())) if text.strip() else ()
+    """Entries separated by commas, each of a word or several."""
+    return tuple(entry for entry in map(str.strip, text.split(",")) if entry)
 
 
 class Job:

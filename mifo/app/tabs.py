@@ -144,7 +144,9 @@ def learning_tab(places: Places, job: Job) -> tuple:
                 seed = _number(0, "Seed", "learning_seed")
             with gr.Accordion("More settings", open=False, elem_id="more_learning"):
                 words = gr.Textbox(
-                    "", label="Words to start the tokens from (empty: random)", placeholder="car"
+                    "",
+                    label="Words to start the tokens from (empty: random)",
+                    placeholder="blue car, teal car",
                 )
                 kind = gr.Textbox(default.class_prompt, label="Prompt of the class images")
                 with gr.Row():
@@ -271,7 +273,13 @@ def _wire_stage(prompt: gr.Textbox, stage: gr.HTML, boxes: gr.Textbox) -> None:
         return {**old, "boxes": new}
 
     prompt.change(from_prompt, [prompt, stage], [stage, boxes], show_progress="hidden")
-    stage.input(lambda new: json.dumps(new["boxes"]), stage, boxes, show_progress="hidden")
+    stage.input(
+        lambda new: json.dumps(new["boxes"]),
+        stage,
+        boxes,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     written = [boxes.blur, boxes.submit]
     gr.on(written, told(from_text), [boxes, stage], stage, show_progress="hidden")
 
