@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 def synthesis_config(options: argparse.Namespace) -> SynthesisConfig:
     """How every picture is painted; each case puts in its own folder and prompt."""
     guidance = GuidanceConfig(**{f.name: getattr(options, f.name) for f in fields(GuidanceConfig)})
-    own = {"model_id", "prompt", "guidance", "box_control", "width", "height"}
+    own = {"model_id", "prompt", "guidance", "box_control", "width", "height", "lora", "tokens"}
     names = {field.name for field in fields(SynthesisConfig)} - own
     return SynthesisConfig(
         **{name: getattr(options, name) for name in names},
