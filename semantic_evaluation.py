@@ -87,10 +87,10 @@ def main(argv: list[str] | None = None) -> None:
 def synthesis_config(options: argparse.Namespace) -> SynthesisConfig:
     """How every picture is painted; each case puts in its own folder and prompt."""
     guidance = GuidanceConfig(**{f.name: getattr(options, f.name) for f in fields(GuidanceConfig)})
-    own = {"model_id", "prompt", "guidance", "box_control", "width", "height", "lora", "tokens"}
-    names = {field.name for field in fields(SynthesisConfig)} - own
+    given = vars(options)
+    names = {field.name for field in fields(SynthesisConfig)} & given.keys()
     return SynthesisConfig(
-        **{name: getattr(options, name) for name in names},
+        **{name: given[name] for name in names - {"model_id", "prompt"}},  # these are lists here
         guidance=guidance,
         box_control=not options.no_box_control,
     )

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from tqdm import tqdm
 from mifo.boxes import Box
 from mifo.config import SynthesisConfig
 from mifo.features import FeatureSpace, load_features
+from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
-from mifo.learned import MANIFEST, LearnedFolder, check_name, open_learned
+from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
 from mifo.measures import crop, layout, objects_by_colour, reference_crops
 from mifo.synthesis import check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
@@ -128,7 +128,7 @@ def list_learned(models_dir: Path, names: Sequence[str]) -> list[str]:
         for name in names:
             check_name(name, "model_id")
         return list(dict.fromkeys(names))
-    found = sorted(path.parent.name for path in models_dir.glob(f"[!.]*/{MANIFEST}"))
+    found = learned_names(models_dir)
     if not found:
         raise ValueError(f"--model_id all: {models_dir} holds no learned folder; give --models_dir")
     return found
@@ -245,14 +245,3 @@ def _painted(case: Case, indices: Sequence[int], device: str) -> Iterator[tuple[
     for start in range(0, len(indices), config.batch_size):
         batch = indices[start : start + config.batch_size]
         yield from zip(batch, paint(scene, batch, text), strict=True)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

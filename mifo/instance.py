@@ -242,6 +242,12 @@ def find_masks(folder: Path) -> list[Path]:
     return [masks[i] for i in range(len(masks))]
 
 
+def mask_window(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the bounding box of a mask, bool [h, w] with a pixel inside."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
 def read_picture(path: Path) -> Image.Image:
     """A picture file as viewers show it, in 8-bit RGB: upright, its pixels and no metadata."""
     return Image.fromarray(np.array(_to_rgb(_load(path).image)))

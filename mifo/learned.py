@@ -146,11 +146,16 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
         ) from error
 
 
+def learned_names(models_dir: Path) -> list[str]:
+    """Names of the learned folders in a folder; those aside, whose names begin with a dot, not."""
+    return sorted(path.parent.name for path in models_dir.glob(f"[!.]*/{MANIFEST}"))
+
+
 def open_learned(path: Path) -> LearnedFolder:
     """Check a learned folder and read its manifest; a ValueError says what is wrong with it."""
     recover(path)
     if not path.is_dir():
-        there = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST}"))
+        there = learned_names(path.parent)
         raise ValueError(
             f"there is no learned folder {path}; learned so far: {', '.join(there) or 'none'} "
             "(semantic_learning.py makes them)"

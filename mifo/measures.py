@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mifo.boxes import Box, raster
-from mifo.instance import Instance
+from mifo.instance import Instance, mask_window
 
 LEAST_CONTRAST = 0.1  # of an object to the background, as a distance of RGB colours in [0, 1]
 CLEAR = 6.0  # how many times the usual spread of the background an object differs from it
@@ -15,12 +15,7 @@ CLEAR = 6.0  # how many times the usual spread of the background an object diffe
 
 def reference_crops(instance: Instance) -> list[Image.Image]:
     """Of each instance, the bounding box of its mask in the photo."""
-    crops = []
-    for mask in instance.masks:
-        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        window = instance.image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        crops.append(Image.fromarray(window))
-    return crops
+    return [Image.fromarray(instance.image[mask_window(mask)]) for mask in instance.masks]
 
 
 def crop(picture: Image.Image, box: Box) -> Image.Image:

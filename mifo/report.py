@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mifo.boxes import draw_boxes
-from mifo.evaluation import PICTURES, Case, written_aside
+from mifo.evaluation import PICTURES, Case
+from mifo.files import written_aside
 from mifo.instance import asset_token
 from mifo.measures import confusion, diversity, margins
 

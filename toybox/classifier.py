@@ -9,7 +9,6 @@ Axes: b batch, k kinds, r rows and c columns of cells.
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mifo.files import written_aside
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
@@ -317,9 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     output = arguments.pop("output")
     config = ClassifierConfig(**arguments)
     classifier = train(config)
-    aside = output.with_suffix(".part")
-    save_file({name: tensor.half() for name, tensor in classifier.state_dict().items()}, aside)
-    os.replace(aside, output)
+    with written_aside(output) as aside:
+        save_file({name: tensor.half() for name, tensor in classifier.state_dict().items()}, aside)
     held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
     record = {"train": asdict(config), "held_out": held_out}
     output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

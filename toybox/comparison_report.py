@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mifo.evaluation import PICTURES, Case, written_aside
+from mifo.evaluation import PICTURES, Case
+from mifo.files import written_aside
 from mifo.report import (
     GAP,
     TILE,

@@ -1,6 +1,5 @@
 """What toybox is trained on: scenes by their number, and their latents."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mifo.files import written_aside
 from toybox.config import TrainConfig
 from toybox.model import ToyboxConfig
 from toybox.scenes import Scene, draw_scene, render
@@ -49,6 +49,6 @@ def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> 
             row[: len(masks)] = torch.from_numpy(masks)
         coverage.append(F.adaptive_avg_pool2d(inside, latent).half())
     data = {"latents": torch.cat(latents), "coverage": torch.cat(coverage)}
-    torch.save(data, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with written_aside(path) as aside:
+        torch.save(data, aside)
     return data

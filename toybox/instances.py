@@ -8,7 +8,6 @@ was trained on describes these toys exactly: something is left to learn.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mifo.files import written_aside
 from toybox.scenes import HUES, KINDS, Look, Scene, draw_scene, render
 
 #: Hues halfway between neighbouring named ones, in degrees.
@@ -125,9 +125,8 @@ def write_folder(
     description["instances"] = [asdict(placed) for placed in scene.toys]
 
     def put(name: str, write) -> None:
-        aside = folder / f"{name}.part"
-        write(aside)
-        os.replace(aside, folder / name)
+        with written_aside(folder / name) as aside:
+            write(aside)
 
     put("img.jpg", lambda path: picture.save(path, "JPEG", quality=95))
     for index, mask in enumerate(masks):

@@ -1,6 +1,5 @@
 """The training loop of toybox: resumable at any moment, with an average of the weights."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mifo.files import written_aside
 from mifo.processes import Processes
 
 
@@ -95,9 +95,8 @@ class Trainer:
             "losses": self.losses,
             "seconds": self.seconds,
         }
-        aside = self.path.with_suffix(".part")
-        torch.save(state, aside)
-        os.replace(aside, self.path)
+        with written_aside(self.path) as aside:
+            torch.save(state, aside)
 
     def _average_over_processes(self, loss: Tensor) -> Tensor:
         """Make the gradients, and return the loss, of the whole batch."""

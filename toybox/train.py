@@ -256,6 +256,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
     work, output, start = (arguments.pop(name) for name in ("work", "output", "begin_from"))
+    try:
+        began_from = json.loads((start / "record.json").read_text()) if start else None
+    except (OSError, ValueError) as error:
+        parser.error(
+            f"--begin_from {start} has no readable record.json ({type(error).__name__}); "
+            "give a folder that this trainer wrote"
+        )
     processes = Processes(choose_device(arguments.pop("device")))
     arguments["kinds"] = tuple(arguments["kinds"])
     config, shape = TrainConfig(**arguments), ToyboxConfig()
@@ -303,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         "psnr_db": quality,
         "seconds": {"autoencoder": vae_trainer.seconds, "unet": trainer.seconds},
         "processes": processes.count,
-        "began_from": json.loads((start / "record.json").read_text()) if start else None,
+        "began_from": began_from,
     }
     (output / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 

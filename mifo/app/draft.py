@@ -25,6 +25,7 @@ from mifo.instance import (
     coverage_report,
     find_image,
     find_masks,
+    mask_window,
     read_instance,
     read_mask,
     read_picture,
@@ -113,15 +114,10 @@ def overlay(draft: Draft) -> Image.Image:
     frames = []
     for index, mask in enumerate(draft.masks):
         pixels[mask] = 0.45 * pixels[mask] + 0.55 * np.array(color_of(index), np.float32)
-        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        down, across = mask_window(mask)
         width, height = draft.photo.size
         frames.append(
-            Box(
-                columns[0] / width,
-                rows[0] / height,
-                (columns[-1] + 1) / width,
-                (rows[-1] + 1) / height,
-            )
+            Box(across.start / width, down.start / height, across.stop / width, down.stop / height)
         )
     names = [asset_token(index) for index in range(len(frames))]
     return draw_boxes(Image.fromarray(pixels.astype(np.uint8)), frames, names)

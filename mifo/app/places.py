@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from mifo.config import LearningConfig, SynthesisConfig
 from mifo.figures import learning_curves
 from mifo.instance import list_instances, read_picture
-from mifo.learned import MANIFEST, check_name
+from mifo.learned import check_name, learned_names
 from mifo.plan import CHECKPOINT, work_folder
 
 LOSSES = ("loss", "reconstruction", "attention")
@@ -52,8 +52,7 @@ def instances(places: Places) -> list[str]:
 
 def learned(places: Places) -> list[str]:
     """Names of the learned folders."""
-    found = (path.parent.name for path in Path(places.models_dir).glob(f"*/{MANIFEST}"))
-    return sorted(name for name in found if not name.startswith("."))
+    return learned_names(Path(places.models_dir))
 
 
 def curves(places: Places, instance: str) -> Image.Image | None:
