@@ -149,7 +149,10 @@ def working_size(
 
 
 def list_instances(folder: Path) -> list[str]:
-    """The names of the sub-folders of `folder` that hold an image and a mask0.png, sorted."""
+    """The names of the sub-folders of `folder` that hold an image and a mask0.png, sorted.
+
+    Hidden ones are none of them: an instance that is being saved lies in one for a while.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
@@ -158,7 +161,9 @@ def list_instances(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if (path / "mask0.png").is_file() and any((path / name).is_file() for name in IMAGE_NAMES)
+        if not path.name.startswith(".")
+        and (path / "mask0.png").is_file()
+        and any((path / name).is_file() for name in IMAGE_NAMES)
     )
 
 

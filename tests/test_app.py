@@ -1,5 +1,6 @@
 """The page to draw on: its limits, what it saves and runs, and a browser from photo to picture."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,12 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 import semantic_learning
 import semantic_synthesis
@@ -28,6 +30,7 @@ from mifo.app.job import Job, as_words, learning_command, shown, synthesis_comma
 from mifo.app.places import Places, folder_in
 from mifo.checkpoint import Checkpoint, write_checkpoint
 from mifo.instance import read_instance
+from mifo.synthesis import save_picture
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
@@ -46,13 +49,13 @@ def draft(places) -> Draft:
     return drafts.open_instance(places, "toys")
 
 
-def painted(size=(128, 128), box=(0, 0, 40, 40)) -> str:
+def painted(size=(128, 128), box=(0, 0, 40, 40)) -> dict:
     """What the brush sends: a PNG as a data URL, transparent where nothing is painted."""
     strokes = Image.new("RGBA", size)
     strokes.paste((255, 64, 192, 255), box)
     data = io.BytesIO()
     strokes.save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"mask": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -76,6 +79,69 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
         app.main([])
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith("the page needs gradio: pip install .[app]\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# whom it answers
+
+LOCAL = {"127.0.0.1", "localhost", "[::1]"}
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        ("127.0.0.1", LOCAL),
+        ("localhost", LOCAL),
+        ("::1", LOCAL),
+        ("[::1]", LOCAL),
+        ("0.0.0.0", set()),
+        ("::", set()),
+        ("192.168.1.5", {"192.168.1.5"}),
+        ("Lab.example", {"lab.example"}),
+        ("fe80::1", {"[fe80::1]"}),
+    ],
+)
+def test_a_page_answers_to_the_names_of_its_address(address, hosts):
+    assert app.hosts_of(address) == hosts
+
+
+def guarded(hosts, **headers) -> int:
+    """The status that a request with these headers gets; 200 where it reaches the page."""
+    told = []
+
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        told.append(message)
+
+    pairs = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
+    scope = {"type": "http", "headers": pairs}
+    asyncio.run(app.Guard(page, hosts)(scope, None, send))
+    return told[0]["status"]
+
+
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_the_guard_knows_a_name_with_and_without_a_port(name):
+    for host in (name, f"{name}:7860"):
+        assert guarded(LOCAL, host=host) == 200
+        assert guarded(LOCAL, host=host, origin=f"http://{host}") == 200
+        assert guarded(LOCAL, host=host, origin="http://evil.example") == 403
+
+
+@pytest.mark.parametrize(
+    "host", ["", "evil.example", "evil.example:7860", "[::2]:7860", "::1", "localhost:80:7860"]
+)
+def test_the_guard_refuses_other_names(host):
+    assert guarded(LOCAL, host=host) == 403
+    assert guarded(set(), host=host) == 200
+
+
+def test_the_guard_refuses_what_is_too_large():
+    limit = 32 * 2**20 * 4 // 3
+    assert guarded(LOCAL, host="localhost", content_length=str(limit)) == 200
+    assert guarded(LOCAL, host="localhost", content_length=str(limit + 1)) == 413
+    assert guarded(LOCAL, host="evil.example", content_length=str(limit + 1)) == 403
 
 
 # ----------------------------------------------------------------------------------------------
@@ -106,6 +172,19 @@ def test_a_link_out_of_the_folder_is_no_instance(places, tmp_path):
     Path(places.folder_path, "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads out of"):
         folder_in(places.folder_path, "link", "instance")
+
+
+def test_names_that_the_page_would_refuse_are_not_offered(places, tmp_path):
+    instance, learned = Path(places.folder_path), Path(places.models_dir)
+    for folder in (instance / "toys", learned / "toys"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").touch()
+        for name in ("all", "a\nb", ".toys.new"):
+            shutil.copytree(folder, folder.with_name(name))
+        shutil.copytree(folder, tmp_path / f"{folder.parent.name}_elsewhere")
+        (folder.parent / "link").symlink_to(tmp_path / f"{folder.parent.name}_elsewhere")
+    assert folders.instances(places) == ["toys"]
+    assert folders.learned(places) == ["toys"]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -171,7 +250,21 @@ def test_strokes_become_a_mask(draft):
 
 def test_nothing_painted_is_told(draft):
     with pytest.raises(ValueError, match="nothing is painted"):
-        add_painted_mask(draft, "")
+        add_painted_mask(draft, {"mask": ""})
+
+
+@pytest.mark.parametrize("sent", [{}, {"mask": None}, {"mask": ["data:"]}, None, "data:"])
+def test_what_is_no_mask_is_told(draft, sent):
+    with pytest.raises(ValueError, match="the page sent no mask"):
+        add_painted_mask(draft, sent)
+
+
+def test_strokes_beyond_the_limit_of_a_file_are_not_decoded(draft, monkeypatch):
+    sent = painted()
+    monkeypatch.setattr(drafts, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(drafts, "MAX_SENT", len(sent["mask"]) - 1)
+    with pytest.raises(ValueError, match="larger than 32 MiB"):
+        add_painted_mask(draft, sent)
 
 
 def test_coverage_and_overlap_are_told(draft):
@@ -308,6 +401,27 @@ def test_closing_ends_a_command_that_does_not_stop():
     assert not job.running
 
 
+def test_closing_after_stop_does_not_stop_twice():
+    code = """import signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+    print("saving")
+    time.sleep(1)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("ready")
+time.sleep(60)"""
+    job = Job()
+    for title, by_hand in (("first", True), ("second", False)):
+        job.start(title, ["python", "-c", code])
+        wait_for(lambda: job.output() == "ready")
+        if by_hand:
+            job.stop()
+            wait_for(lambda: "saving" in job.output())
+        job.close()
+        assert job.status() == f"{title}: stopped"
+
+
 # ----------------------------------------------------------------------------------------------
 # what there is to see
 
@@ -334,13 +448,49 @@ def test_pictures_come_newest_first_with_their_seeds(places):
     folder = Path(places.output_path, "toys")
     folder.mkdir(parents=True)
     for number in range(2):
-        Image.new("RGB", (8, 8)).save(folder / f"000{number}.png")
-        os.utime(folder / f"000{number}.png", (number, number))
-    (folder / "0001.json").write_text(json.dumps({"settings": {"seed": 5}}))
+        facts = {"settings": {"seed": 5 + number, "prompt": "a <asset0>"}}
+        path = save_picture(folder, number, Image.new("RGB", (8, 8)), facts)
+        os.utime(path, (number, number))
     assert folders.pictures(places, "toys") == [
-        (str(folder / "0001.png"), "0001.png, seed 5"),
-        (str(folder / "0000.png"), "0000.png"),
+        (str(folder / "0001.png"), "0001.png, seed 6"),
+        (str(folder / "0000.png"), "0000.png, seed 5"),
     ]
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "{}", '{"settings": {}}', "[1]"])
+def test_pictures_of_another_making_are_named(places, tmp_path, text):
+    folder = Path(places.output_path, "toys")
+    folder.mkdir(parents=True)
+    words = PngImagePlugin.PngInfo()
+    if text:
+        words.add_text("mifo", text)
+        (folder / "0000.json").write_text(text)
+    Image.new("RGB", (8, 8)).save(folder / "0000.png", pnginfo=words)
+    (folder / "damaged.png").write_bytes(b"no picture")
+    (folder / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
+    shown = folders.pictures(places, "toys")
+    assert sorted(caption for _, caption in shown) == ["0000.png", "damaged.png"]
+
+
+def test_a_part_that_cannot_be_read_hides_no_other(places, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install .[app]")
+    from mifo.app import page
+
+    told = []
+    monkeypatch.setattr(page.gr, "Warning", told.append)
+    (tmp_path / "elsewhere").mkdir()
+    Path(places.output_path).mkdir()
+    Path(places.output_path, "toys").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(folders, "attention_maps", lambda *_: 1 / 0)
+    look = partial(page.look, places, Job(), "toys", "toys")
+    seen, names, _, status, log, *others = look({})
+    assert names["choices"] == ["toys"]
+    assert (status, log) == ("nothing has been started", "")
+    assert others == [None, None, None]
+    assert len(told) == 2 and "division by zero" in told[0] and "leads out of" in told[1]
+    assert look(seen)[3] == status and len(told) == 2  # told once
+    Path(places.output_path, "toys").unlink()
+    assert look(seen)[-1] == []
 
 
 # ----------------------------------------------------------------------------------------------

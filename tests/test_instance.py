@@ -460,6 +460,7 @@ def test_list_instances(tmp_path):
     make_folder(tmp_path, [disc()], name="ape")
     (tmp_path / "empty").mkdir()
     (make_folder(tmp_path, [disc()], name="blind") / "img.jpg").unlink()
+    make_folder(tmp_path, [disc()], name=".cars.new")  # one that is being saved
     (make_folder(tmp_path, [disc()], name="maskless") / "mask0.png").unlink()
     (tmp_path / "notes.txt").write_text("not a folder")
     assert list_instances(tmp_path) == ["ape", "car"]

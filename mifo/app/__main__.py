@@ -7,6 +7,7 @@ chosen folders alone, and shows every command that it runs.
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+from mifo.app import MAX_FILE, MAX_SENT
 from mifo.cli import HelpFormatter, Parser, add_setting, told_failures
 from mifo.config import LearningConfig, SynthesisConfig
 
 LOCAL = "127.0.0.1"
-MAX_FILE = 32 * 2**20  # bytes of an upload
 #: The browser may use what this page serves, and nothing from elsewhere.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'none'"
 
@@ -46,11 +47,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, parser.parse_args(argv)
 
 
+def in_url(address: str) -> str:
+    """An address as URLs write it: that of IPv6 in brackets."""
+    return f"[{address}]" if ":" in address and not address.startswith("[") else address
+
+
+def hosts_of(address: str) -> set[str]:
+    """The names that a page served on an address answers to, as in a URL; empty: any."""
+    host, local = in_url(address).lower(), {LOCAL, "localhost", "[::1]"}
+    if host in ("0.0.0.0", "[::]"):  # every address of this machine
+        return set()
+    return local if host in local else {host}
+
+
 class Guard:
     """Serves requests to this host from this page, with POLICY; refuses all others.
 
     So no other page open in the browser can use this one, not even under a name of its own that
-    leads to this machine. ``hosts``: the names that this page answers to; empty: any.
+    leads to this machine. ``hosts``: the names that this page answers to; empty: any. What is
+    larger than MAX_SENT is refused unread.
     """
 
     def __init__(self, app, hosts: set[str]):
@@ -62,10 +77,12 @@ class Guard:
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        stranger = self.hosts and host.rsplit(":", 1)[0] not in self.hosts
+        stranger = self.hosts and re.sub(r":\d+$", "", host) not in self.hosts
         if stranger or (origin is not None and urlsplit(origin).netloc != host):
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"not asked from this page\n"})
+            await refuse(send, 403, b"not asked from this page\n")
+            return
+        if int(headers.get(b"content-length", 0)) > MAX_SENT:
+            await refuse(send, 413, b"this is too large\n")
             return
 
         async def send_with_policy(message) -> None:
@@ -75,6 +92,11 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+async def refuse(send, status: int, reason: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": reason})
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -90,12 +112,11 @@ def serve(options: argparse.Namespace) -> None:
     for name in ("folder_path", "models_dir", "output_path"):
         check_writable(Path(getattr(options, name)), name)
     places = Places(**{field.name: getattr(options, field.name) for field in fields(Places)})
-    job, local = Job(), options.listen == LOCAL
-    hosts = {LOCAL, "localhost"} if local else set()
+    job, hosts = Job(), hosts_of(options.listen)
     page = build_page(places, job)
     try:
         _, address, _ = page.launch(
-            server_name=options.listen,
+            server_name=in_url(options.listen),
             server_port=options.port,
             allowed_paths=[str(Path(options.output_path).resolve())],
             max_file_size=MAX_FILE,
@@ -112,7 +133,7 @@ def serve(options: argparse.Namespace) -> None:
             css=CSS,
         )
         print(f"open {address} (Ctrl-C ends)", flush=True)
-        if not local:
+        if LOCAL not in hosts:
             print(f"whoever reaches {options.listen} can use the page: it has no password")
         threading.Event().wait()
     finally:

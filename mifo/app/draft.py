@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
+from mifo.app import MAX_FILE, MAX_SENT
 from mifo.app.places import Places, folder_in
 from mifo.boxes import Box, color_of, draw_boxes
 from mifo.instance import (
@@ -68,13 +69,21 @@ def add_mask_file(draft: Draft, path: str | Path) -> Draft:
     return _with_mask(draft, mask)
 
 
-def add_painted_mask(draft: Draft, strokes: str) -> Draft:
-    """The draft with a mask from what the brush sends: a PNG as a data URL, opaque where painted.
+def add_painted_mask(draft: Draft, sent: dict) -> Draft:
+    """The draft with a mask from what the brush sends as "mask".
 
-    It is read as an uploaded one is, with the same limits.
+    That is a PNG as a data URL, opaque where painted, or nothing where nothing is. It is read as
+    an uploaded one is, with the same limits.
     """
+    strokes = sent.get("mask") if isinstance(sent, dict) else None
+    if not isinstance(strokes, str):
+        raise ValueError("the page sent no mask; load it again and paint the mask anew")
     if not strokes:
         raise ValueError("nothing is painted; brush over one thing in the photo first")
+    if len(strokes) > MAX_SENT:
+        raise ValueError(
+            f"the painted mask is larger than {MAX_FILE // 2**20} MiB; upload a smaller file"
+        )
     data = strokes.removeprefix("data:image/png;base64,")
     with TemporaryDirectory() as folder:
         path = Path(folder, "the painted mask")

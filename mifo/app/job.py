@@ -91,6 +91,7 @@ class Job:
         self.title = ""
         self._lines: deque[str] = deque(maxlen=LINES)
         self._process: subprocess.Popen | None = None
+        self._stopped = False  # Stop was pressed
         self._lock = threading.Lock()
 
     @property
@@ -102,7 +103,7 @@ class Job:
         with self._lock:
             if self.running:
                 raise ValueError(f"{self.title} is still running; stop it or wait for its end")
-            self.title = title
+            self.title, self._stopped = title, False
             self._lines.clear()
             self._process = subprocess.Popen(
                 [sys.executable, *argv[1:]],
@@ -133,14 +134,18 @@ class Job:
 
     def stop(self) -> None:
         """Ctrl-C: learning finishes its step and saves it; a second one ends it at once."""
-        if self.running and os.name == "nt":
+        if not self.running:
+            return
+        self._stopped = True
+        if os.name == "nt":
             self._process.terminate()  # goes on from its last checkpoint
-        elif self.running:
+        else:
             self._process.send_signal(signal.SIGINT)
 
     def close(self, seconds: float = 60) -> None:
-        """Stop and wait, for the step to be saved."""
-        self.stop()
+        """Stop, unless that has been done, and wait for the step to be saved."""
+        if not self._stopped:
+            self.stop()
         if self._process is not None:
             try:
                 self._process.wait(seconds)

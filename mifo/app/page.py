@@ -1,11 +1,19 @@
 """The whole page, in gradio: its tabs, the command that runs, and what keeps it up to date."""
 
+import html
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import gradio as gr
 
 from mifo.app import places as folders
 from mifo.app.job import LINES, Job
 from mifo.app.places import Places
 from mifo.app.tabs import learning_tab, masks_tab, painting_tab, read_asset, told
+from mifo.cli import FAILURES, sentence
+
+logger = logging.getLogger(__name__)
 
 CSS = read_asset("page.css")
 
@@ -46,28 +54,47 @@ def build_page(places: Places, job: Job) -> gr.Blocks:
 def _watch(places: Places, job: Job, instance, model_id, shown: list) -> None:
     """Every second or two: what the command says, and what has become new in the folders."""
     seen = gr.State({})
-
-    def choose(names, chosen):
-        value = chosen if chosen in names else next(iter(names), None)
-        return gr.update(choices=names, value=value)
-
-    def look(name, learned, before):
-        now = folders.stamps(places, name, learned)
-        new = {key for key in now if now[key] != before.get(key)}
-        choices = [gr.skip(), gr.skip()]
-        if "names" in new:
-            choices = [
-                choose(folders.instances(places), name),
-                choose(folders.learned(places), learned),
-            ]
-        figures = [gr.skip(), gr.skip()]
-        if "learning" in new:
-            figures = [folders.curves(places, name), folders.attention_maps(places, name)]
-        paths = gr.skip()
-        if "pictures" in new:
-            paths = folders.pictures(places, learned)
-        return now, *choices, job.status(), job.output(), *figures, paths
-
     inputs = [instance, model_id, seen]
     outputs = [seen, instance, model_id, *shown]
-    gr.Timer(1.5).tick(told(look), inputs, outputs, show_progress="hidden")
+    gr.Timer(1.5).tick(partial(look, places, job), inputs, outputs, show_progress="hidden")
+
+
+def look(places: Places, job: Job, instance: str | None, model_id: str | None, before: dict):
+    """What has changed since the stamps ``before``: the stamps of now, and what to show.
+
+    A part that fails is told once and left empty; the others are shown all the same.
+    """
+    now = folders.stamps(places, instance, model_id)
+    new = {key for key in now if now[key] != before.get(key)}
+    choices, figures, pictures = [gr.skip()] * 2, [gr.skip()] * 2, gr.skip()
+    if "names" in new:
+        choices = [
+            _choose(_found(folders.instances, places), instance),
+            _choose(_found(folders.learned, places), model_id),
+        ]
+    if "learning" in new:
+        figures = [
+            _found(folders.curves, places, instance),
+            _found(folders.attention_maps, places, instance),
+        ]
+    if "pictures" in new:
+        pictures = _found(folders.pictures, places, model_id)
+    return now, *choices, job.status(), job.output(), *figures, pictures
+
+
+def _found(function: Callable, *where):
+    """What a function finds; where it fails, that is told, and nothing is found."""
+    try:
+        return function(*where)
+    except Exception as error:  # in one part of the page
+        logger.warning("%s", sentence(error), exc_info=not isinstance(error, FAILURES))
+        gr.Warning(html.escape(sentence(error)))
+        return None
+
+
+def _choose(names: Sequence[str] | None, chosen: str | None) -> dict:
+    """The names to choose from, the first one where the chosen one has gone; None: as it was."""
+    if names is None:
+        return gr.skip()
+    value = chosen if chosen in names else next(iter(names), None)
+    return gr.update(choices=names, value=value)

@@ -4,6 +4,7 @@ Every name that comes from the page is checked to be that of a folder right belo
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -46,13 +47,31 @@ def folder_in(root: str | Path, name: str | None, option: str) -> Path:
 
 
 def instances(places: Places) -> list[str]:
-    """Names of the instance folders."""
-    return list_instances(Path(places.folder_path)) if Path(places.folder_path).is_dir() else []
+    """Names of the instance folders that the page takes."""
+    root = Path(places.folder_path)
+    return _taken(root, list_instances(root), "instance") if root.is_dir() else []
 
 
 def learned(places: Places) -> list[str]:
-    """Names of the learned folders."""
-    return learned_names(Path(places.models_dir))
+    """Names of the learned folders that the page takes."""
+    root = Path(places.models_dir)
+    return _taken(root, learned_names(root), "model_id")
+
+
+def _taken(root: Path, names: list[str], option: str) -> list[str]:
+    """The names that :func:`folder_in` takes.
+
+    A folder called `all` is left out: to the commands that name means every folder there is.
+    """
+
+    def is_taken(name: str) -> bool:
+        try:
+            folder_in(root, name, option)
+        except ValueError:
+            return False
+        return True
+
+    return list(filter(is_taken, names))
 
 
 def curves(places: Places, instance: str) -> Image.Image | None:
@@ -81,30 +100,51 @@ def attention_maps(places: Places, instance: str) -> Image.Image | None:
 
 def pictures(places: Places, model_id: str, most: int = 40) -> list[tuple[str, str]]:
     """(path, caption with its seed) of the latest pictures of a learned folder, newest first."""
-    folder = folder_in(places.output_path, model_id, "model_id")
-    paths = sorted(folder.glob("*.png"), key=lambda path: (-path.stat().st_mtime, path.name))
+    paths = _output(places, model_id).glob("*.png")
+    paths = [path for path in paths if path.is_file() and not path.is_symlink()]
+    paths.sort(key=lambda path: (-_modified(path), path.name))
     return [(str(path), _caption(path)) for path in paths[:most]]
 
 
+def _output(places: Places, model_id: str) -> Path:
+    return folder_in(places.output_path, model_id, "model_id")
+
+
 def _caption(path: Path) -> str:
-    facts = path.with_suffix(".json")
-    if not facts.is_file():
+    """The name of a picture, and its seed where the picture itself tells it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            seed = json.loads(picture.info["mifo"])["settings"]["seed"]
+    except Exception:  # a picture of another making or a damaged one, at which Pillow raises much
         return path.name
-    return f"{path.name}, seed {json.loads(facts.read_text())['settings']['seed']}"
+    return f"{path.name}, seed {seed}"
 
 
-def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[str, tuple]:
-    """What changes when there is something new to choose ("names"), of learning, of pictures."""
-    found = {"names": (instances(places), learned(places))}
+def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[str, object]:
+    """What changes when there is something new to choose ("names"), of learning, of pictures.
+
+    Where one cannot be told, it is what was raised, in words: that is new too.
+    """
+    found = {"names": lambda: (instances(places), learned(places))}
     if instance:
-        result = folder_in(places.models_dir, instance, "instance")
-        config = LearningConfig(instance=instance, output_dir=places.models_dir)
-        traces = work_folder(config) / CHECKPOINT, result / "learning.png"
-        found["learning"] = (instance, *map(_modified, traces))
+        found["learning"] = lambda: (instance, *map(_modified, _traces(places, instance)))
     if model_id:
-        folder = folder_in(places.output_path, model_id, "model_id")
-        found["pictures"] = (model_id, _modified(folder))
-    return found
+        found["pictures"] = lambda: (model_id, _modified(_output(places, model_id)))
+    return {key: _or_failure(part) for key, part in found.items()}
+
+
+def _or_failure(part: Callable[[], tuple]) -> tuple | str:
+    try:
+        return part()
+    except Exception as error:  # whoever shows this part meets it again
+        return repr(error)
+
+
+def _traces(places: Places, instance: str) -> tuple[Path, Path]:
+    """The files that tell of learning: of an unfinished run, of a result."""
+    result = folder_in(places.models_dir, instance, "instance")
+    config = LearningConfig(instance=instance, output_dir=places.models_dir)
+    return work_folder(config) / CHECKPOINT, result / "learning.png"
 
 
 def _modified(path: Path) -> int:

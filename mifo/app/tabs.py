@@ -101,7 +101,7 @@ def masks_tab(places: Places) -> None:
         return name, *show(drafts.open_instance(places, name))
 
     def add_painted(old, painted):
-        return show(drafts.add_painted_mask(_opened(old), painted["mask"]))
+        return show(drafts.add_painted_mask(_opened(old), painted))
 
     def add_files(old, paths):
         return show(functools.reduce(drafts.add_mask_file, paths, _opened(old)))
@@ -152,7 +152,7 @@ def learning_tab(places: Places, job: Job) -> tuple:
                 with gr.Row():
                     count = _number(default.num_class_images, "Class images", "num_class_images")
                     rate = _number(
-                        default.lora_learning_rate,
+                        default.stage_two_learning_rate,
                         "Fine-tuning rate",
                         "finetune_learning_rate",
                         None,
@@ -175,7 +175,7 @@ def learning_tab(places: Places, job: Job) -> tuple:
             initializer_tokens=as_words(words),
             class_prompt=kind,
             num_class_images=count,
-            finetune_learning_rate=None if rate == default.lora_learning_rate else rate,
+            finetune_learning_rate=None if rate == default.stage_two_learning_rate else rate,
             checkpoint_steps=every,
         )
 
