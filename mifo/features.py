@@ -1,7 +1,9 @@
 """Feature spaces in which pictures are compared: toybox's classifier, CLIP, DINOv2."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ SOURCES = {
 class FeatureSpace:
     """Unit vectors of pictures, to be compared by their cosine.
 
-    images: [b, d] of pictures of any size.
+    source: what tells these weights from others of the name.
+    images: [b, d] of crops, pictures of any size with one thing in them.
+    scenes: the same of whole pictures, where those are read in another way.
     text: [d] of a text in the same space, where there is such a thing.
     """
 
@@ -29,6 +33,7 @@ class FeatureSpace:
     source: str
     images: Callable[[Sequence[Image.Image]], Tensor]
     text: Callable[[str], Tensor] | None = None
+    scenes: Callable[[Sequence[Image.Image]], Tensor] | None = None
 
 
 def load_features(spec: str, offline: bool = False) -> FeatureSpace:
@@ -66,17 +71,18 @@ def squared(picture: Image.Image) -> Image.Image:
 
 def _toybox() -> FeatureSpace:
     """What the classifier reads: half the cosine is that of the kinds, half that of the hues."""
-    from toybox.classifier import CROP, load_classifier, to_input
+    from toybox.classifier import CROP, SCENE, WEIGHTS, load_classifier, to_input
 
     classifier = load_classifier()
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
 
-    def images(pictures: Sequence[Image.Image]) -> Tensor:
-        seen = classifier.read(to_input([squared(p) for p in pictures], CROP))
+    def read(pictures: Sequence[Image.Image], side: int = CROP) -> Tensor:
+        seen = classifier.read(to_input([squared(p) for p in pictures], side))
         angle = seen.hue.deg2rad()
         hues = torch.stack([angle.cos(), angle.sin()], dim=1)
         return torch.cat([F.normalize(seen.areas, dim=1), hues], dim=1) / 2**0.5
 
-    return FeatureSpace("toybox", "", images)
+    return FeatureSpace("toybox", digest, read, scenes=partial(read, side=SCENE))
 
 
 def _clip(source: str, offline: bool) -> FeatureSpace:

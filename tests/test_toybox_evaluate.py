@@ -1,7 +1,5 @@
 """The evaluation's parts by hand, and the shipped classifier on renders."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from PIL import Image
 
 from toybox import evaluate
 from toybox.classifier import (
-    CROP,
     SCENE,
     WEIGHTS,
     Classifier,
@@ -21,7 +18,7 @@ from toybox.classifier import (
     to_input,
 )
 from toybox.evaluate import Prompt, auc, contact_sheet, draw_prompts, judge_one, judge_two
-from toybox.scenes import KINDS, Look, Placement, Scene, draw_scene, render
+from toybox.scenes import KINDS, Look, draw_scene, render
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +33,6 @@ def reading(areas: dict[str, float], hues: dict[str, float], hue: float = 0.0) -
         row[0, KINDS.index(kind)] = area
         angles[0, KINDS.index(kind)] = hues[kind]
     return Reading(row, angles, torch.tensor([hue]))
-
-
-def crop_of(look: Look, x: float, colour: tuple[int, int, int]) -> Image.Image:
-    return render(Scene((Placement(look, x, 0.5, 0.8),), None, colour, 0), 64)[0]
 
 
 def test_auc_by_hand():
@@ -103,21 +96,6 @@ def test_the_shipped_classifier_reads_renders(classifier):
     assert sum(a == b for a, b in zip(seen, truth, strict=True)) >= 41
 
 
-def test_features_know_a_toy_from_its_look_alikes(classifier):
-    car = Look("car", 199)
-    crops = [
-        crop_of(car, 0.45, (200, 120, 90)),
-        crop_of(car, 0.55, (120, 180, 110)),
-        crop_of(replace(car, hue=247.5), 0.55, (120, 180, 110)),
-        crop_of(replace(car, kind="taxi"), 0.55, (120, 180, 110)),
-    ]
-    vectors = classifier.features(to_input(crops, CROP))
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
-    same, other_hue, other_kind = (vectors[0] @ vectors[1:].T).tolist()
-    assert same > other_hue
-    assert same > other_kind
-
-
 def test_the_classifier_learns():
     torch.manual_seed(0)
     small = Classifier(32)
@@ -128,7 +106,7 @@ def test_the_classifier_learns():
     optimizer = torch.optim.Adam(small.parameters(), 1e-2)
     losses = []
     for _ in range(20):
-        logits, vectors, _ = small(pictures)
+        logits, vectors = small(pictures)
         losses.append(classifier_loss(logits, vectors, kinds, hue))
         optimizer.zero_grad()
         losses[-1].backward()

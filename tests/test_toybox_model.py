@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -56,4 +55,5 @@ def test_object_words_attend_to_their_objects(pipeline):
 def test_mifo_loads_it_by_name():
     base = load_base("toybox")
     assert (base.resolution, base.multiple) == (128, 16)
-    assert np.isclose(base.vae.config.scaling_factor, 1, atol=0.9)
+    config = json.loads((toybox_folder() / "vae/config.json").read_text())
+    assert base.vae.config.scaling_factor == config["scaling_factor"] != 0.18215

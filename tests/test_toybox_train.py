@@ -16,7 +16,7 @@ from toybox.data import MAX_TOYS, encode_scenes, scene_of
 from toybox.loop import lr_factor
 from toybox.model import ToyboxConfig, build_pipeline, build_tokenizer
 from toybox.scenes import caption
-from toybox.train import grounding_loss
+from toybox.train import grounding_loss, timestep_weights
 
 SHAPE = ToyboxConfig(
     resolution=32,
@@ -90,6 +90,12 @@ def test_20_steps_lower_the_unets_loss(data, tmp_path):
     assert np.isfinite(picture).all()
 
 
+def test_timestep_weights_are_min_snr_s_and_spare_the_noisiest_steps():
+    weights = timestep_weights(torch.tensor([20.0, 5.0, 2.0, 1.0, 0.25, 0.01]), most=5.0)
+    expected = torch.tensor([0.25, 1, 1, 1, 2, 10])
+    assert torch.allclose(weights, expected / expected.mean())
+
+
 def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "broken").mkdir()
@@ -118,6 +124,15 @@ def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch
     assert_same(resumed, unet)
     assert_same(text, text_encoder)
     assert not list((tmp_path / "broken").glob("*.part"))
+
+
+def test_a_work_folder_keeps_to_its_settings(tmp_path):
+    train.check_work(tmp_path / "work", CONFIG, None)
+    train.check_work(tmp_path / "work", replace(CONFIG, steps=40), None)
+    with pytest.raises(ValueError, match=r"other settings \(lr\); give another --work"):
+        train.check_work(tmp_path / "work", replace(CONFIG, lr=1e-4), None)
+    with pytest.raises(ValueError, match="begin_from"):
+        train.check_work(tmp_path / "work", CONFIG, tmp_path)
 
 
 def train_in_process(index, port, data_folder, folder):

@@ -9,6 +9,7 @@ Axes: b batch, k kinds, r rows and c columns of cells.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,6 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.files import written_aside
@@ -89,11 +89,13 @@ def to_input(pictures: list[Image.Image], side: int) -> Tensor:
     ``side`` is :data:`CROP` for crops around one toy, :data:`SCENE` for whole scenes.
     """
     resized = [np.asarray(p.convert("RGB").resize((side, side), Image.BILINEAR)) for p in pictures]
-    return _to_tensor(resized)
+    return to_tensor(resized)
 
 
-def _to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(pictures: Sequence) -> Tensor:
+    """RGB pictures of one size as float [b, 3, h, w] in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class _Residual(nn.Module):
@@ -130,31 +132,21 @@ class Classifier(nn.Module):
         self.kinds = nn.Conv2d(width, 1 + len(KINDS), 1)  # the first is the background
         self.hue = nn.Conv2d(width, 2, 1)  # cosine and sine
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [b, 1 + k, r, c], hue vectors [b, 2, r, c] and hidden features [b, d, r, c]."""
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, 1 + k, r, c] and hue vectors [b, 2, r, c]."""
         hidden = self.body(pictures)
-        return self.kinds(hidden), self.hue(hidden), hidden
+        return self.kinds(hidden), self.hue(hidden)
 
     @torch.inference_mode()
     def read(self, pictures: Tensor) -> Reading:
         """Kinds and hues in pictures, [b, 3, h, w] in [-1, 1] (see :func:`to_input`)."""
-        answers = zip(*(self(part)[:2] for part in pictures.split(64)), strict=True)
+        answers = zip(*(self(part) for part in pictures.split(64)), strict=True)
         logits, vectors = (torch.cat(parts) for parts in answers)
         shares = logits.softmax(dim=1)[:, 1:].flatten(2)  # [b, k, n], n = r·c
         cosine, sine = torch.einsum("bkn,bvn->vbk", shares, vectors.flatten(2))
         hues = torch.atan2(sine, cosine).rad2deg() % 360
         hue = torch.atan2(sine.sum(1), cosine.sum(1)).rad2deg() % 360
         return Reading(shares.mean(dim=2), hues, hue)
-
-    @torch.inference_mode()
-    def features(self, crops: Tensor) -> Tensor:
-        """Unit vectors [b, d] of how the toys in crops look: compare them by their cosine.
-
-        Means over the cells, weighted by how much of a cell is toy.
-        """
-        logits, _, hidden = self(crops)
-        toy = 1 - logits.softmax(dim=1)[:, :1]
-        return F.normalize((hidden * toy).sum((2, 3)), dim=1)
 
 
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
@@ -224,7 +216,7 @@ class Scenes:
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures in [-1, 1] and the truths, each [b, ...]."""
     pictures, kinds, hue = zip(*samples, strict=True)
-    return _to_tensor(pictures), *(torch.from_numpy(np.stack(part)) for part in (kinds, hue))
+    return to_tensor(pictures), *(torch.from_numpy(np.stack(part)) for part in (kinds, hue))
 
 
 def augmented(scenes: Scenes, config: ClassifierConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +255,7 @@ def train(config: ClassifierConfig) -> Classifier:
     progress = tqdm(range(config.steps), "classifier")
     for step in progress:
         pictures, kinds, hue = augmented(scenes, config, step)
-        logits, vectors, _ = classifier(pictures)
+        logits, vectors = classifier(pictures)
         loss = classifier_loss(logits, vectors, kinds, hue)
         optimizer.zero_grad()
         loss.backward()
@@ -307,7 +299,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path(WEIGHTS.name), help="default: %(default)s"
+    )
     for name, value in asdict(ClassifierConfig()).items():
         if not isinstance(value, tuple):
             parser.add_argument(

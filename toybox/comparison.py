@@ -20,8 +20,9 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-from mifo.cli import FAILURES, HelpFormatter, Parser, sentence, told_failures
+from mifo.cli import FAILURES, HelpFormatter, Parser, memory_errors, sentence, told_failures
 from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
+from mifo.files import written_aside
 from toybox.comparison_settings import (
     FREE_SETTINGS,
     HELP,
@@ -45,11 +46,16 @@ def folder_name(index: int) -> str:
 
 
 def _sort(index: int) -> tuple[str, int]:
-    """What a folder's toys share, and how many they are: an equal number of folders of each sort.
+    """What a folder's toys share, and how many they are; all four sorts in four folders.
 
     In this order the work of two processes is alike.
     """
     return (("kind", 2), ("kind", 3), ("hue", 3), ("hue", 2))[index % 4]
+
+
+def folder_seed(seed: int, name: str) -> int:
+    """A folder's own seed, so that folders are independent draws."""
+    return seed + 1000 * int(name.rpartition("_")[2])
 
 
 def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> None:
@@ -72,21 +78,11 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
         raise ValueError(f"{folder} holds other toys than --seed {seed} makes; give another --work")
 
 
-def trained_kinds(model: Path) -> list[str]:
-    """The kinds of toys that a toybox was trained on, as its record tells."""
-    try:
-        return json.loads((model / "record.json").read_text(encoding="utf-8"))["train"]["kinds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{model / 'record.json'} does not tell which kinds of toys the model was trained on "
-            f"({type(error).__name__}); give a model that toybox.train wrote with --model_path"
-        ) from error
-
-
 def prepare(work: Path, settings: Settings) -> list[str]:
     """Check that ``work`` is this comparison's, and make its instance folders; their names."""
     from mifo.learned import check_writable
     from mifo.models import check_folder, locate_model, model_digest
+    from toybox.model import trained_kinds
 
     check_writable(work, "work")
     model = locate_model(settings.model_path, offline=True)
@@ -103,7 +99,9 @@ def prepare(work: Path, settings: Settings) -> list[str]:
     names = [folder_name(index) for index in range(settings.folders)]
     for index, name in enumerate(names):
         make_folder(work / "folders" / name, settings.seed, index, kinds)
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    if not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     return names
 
 
@@ -125,7 +123,7 @@ def learning_config(work: Path, settings: Settings, variant: Variant, name: str)
         folder_path=str(work / "folders"),
         model_path=settings.model_path,
         output_dir=str(work / "learned" / variant.learned),
-        seed=settings.seed,
+        seed=folder_seed(settings.seed, name),
         train_steps=settings.train_steps,
         reward_steps=settings.train_steps // 3,
         learning_rate=settings.learning_rate,
@@ -207,7 +205,7 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
         models_dir=str(work / "learned" / variant.learned),
         num_images=settings.seeds,
         batch_size=settings.batch_size,
-        seed=settings.seed,
+        seed=folder_seed(settings.seed, name),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         box_control=variant.painting.get("box_control", True),
@@ -239,7 +237,8 @@ def compare(settings: Settings, variants: Sequence[Variant], work: Path, process
             learn_folder(work, learning_config(work, settings, variant, name), processes.device)
             case = make_case(work, settings, variant, name)
             output = work / "evaluation" / variant.name / name
-            [records] = evaluate([case], spaces, output, processes.device)
+            with memory_errors():
+                [records] = evaluate([case], spaces, output, processes.device)
             return Result(records, case.learned.manifest["separation"])
         except FAILURES as error:
             return sentence(error)

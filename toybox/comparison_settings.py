@@ -39,7 +39,7 @@ SHORT = Settings(
 )  # fmt: skip
 HELP = {
     "folders": "instance folders",
-    "seeds": "pictures of each folder and variant, from noise of seed, seed + 1, …",
+    "seeds": "pictures of each folder and variant, from seeds of the folder's own",
     "seed": "fixes the folders, the learning and the noise",
     "model_path": "base model: toybox, or a folder that toybox.train wrote",
     "train_steps": "steps of stage 1, the first third of them with the reward",

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.files import written_aside
+from toybox.classifier import to_tensor
 from toybox.config import TrainConfig
 from toybox.model import ToyboxConfig
 from toybox.scenes import Scene, draw_scene, render
@@ -19,12 +20,6 @@ MAX_TOYS = 3
 def scene_of(config: TrainConfig, index: int) -> Scene:
     """Training scene ``index``."""
     return draw_scene(np.random.default_rng((config.seed, index)), kinds=config.kinds)
-
-
-def to_tensor(pictures: list) -> Tensor:
-    """RGB pictures as float [b, 3, h, w] in [-1, 1]."""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> dict[str, Tensor]:

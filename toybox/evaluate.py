@@ -24,11 +24,18 @@ from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
 from mifo.models import check_folder, choose_device, quiet_libraries
-from toybox.classifier import SCENE, Classifier, Reading, hue_names, load_classifier, to_input
+from toybox.classifier import (
+    SCENE,
+    Classifier,
+    Reading,
+    hue_names,
+    load_classifier,
+    to_input,
+    to_tensor,
+)
 from toybox.config import TrainConfig
-from toybox.data import to_tensor
-from toybox.model import FOLDER, ToyboxConfig
-from toybox.scenes import KINDS, Look, caption, draw_scene, render
+from toybox.model import FOLDER, ToyboxConfig, trained_kinds
+from toybox.scenes import KINDS, Look, caption, distinct_kinds, draw_scene, render
 from toybox.train import psnr
 
 STEPS, GUIDANCE, NOISED_TO, BATCH = 25, 5.0, 300, 32
@@ -288,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=512, help="a measure (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, metavar="KIND", default=KINDS,
-        help="that the model has learned (default: all)",
+        "--kinds", nargs="+", choices=KINDS, metavar="KIND",
+        help="kinds to ask for (default: those that the model was trained on)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument(
@@ -299,15 +306,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.images < 1:
         parser.error(f"--images {args.images} leaves nothing to measure; use 1 or more")
     try:
+        kinds = distinct_kinds(args.kinds or trained_kinds(args.model))
         device = choose_device(args.device)
         classifier = load_classifier()
         pipeline = load_pipeline(args.model)
     except ValueError as error:
         parser.error(str(error))
-    result, rows = evaluate(pipeline, classifier, args.images, args.seed, args.kinds, device)
+    result, rows = evaluate(pipeline, classifier, args.images, args.seed, kinds, device)
     result["settings"] = {
         "model": str(args.model), "images": args.images, "seed": args.seed,
-        "kinds": list(args.kinds),
+        "kinds": list(kinds),
         "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)

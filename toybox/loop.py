@@ -17,7 +17,7 @@ def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
     """Linear warm-up, constant, cosine cool-down to 0.01 over the last part of the steps."""
     left = (steps - step) / max(1, cooldown * steps)
     fall = 0.01 + 0.99 * (0.5 - 0.5 * np.cos(np.pi * min(1.0, left)))
-    return float(min(1.0, (step + 1) / warmup) * fall)
+    return float(min(1.0, (step + 1) / max(1, warmup)) * fall)
 
 
 def draw_curves(path: Path, curves: dict[str, list[float]]) -> None:

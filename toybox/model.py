@@ -1,5 +1,6 @@
 """What toybox is made of: Stable Diffusion's own classes, very small."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,6 @@ def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
 
 def _clip_tokenizer(folder: Path, alphabet: list[str]) -> CLIPTokenizer:
     """Order a trained vocabulary as CLIP's: bytes, bytes ending a word, merges, start and end."""
-    import json
-
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     letters = [PAD] + [letter for letter in alphabet if letter != PAD]
     words = letters + [letter + "</w>" for letter in letters]
@@ -76,6 +75,17 @@ def _clip_tokenizer(folder: Path, alphabet: list[str]) -> CLIPTokenizer:
         pad_token=PAD,
         model_max_length=77,
     )
+
+
+def trained_kinds(model: Path) -> list[str]:
+    """The kinds of toys that a toybox was trained on, as its record tells."""
+    try:
+        return json.loads((model / "record.json").read_text(encoding="utf-8"))["train"]["kinds"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{model / 'record.json'} does not tell which kinds of toys the model was trained on "
+            f"({type(error).__name__}); give a model that toybox.train wrote with --model_path"
+        ) from error
 
 
 def build_vae(config: ToyboxConfig) -> AutoencoderKL:

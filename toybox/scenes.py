@@ -142,6 +142,14 @@ def _placements(rng: np.random.Generator, count: int) -> list[tuple[float, float
         low, high = 0.9 * low, 0.9 * high
 
 
+def distinct_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The kinds without repetitions; a ValueError unless they fill a scene of three toys."""
+    distinct = tuple(dict.fromkeys(kinds))
+    if len(distinct) < 3:
+        raise ValueError(f"scenes need three kinds of toys or more, not {', '.join(distinct)}")
+    return distinct
+
+
 def draw_scene(
     rng: np.random.Generator, count: int | None = None, kinds: Sequence[str] = KINDS
 ) -> Scene:

@@ -20,14 +20,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, processors
+from mifo.files import written_aside
 from mifo.models import choose_device
 from mifo.processes import Processes
 from toybox import model as toybox_model
+from toybox.classifier import to_tensor
 from toybox.config import TrainConfig
-from toybox.data import encode_scenes, scene_of, to_tensor
+from toybox.data import encode_scenes, scene_of
 from toybox.loop import Trainer, draw_curves
 from toybox.model import ToyboxConfig
-from toybox.scenes import caption, draw_scene, render
+from toybox.scenes import KINDS, caption, distinct_kinds, draw_scene, render
 
 log = logging.getLogger("toybox")
 
@@ -125,6 +127,17 @@ def grounding_loss(
     return loss / len(maps)
 
 
+def timestep_weights(snr: Tensor, most: float) -> Tensor:
+    """Weight of each timestep's squared error of the noise, 1 on average, [timesteps].
+
+    Min-SNR (Hang et al. 2023, arXiv 2303.09556) for the signal-to-noise ratios above ``most``, and
+    1/√SNR (Yu et al. 2023, arXiv 2310.08442) for those below 1: the noisiest steps, where a caption
+    decides what is drawn and where, would have no part in the loss otherwise.
+    """
+    weights = snr.clamp(max=most) / snr / snr.clamp(max=1).sqrt()
+    return weights / weights.mean()
+
+
 def train_unet(
     config: TrainConfig,
     shape: ToyboxConfig,
@@ -145,8 +158,7 @@ def train_unet(
     trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr, processes)
     scheduler = toybox_model.build_scheduler()
     alphas = scheduler.alphas_cumprod
-    snr = alphas / (1 - alphas)
-    weights = (snr.clamp(max=config.min_snr) / snr).to(device)
+    weights = timestep_weights(alphas / (1 - alphas), config.min_snr).to(device)
     recorder = Recorder()
     watched = [n for n in attention_layers(unet, "cross") if n.startswith("up_blocks.1.")]
 
@@ -172,7 +184,8 @@ def train_unet(
         latents, coverage, ids = (tensor.to(device) for tensor in tensors)
         draw = generator(config.seed, index)
         noise = torch.randn(config.batch, *latents.shape[1:], generator=draw)
-        timesteps = torch.randint(0, len(alphas), (config.batch,), generator=draw)
+        strata = torch.arange(config.batch) + torch.rand(config.batch, generator=draw)
+        timesteps = (strata * len(alphas) / config.batch).long().clamp(max=len(alphas) - 1)
         noise, timesteps = (processes.share(part).to(device) for part in (noise, timesteps))
         noisy = scheduler.add_noise(latents, noise, timesteps)
         hidden = text_encoder(ids).last_hidden_state
@@ -199,6 +212,26 @@ def train_unet(
 
 # ----------------------------------------------------------------------------------------------
 # the command
+
+
+def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
+    """Make the work folder, or raise ValueError where it holds a training of another kind.
+
+    The number of the UNet's steps may change: more of them, or an earlier cool-down.
+    """
+    facts = {k: v for k, v in asdict(config).items() if k != "steps"}
+    facts = json.loads(json.dumps(facts | {"begin_from": str(start)}))
+    path = work / "settings.json"
+    work.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))
+    if differ := ", ".join(key for key in facts if then.get(key) != facts[key]):
+        raise ValueError(
+            f"{work} holds a training with other settings ({differ}); give another --work"
+        )
 
 
 def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
@@ -248,11 +281,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("toybox_work"), help="checkpoints, sample grids"
     )
-    parser.add_argument("--output", type=Path, default=toybox_model.FOLDER, help="pipeline folder")
+    parser.add_argument(
+        "--output", type=Path, help="pipeline folder; None: the folder model in --work"
+    )
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
     parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
     for name, value in asdict(TrainConfig()).items():
-        more = {"nargs": "+", "type": str} if name == "kinds" else {"type": type(value)}
+        more = {"type": type(value)}
+        if name == "kinds":
+            more = {"nargs": "+", "choices": KINDS, "metavar": "KIND"}
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
     work, output, start = (arguments.pop(name) for name in ("work", "output", "begin_from"))
@@ -263,11 +300,18 @@ def main(argv: list[str] | None = None) -> None:
             f"--begin_from {start} has no readable record.json ({type(error).__name__}); "
             "give a folder that this trainer wrote"
         )
-    processes = Processes(choose_device(arguments.pop("device")))
-    arguments["kinds"] = tuple(arguments["kinds"])
-    config, shape = TrainConfig(**arguments), ToyboxConfig()
+    output = output or work / "model"
+    try:
+        arguments["kinds"] = distinct_kinds(arguments["kinds"])
+        processes = Processes(choose_device(arguments.pop("device")))
+        config, shape = TrainConfig(**arguments), ToyboxConfig()
+        if config.batch % processes.count or config.vae_batch % processes.count:
+            raise ValueError(f"the batches must divide by {processes.count}, the processes")
+        with processes.first_alone():
+            check_work(work, config, start)
+    except ValueError as error:
+        parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    work.mkdir(parents=True, exist_ok=True)
 
     if start is not None and processes.is_first:
         for name in ("vocab.json", "merges.txt"):
