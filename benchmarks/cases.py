@@ -207,7 +207,7 @@ class Learner:
             plain.require_gradients(self.base)
         self.stage, self.trained = stage, trained
         self.layers = supervised_layers(self.base.unet, self.size, stage)
-        rate = config.learning_rate if stage == 1 else config.lora_learning_rate
+        rate = config.learning_rate if stage == 1 else config.stage_two_learning_rate
         self.optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99))
 
     def draw(self) -> Batch:

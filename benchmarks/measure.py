@@ -33,8 +33,13 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), options=None):
         options = options or {}
-        out = function(*args, **options)
         formula = self.formulas.get(function.overloadpacket)
+        if formula is None:  # under inference mode, convolutions and others arrive whole
+            with self:
+                out = function.decompose(*args, **options)
+            if out is not NotImplemented:
+                return out
+        out = function(*args, **options)
         if formula:
             self.total += formula(*args, **options, out_val=out)
         return out

@@ -51,7 +51,8 @@ def of(result: dict, side: str, what: str) -> float:
 def by_subjects(results: list[dict]) -> list[str]:
     """How MIFO's time an image grows with the subjects, for rows that differ in them alone."""
     lines = []
-    for few, many in itertools.combinations(results, 2):
+    rows = sorted(results, key=lambda result: result["subjects"])
+    for few, many in itertools.combinations(rows, 2):
         same = all(few[key] == many[key] for key in ("model", "what", "batch", "precision"))
         if same and few["subjects"] == 1 < many["subjects"]:
             ratio = many["ours"]["seconds"] / few["ours"]["seconds"]

@@ -1,6 +1,30 @@
-"""The report of benchmarks.run, of made-up numbers."""
+"""Operations worked by hand, and the report of benchmarks.run, of made-up numbers."""
 
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.measure import operations
 from benchmarks.report import by_subjects, write_report
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("function", "shapes", "count"),
+    [
+        (torch.matmul, [(2, 3), (3, 5)], 2 * 2 * 3 * 5),
+        (F.linear, [(2, 3), (5, 3), (5,)], 2 * 2 * 3 * 5),
+        # 3 channels of 2×2 pixels, each from 2 channels of 3×3
+        (F.conv2d, [(1, 2, 4, 4), (3, 2, 3, 3)], 2 * (3 * 2 * 2) * (2 * 3 * 3)),
+        # Q·Kᵀ and P·V of 5 queries, 7 keys and 8 channels, in two heads
+        (F.scaled_dot_product_attention, [(1, 2, 5, 8), *[(1, 2, 7, 8)] * 2], 4 * 2 * 5 * 7 * 8),
+    ],
+)
+def test_operations_are_counted_alike_in_every_mode(mode, function, shapes, count):
+    with mode():
+        assert operations(lambda: function(*map(torch.zeros, shapes))) == count
 
 
 def row(subjects: int, seconds: float, **more) -> dict:
@@ -18,7 +42,8 @@ FACTS = {
 
 
 def test_time_by_subjects_compares_rows_that_differ_in_them_alone():
-    results = [row(1, 2.0), row(1, 4.0, batch=8), row(2, 2.2), row(8, 2.5), row(8, 9.0, what="x")]
+    """In whatever order they were measured."""
+    results = [row(8, 2.5), row(1, 2.0), row(1, 4.0, batch=8), row(2, 2.2), row(8, 9.0, what="x")]
     assert by_subjects(results) == [
         "tiny_sd synthesis, 4 image(s) at once, fp32: 2 subjects take 1.10 times the time an image "
         "of 1",
