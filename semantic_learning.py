@@ -15,6 +15,7 @@ from mifo.cli import (
     add_runtime_options,
     add_setting,
     chosen_seed,
+    memory_errors,
     seed_option,
     sentence,
     told_failures,
@@ -47,13 +48,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
 
     stage = parser.add_argument_group("stage 1: the tokens")
-    add("train_steps", "steps", stage)
-    add("reward_steps", "first steps, with the reward in place of the penalty", stage)
-    add("learning_rate", "learning rate", stage)
-    add("warmup_steps", "warm-up of the learning rate", stage)
+    add("train_steps", "steps of stage 1", stage)
+    add("reward_steps", "the first of them, with the reward in place of the penalty", stage)
+    add("learning_rate", "learning rate of stage 1", stage)
+    add("warmup_steps", "steps over which the learning rate rises", stage)
     add(
         "attention_loss",
-        "regularisation; reward: in stage 1 alone, penalty: from the first step on",
+        "mifo: the reward, then the penalty; reward: the reward in stage 1, nothing in stage 2; "
+        "penalty: the penalty throughout",
         stage,
         choices=("mifo", "break_a_scene", "reward", "penalty", "none"),
     )
@@ -70,9 +72,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add(
         "finetune", "what is trained along with the tokens", stage, choices=("lora", "full", "none")
     )
-    add("finetune_steps", "steps", stage)
+    add("finetune_steps", "steps of stage 2", stage)
     add(
-        "finetune_learning_rate", "learning rate; None: 1e-4 (lora), 2e-6 (full)", stage, type=float
+        "finetune_learning_rate",
+        "learning rate of stage 2; None: 1e-4 (lora), 2e-6 (full)",
+        stage,
+        type=float,
     )
     add("lora_rank", "rank of the LoRA", stage)
     add("class_prompt", "prompt of the class images", stage)
@@ -89,28 +94,53 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("max_grad_norm", "gradient clipping", runtime)
     add("checkpoint_steps", "steps between checkpoints", runtime)
     runtime.add_argument(
-        "--gradient_checkpointing", action="store_true", help="less memory, a third more time"
+        "--gradient_checkpointing", action="store_true", help="less memory, more time"
     )
-    runtime.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    runtime.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished run; of several instances, with all that are not finished",
+    )
     runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
     runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
     return parser, parser.parse_args(argv)
 
 
-def learn_one(config: LearningConfig, options: argparse.Namespace, device: str) -> None:
-    """Check one instance folder, tell the plan, and carry it out unless it is a dry run."""
+def learn_one(
+    config: LearningConfig, options: argparse.Namespace, device: str, seed: int, resume: bool
+) -> None:
+    """Check one instance folder, tell the plan, and carry it out unless it is a dry run.
+
+    ``seed`` is for a config without one; an unfinished run that goes on keeps its own.
+    """
     from mifo.learning import learn
     from mifo.plan import check_target, describe, estimate_seconds, make_plan, saved_seed
 
-    check_target(config, options.resume, options.overwrite or options.dry_run)
-    if options.resume and config.seed is None:
-        config = replace(config, seed=saved_seed(config))
-    plan = make_plan(replace(config, seed=chosen_seed(config.seed)), device)
+    check_target(config, resume, options.overwrite or options.dry_run)
+    if config.seed is None:
+        config = replace(config, seed=saved_seed(config) if resume else seed)
+    plan = make_plan(config, device)
     print(describe(plan))
     if options.dry_run:
         print(f"time         about {estimate_seconds(plan) / 60:.0f} minutes (an estimate)")
     else:
-        print(f"learned: {learn(plan, options.resume)}")
+        print(f"learned: {learn(plan, resume)}")
+
+
+def learn_of_several(
+    config: LearningConfig, options: argparse.Namespace, device: str, seed: int
+) -> str:
+    """Learn one of several instances; returns what became of it.
+
+    With --resume one that is unfinished goes on, one that is learned stays, any other begins.
+    """
+    from mifo.plan import is_begun, is_learned
+
+    resume = options.resume and is_begun(config)
+    if options.resume and not resume and is_learned(config):
+        return "learned already"
+    learn_one(config, options, device, seed, resume)
+    return "checked" if options.dry_run else "learned"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,18 +154,23 @@ def main(argv: list[str] | None = None) -> None:
         from mifo.processes import Processes
 
         processes = Processes(choose_device(options.device))
+        device = processes.device
+        seed = processes.agree(chosen_seed(options.seed))  # one for all: they share class images
         if len(configs) == 1 and processes.count == 1:
-            return learn_one(configs[0], options, processes.device)
-        failures = {}
+            return learn_one(configs[0], options, device, seed, options.resume)
+        ends, failures = {}, set()
         for config in processes.share(configs):
             try:
-                learn_one(config, options, processes.device)
+                with memory_errors():
+                    ends[config.instance] = learn_of_several(config, options, device, seed)
             except FAILURES as error:
-                failures[config.instance] = sentence(error)
-        failures = {k: v for part in processes.gather(failures) for k, v in part.items()}
+                ends[config.instance] = sentence(error)
+                failures.add(config.instance)
+        ends = {k: v for part in processes.gather(ends) for k, v in part.items()}
+        failures = set().union(*processes.gather(failures))
         if processes.is_first:
             for name in names:
-                print(f"{name}: {failures.get(name, 'learned')}", flush=True)
+                print(f"{name}: {ends[name]}", flush=True)
         processes.leave()  # the summary comes before the launcher hears of a failure
         if failures:
             sys.exit(2)

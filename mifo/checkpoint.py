@@ -1,14 +1,19 @@
 """Checkpoints of an unfinished learning run: one safetensors file, written aside and renamed."""
 
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mifo_lora import save_lora as save_tensors
+from mifo.files import written_aside
 
 
 @dataclass
@@ -22,22 +27,43 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, tensor by tensor; OSError when there is no room for it."""
     facts = {"stage": checkpoint.stage, "step": checkpoint.step, "facts": checkpoint.facts}
-    save_tensors(path, checkpoint.tensors, {"mifo": json.dumps(facts)})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    try:
+        with written_aside(path) as aside:
+            save_file(tensors, aside, {"mifo": json.dumps(facts)})
+    except SafetensorError as error:  # what safetensors makes of an OSError, such as a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Raises ValueError when there is no readable checkpoint."""
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["mifo"])
+    return Checkpoint(facts["stage"], facts["step"], tensors, facts["facts"])
+
+
+def read_facts(path: Path) -> dict:
+    """The facts of a checkpoint, without its tensors. Raises ValueError likewise."""
+    with _opened(path) as file:
+        return json.loads(file.metadata()["mifo"])["facts"]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()["mifo"])
+            yield file
     except Exception as error:
         raise ValueError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); start anew with "
             "--overwrite, without --resume"
         ) from error
-    return Checkpoint(facts["stage"], facts["step"], tensors, facts["facts"])
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,7 +20,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the script's docstring as it is written."""
+    """Shows defaults that say something, and the script's docstring as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if action.nargs == 0 or default in ("", [], ()):
+            return action.help
+        if isinstance(default, list | tuple):
+            return f"{action.help} (default: {' '.join(default)})"
+        return super()._get_help_string(action)
 
 
 def seed_option(text: str) -> int | None:
@@ -59,10 +67,28 @@ def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
         "--mixed_precision",
         default=defaults.mixed_precision,
         choices=("auto", "no", "fp16", "bf16"),
-        help="precision of the UNet; auto: bf16 where the device is fast at it",
+        help="precision of the UNet; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs",
     )
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch raises for want of memory becomes a MemoryError, one of the FAILURES."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise MemoryError(str(error)) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Is it what torch raises for want of memory, on a GPU or on the CPU?"""
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")
+    is_told = any(sign in str(error).lower() for sign in signs)
+    return is_told or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextmanager
@@ -70,29 +96,24 @@ def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Itera
     """Bad input ends with one sentence and exit code 2, a failure underway with 1, Ctrl-C 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        yield
+        with memory_errors():
+            yield
     except FAILURES as error:
         if debug:
             raise
         code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
         parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
-    except RuntimeError as error:
-        if debug or not _is_out_of_memory(error):
-            raise
-        parser.exit(1, f"{parser.prog}: error: {sentence(MemoryError())}\n")
     except KeyboardInterrupt as stop:
         parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Is it what torch raises for want of memory, on the GPU or on the CPU?"""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def sentence(error: Exception) -> str:
     """What a failure means to a user, in one line."""
     if isinstance(error, MemoryError):
-        return "there is not enough memory; try a smaller --batch_size or --gradient_checkpointing"
+        return (
+            "there is not enough memory; learning takes less with --gradient_checkpointing, "
+            "painting with a smaller --batch_size, --width and --height"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; nothing that was there before has been changed: free some space"
     if isinstance(error, OSError) and error.errno and error.filename:

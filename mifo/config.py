@@ -46,7 +46,7 @@ class LearningConfig:
     save_pipeline: bool = False
 
     @property
-    def lora_learning_rate(self) -> float:
+    def stage_two_learning_rate(self) -> float:
         default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
         return default if self.finetune_learning_rate is None else self.finetune_learning_rate
 

@@ -20,13 +20,22 @@ from mifo.checkpoint import (
     unpack_optimizer,
     write_checkpoint,
 )
+from mifo.cli import memory_errors
 from mifo.instance import asset_token
-from mifo.learned import FORMAT, PIPELINE, replacing, write_learned, write_pipeline
+from mifo.learned import (
+    FORMAT,
+    PIPELINE,
+    LearnedFolder,
+    load_learned,
+    replacing,
+    write_learned,
+    write_pipeline,
+)
 from mifo.objective import Views, step_loss, supervised_layers
 from mifo.plan import CHECKPOINT, Plan, check_same, inputs_of, kept_settings
 from mifo.priors import class_latents, encode_class_images
 from mifo.tokens import lend_rows, write_rows
-from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict
+from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict, remove
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +65,10 @@ class _Run:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # diffusers checkpoints in training mode only; SD's has no dropout
         self.views = Views(base, plan.instance, self.ids, plan.device)
+        self.inputs = inputs_of(plan)
+        self.scaler = torch.amp.GradScaler(
+            plan.device.split(":")[0], enabled=plan.dtype == torch.float16
+        )
         self.prior: Tensor | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule = None
@@ -70,7 +83,7 @@ class _Run:
         parameters: list[Tensor] = [self.rows]
         rate = config.learning_rate
         if stage == 2:
-            rate = config.lora_learning_rate
+            rate = config.stage_two_learning_rate
             if config.finetune == "lora":
                 draw = torch.Generator().manual_seed(config.seed)
                 inject(self.base.unet, UNET_TARGETS, config.lora_rank, generator=draw)
@@ -121,15 +134,19 @@ class _Run:
             ):
                 loss = step_loss(self.base, batch, layers, attention_loss, weight, kept)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
+            self.scaler.scale(loss.total).backward()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        if not (loss.total.isfinite() and norm.isfinite()):
+        scale = self.scaler.get_scale()  # 1 unless in fp16, whose scaler leaves out a step that
+        if not (loss.total.isfinite() and (norm.isfinite() or scale > 1)):  # overflows, and halves
             raise FloatingPointError(
                 f"the loss or its gradient is not finite at step {step} of stage {stage}; nothing "
                 "was overwritten: try --mixed_precision no or a smaller learning rate"
             )
-        self.optimizer.step()
-        self.schedule.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # the step was not left out
+            self.schedule.step()
         attention = torch.stack(loss.attention).sum().item() if loss.attention else float("nan")
         self.losses["loss"].append(loss.total.item())
         self.losses["reconstruction"].append(loss.reconstruction.item())
@@ -149,7 +166,8 @@ class _Run:
             elif stage == 2:
                 state = {k: v.cpu() for k, v in module.state_dict().items()}
             tensors |= {f"{part}:{key}": value for key, value in state.items()}
-        facts = {"settings": kept_settings(self.config), "inputs": inputs_of(self.plan)}
+        facts = {"settings": kept_settings(self.config), "inputs": self.inputs}
+        facts["scaler"] = self.scaler.state_dict()
         facts["schedule"] = self.schedule.state_dict()
         facts["schedule"].pop("lr_lambdas", None)
         return Checkpoint(stage, step, tensors, facts)
@@ -179,6 +197,8 @@ class _Run:
             self.optimizer.param_groups, checkpoint.facts["schedule"]["_last_lr"], strict=True
         ):
             group["lr"] = rate
+        if scale := checkpoint.facts.get("scaler"):
+            self.scaler.load_state_dict(scale)
 
 
 def learn(
@@ -195,6 +215,7 @@ def learn(
         Interrupted: Ctrl-C; the step was finished and saved.
         ValueError: ``resume`` with other settings than the unfinished run's.
         FloatingPointError: a loss was not finite; nothing was overwritten.
+        MemoryError: there was not enough memory, on the device or off it.
     """
     path = plan.work / CHECKPOINT
     saved = read_checkpoint(path) if resume else None
@@ -204,15 +225,16 @@ def learn(
     if not resume:
         shutil.rmtree(plan.work, ignore_errors=True)
     try:
-        with _finish_step_on_interrupt() as stop:
-            for stage, steps in plan.stages:
-                if saved and saved.stage > stage:
-                    continue
-                _run_stage(run, stage, steps, saved, path, stop)
-                saved = None
-                if after_stage:
-                    after_stage(stage, path)
-        _save(plan, run)
+        with memory_errors():
+            with _finish_step_on_interrupt() as stop:
+                for stage, steps in plan.stages:
+                    if saved and saved.stage > stage:
+                        continue
+                    _run_stage(run, stage, steps, saved, path, stop)
+                    saved = None
+                    if after_stage:
+                        after_stage(stage, path)
+            _save(plan, run)
     except (KeyboardInterrupt, OSError, MemoryError):
         if path.is_file():
             log.warning("saved in %s: go on with the same command and --resume", plan.work)
@@ -235,6 +257,7 @@ def _run_stage(
     if saved:
         run.restore(saved)
         first = saved.step
+        saved.tensors.clear()  # a full model and its moments, which are in the run now
     layers = supervised_layers(run.base.unet, tuple(run.views.moments.shape[-2:]), stage)
     progress = tqdm(range(first, steps), f"stage {stage}", total=steps, initial=first, unit="step")
     for step in progress:
@@ -277,14 +300,15 @@ def _save(plan: Plan, run: _Run) -> None:
         reward_steps = config.reward_steps if config.attention_loss == "mifo" else 0
         learning_curves(folder / "learning.png", run.losses, plan.stages, reward_steps)
         attention_figure(folder / "attention.png", plan.instance, maps, scores)
-        if config.save_pipeline or config.finetune == "full":
-            from mifo_lora import remove
-
+        if config.finetune == "full":
             write_rows(base.text_encoder, run.ids, run.rows)
-            if lora:
-                for module in run.modules:
-                    remove(module, keep_merged=True)
             write_pipeline(folder / PIPELINE, base)
+        elif config.save_pipeline:  # from weights in float32, not in the precision of learning
+            whole, _ = load_learned(LearnedFolder(folder, manifest), offline=config.offline)
+            if lora:
+                for module in (whole.unet, whole.text_encoder):
+                    remove(module, keep_merged=True)
+            write_pipeline(folder / PIPELINE, whole)
 
 
 def _manifest(plan: Plan, run: _Run, scores: list[float]) -> dict:

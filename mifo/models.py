@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def choose_model(path: str, device: str) -> str:
     """Turn ``--model_path`` into a source. Only the untouched default may become another model."""
     if path != DEFAULT_MODEL or Path(path).is_dir():
         return path
-    if device == "cuda":
+    if device.startswith("cuda"):
         log.warning("%s is not there: using the mirror %s of the hub", path, MIRRORS[0])
         return MIRRORS[0]
     log.warning(
@@ -133,26 +134,33 @@ def choose_device(name: str) -> str:
     """``auto`` is cuda, then mps, then cpu; a device that is not there is an error."""
     import torch
 
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
     if name == "auto":
-        return next(device for device, found in there.items() if found)
-    if not there.get(name.split(":")[0], False):
-        found = ", ".join(device for device, here in there.items() if here)
-        raise ValueError(f"--device {name} is not available here; available: {found}")
-    return name
+        return there[0]
+    gpus = torch.cuda.device_count() if "cuda" in there else 0
+    number = re.fullmatch(r"cuda:(\d+)", name)
+    if name in there or (number and int(number[1]) < gpus):
+        return name
+    numbers = f" ({gpus} GPU{'s' * (gpus > 1)}, numbered from cuda:0)" if gpus else ""
+    found = ", ".join(device + numbers * (device == "cuda") for device in there)
+    raise ValueError(f"--device {name} is not available here; available: {found}")
 
 
 def choose_precision(name: str, device: str):
-    """The dtype of the UNet: ``auto`` is bf16 where the device is fast at it, float32 elsewhere."""
+    """The dtype of the UNet.
+
+    ``auto`` is bf16 where the hardware has it, fp16 on older CUDA GPUs, float32 elsewhere.
+    """
     import torch
 
     if name == "auto":
         if device.startswith("cuda"):
-            name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if in_hardware else "fp16"
         else:
             name = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "no"
     if name == "fp16" and device == "cpu":
@@ -288,7 +296,7 @@ def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
     Elsewhere Stable Diffusion 2 takes a mirror's configs (the repository that diffusers would ask
     is gone), and other models what diffusers finds for them on the hub.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from safetensors import safe_open
 
     def load(file: Path):
@@ -299,6 +307,12 @@ def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
             with safe_open(file, framework="pt") as tensors:
                 if any(name.startswith("cond_stage_model.model.") for name in tensors.keys()):  # noqa: SIM118
                     config = {"config": MIRRORS[0]}
+                    log.warning(
+                        "%s is taken for Stable Diffusion 2.1 base (512 px, epsilon), since the "
+                        "file cannot tell; put one of 768 px (v-prediction) into its diffusers "
+                        "folder",
+                        file,
+                    )
         return StableDiffusionPipeline.from_single_file(
             str(file), local_files_only=offline, safety_checker=None, **config
         )
@@ -309,7 +323,7 @@ def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
         text_encoder=pipeline.text_encoder.float(),
         vae=pipeline.vae.float(),
         unet=pipeline.unet.float(),
-        scheduler=pipeline.scheduler,
+        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config),
         source=source,
         digest=model_digest({"single_file": path}),
     )

@@ -1,5 +1,6 @@
 """The plan of a learning run: everything read and checked before anything long starts."""
 
+import hashlib
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mifo.checkpoint import Checkpoint, read_checkpoint
+from mifo.checkpoint import Checkpoint, read_facts
 from mifo.config import LearningConfig
-from mifo.instance import Instance, coverage_report, read_instance
+from mifo.instance import Instance, coverage_report, read_instance, view_prompt
 from mifo.learned import MANIFEST, check_name, check_writable, recover
 from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
 from mifo.priors import STEPS, find_class_images
@@ -17,7 +18,9 @@ from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows
 
 CHECKPOINT = "checkpoint.safetensors"
 #: Settings that may differ between a run and its resumption.
-FREE_SETTINGS = {"folder_path", "output_dir", "offline", "checkpoint_steps", "save_pipeline"}
+FREE_SETTINGS = {
+    "folder_path", "output_dir", "class_images", "offline", "checkpoint_steps", "save_pipeline",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,31 @@ def work_folder(config: LearningConfig) -> Path:
     return Path(config.output_dir) / f".{config.instance}.work"
 
 
+def is_begun(config: LearningConfig) -> bool:
+    """Is there an unfinished run to go on with?"""
+    return (work_folder(config) / CHECKPOINT).is_file()
+
+
+def is_learned(config: LearningConfig) -> bool:
+    """Is the learned folder there?"""
+    recover(target_folder(config))
+    return (target_folder(config) / MANIFEST).is_file()
+
+
 def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where a result or an unfinished run is in the way, or nothing to resume."""
     check_name(config.instance, "instance")
-    target, checkpoint = target_folder(config), work_folder(config) / CHECKPOINT
+    target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
-    recover(target)
-    if target.exists() and not (target / MANIFEST).is_file():
+    if not is_learned(config) and target.exists():
         raise ValueError(f"{target} is there and is no learned folder; give another --output_dir")
-    if resume and not checkpoint.is_file():
-        raise ValueError(f"there is no unfinished run at {checkpoint.parent}; leave out --resume")
+    if resume and not is_begun(config):
+        raise ValueError(f"there is no unfinished run at {work}; leave out --resume")
     if target.exists() and not (overwrite or resume):
         raise ValueError(f"{target} is there already; give --overwrite to learn it anew")
-    if checkpoint.is_file() and not (overwrite or resume):
+    if is_begun(config) and not (overwrite or resume):
         raise ValueError(
-            f"{checkpoint.parent} holds an unfinished run; go on with --resume, or start anew with "
-            "--overwrite"
+            f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"
         )
 
 
@@ -124,6 +136,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     base = base or load_base(source, config.offline)
     encode_ids(base.tokenizer, config.class_prompt)
     ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(instance.masks))
+    encode_ids(base.tokenizer, view_prompt(tuple(range(len(ids)))))  # the longest of all views
     words = config.initializer_tokens
     rows = initial_rows(base.tokenizer, base.text_encoder, ids, words, config.seed)
     return Plan(config, base, instance, ids, rows, device, dtype, pictures)
@@ -199,11 +212,12 @@ def check_same(saved: Checkpoint, plan: Plan) -> None:
 
 def inputs_of(plan: Plan) -> dict:
     """What a run reads, by hash."""
+    pictures = plan.class_images or ()
     return {
         "base model": plan.base.digest,
         "picture": plan.instance.image_hash,
         "set of masks": list(plan.instance.mask_hashes),
-        "set of class images": [str(path) for path in plan.class_images or ()],
+        "set of class images": [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures],
     }
 
 
@@ -220,4 +234,4 @@ def kept_settings(config: LearningConfig) -> dict:
 
 def saved_seed(config: LearningConfig) -> int:
     """The seed of the unfinished run that ``--resume`` goes on with."""
-    return read_checkpoint(work_folder(config) / CHECKPOINT).facts["settings"]["seed"]
+    return read_facts(work_folder(config) / CHECKPOINT)["settings"]["seed"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from mifo.instance import read_picture
 from mifo.models import BaseModel
 from mifo.sampling import ddim_scheduler, denoise, initial_noise
 from mifo.tokens import encode_ids
@@ -42,7 +43,7 @@ def class_latents(
     key = [base.digest, prompt, seed, list(size), STEPS, GUIDANCE_SCALE, str(base.unet.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache / f"{name}.safetensors"
-    found = read_tensors(path)[0]["latents"] if path.is_file() else None
+    found = _read_cache(path)
     done = 0 if found is None else len(found)
     if done >= count:
         log.info("class images: %d from %s", count, path)
@@ -62,11 +63,27 @@ def class_latents(
                 denoise(base.unet, scheduler, noise, text, STEPS, GUIDANCE_SCALE).float().cpu()
             )
             progress.update(len(seeds))
-            cache.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, {"latents": torch.cat(made)}, {"prompt": prompt})
+            _write_cache(path, torch.cat(made), prompt)
             if after_batch:
                 after_batch()
     return torch.cat(made)
+
+
+def _read_cache(path: Path) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        return read_tensors(path)[0]["latents"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"the kept class images cannot be read; delete {path}") from error
+
+
+def _write_cache(path: Path, latents: Tensor, prompt: str) -> None:
+    """Keep a set, unless another process has kept more of the same in the meantime."""
+    kept = _read_cache(path)
+    if kept is None or len(kept) < len(latents):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"latents": latents}, {"prompt": prompt})
 
 
 def find_class_images(folder: str) -> list[Path]:
@@ -81,15 +98,6 @@ def find_class_images(folder: str) -> list[Path]:
     for file in found:
         read_picture(file)
     return found
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB as viewers show it."""
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
 
 
 @torch.no_grad()

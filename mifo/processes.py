@@ -3,13 +3,19 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
+#: How long a process that is done waits for the others, who may learn for hours.
+PATIENCE = timedelta(days=30)
 
 
 class Processes:
-    """This process among all: ``index`` of ``count``."""
+    """This process among all: ``index`` of ``count``.
+
+    Raises ValueError where several processes are announced, and they do not find each other.
+    """
 
     def __init__(self, device: str):
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -18,7 +24,13 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu")
+            self._state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+            if self._state.num_processes != self.count:
+                raise ValueError(
+                    f"WORLD_SIZE says {self.count} processes but accelerate started "
+                    f"{self._state.num_processes}; use `accelerate launch` on CUDA devices or with "
+                    "--device cpu, or unset WORLD_SIZE for a single process"
+                )
             self.index = self._state.process_index
             if device == "cuda":
                 self.device = str(self._state.device)

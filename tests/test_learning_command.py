@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save
 
 import mifo.figures
 from mifo import learning, priors
-from mifo.learned import LORA, load_learned, open_learned
+from mifo.checkpoint import read_facts
+from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.models import load_base
 from mifo.tokens import encode_ids
 from mifo_lora import read_lora
@@ -107,7 +110,7 @@ def test_files_and_manifest(learned_dir, small_sd):
     for index in range(2):
         tensors, metadata = read_lora(folder / f"asset{index}.safetensors")
         assert {key: row.shape for key, row in tensors.items()} == {f"<asset{index}>": (1, 32)}
-        assert json.loads(metadata["mifo"]) == manifest
+        assert json.loads(metadata["mifo"]) == portable(manifest)
 
 
 def test_diffusers_reads_lora_and_embeddings(learned_dir, small_sd):
@@ -121,8 +124,9 @@ def test_diffusers_reads_lora_and_embeddings(learned_dir, small_sd):
     assert differ(ours, pipeline) <= 1e-5
 
 
-def test_saved_pipeline_is_the_learned_model(learn):
-    folder = learn("--save_pipeline")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_saved_pipeline_is_the_learned_model(learn, precision):
+    folder = learn("--save_pipeline", "--mixed_precision", precision)
     ours, ids = load_learned(open_learned(folder))
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline")
     assert pipeline.tokenizer.convert_tokens_to_ids(["<asset0>", "<asset1>"]) == ids
@@ -206,6 +210,65 @@ def test_own_class_images(learn, folder, monkeypatch):
     assert not (folder / "out/.class_images").exists()
 
 
+def test_own_class_images_are_told_by_their_content(learn, fails, folder, ctrl_c):
+    (folder / "mine").mkdir()
+    Image.effect_noise((64, 64), 80).save(folder / "mine/a.png")
+    options = ("--finetune_steps", 1, "--prior_weight", 1)
+    with ctrl_c(1, 0):
+        fails(130, *options, "--class_images", "mine")
+    (folder / "mine").rename(folder / "moved")
+    shutil.copytree(folder / "moved", folder / "others")
+    Image.effect_noise((64, 64), 80).save(folder / "others/a.png")
+    told = fails(2, *options, "--class_images", "others", "--resume")
+    assert "the set of class images is not what" in told
+    learn(*options, "--class_images", "moved", "--resume")
+
+
+def test_transparent_class_images_have_a_white_ground(small_sd, folder):
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save("clear.png")
+    Image.new("RGB", (64, 64), "white").save("white.png")
+    base = load_base(str(small_sd))
+    clear, white = (
+        priors.encode_class_images(base, [folder / name], (8, 8))
+        for name in ("clear.png", "white.png")
+    )
+    assert torch.equal(clear, white)
+
+
+@pytest.fixture
+def make_class_images(small_sd, folder, monkeypatch):
+    """Make class images of fixed latents, so many of them."""
+    base = load_base(str(small_sd))
+    monkeypatch.setattr(priors, "denoise", lambda _, __, noise, *___: noise)
+
+    def make(count, after_batch=None):
+        cache = folder / "cache"
+        return priors.class_latents(base, "a toy", count, (8, 8), 0, 1, cache, after_batch)
+
+    return make
+
+
+def test_the_longer_of_two_sets_of_class_images_is_kept(make_class_images):
+    def other_process():
+        nonlocal other
+        if other is None:
+            other = make_class_images(3)  # of the same set, meanwhile
+
+    other = None
+    made = make_class_images(2, other_process)
+    assert torch.equal(made, other[:2])
+    assert torch.equal(make_class_images(3), other)
+
+
+@pytest.mark.parametrize("content", [b"half", save({"others": torch.zeros(1)})])
+def test_damaged_class_images_are_to_be_deleted(make_class_images, folder, content):
+    make_class_images(1)
+    (path,) = (folder / "cache").iterdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"class images cannot be read; delete {path}"):
+        make_class_images(1)
+
+
 # ----------------------------------------------------------------------------------------------
 # nothing is lost
 
@@ -229,6 +292,17 @@ def test_one_seed_one_result(learn, folder):
     first = contents(learn())
     assert contents(learn("--overwrite")) == first
     assert first.keys() >= FILES | PICTURES | {LORA}
+
+
+def test_too_many_masks_for_the_text_are_told_at_once(fails, folder, examples):
+    (folder / "mine/many").mkdir(parents=True)
+    shutil.copy(examples / "toys/img.jpg", folder / "mine/many")
+    for index in range(40):  # "a photo of", 40 tokens, 39 "and"
+        mask = np.zeros((128, 128), np.uint8)
+        mask[2 * index : 2 * index + 40, 8:48] = 255
+        Image.fromarray(mask).save(folder / f"mine/many/mask{index}.png")
+    told = fails(2, "--folder_path", folder / "mine", "--instance", "many", "--dry_run")
+    assert "the prompt has 82 tokens, and the model reads 75" in told
 
 
 def test_existing_result_is_kept(learn, fails):
@@ -406,3 +480,63 @@ def test_all_instances_learn_though_one_fails(learn, folder, examples, capsys):
     assert summary[0].startswith("bad: ") and "mask1.png is empty" in summary[0]
     assert summary[1] == "toys: learned"
     assert {path.name for path in (folder / "out").iterdir()} == {"toys"}
+
+
+@pytest.fixture
+def twins(folder, examples):
+    """The options of a short learning of two instances, a and b."""
+    for name in ("a", "b"):
+        shutil.copytree(examples / "toys", folder / "mine" / name)
+    return ("--folder_path", folder / "mine", "--instance", "all", "--finetune", "none")
+
+
+def summary(capsys):
+    return capsys.readouterr().out.splitlines()[-2:]
+
+
+def test_all_instances_have_one_seed(learn, folder, twins, capsys):
+    learn(*twins, "--seed", "None", "--dry_run")
+    out = capsys.readouterr().out
+    assert len(set(re.findall(r"seed +(\d+)", out))) == 1
+    assert out.splitlines()[-2:] == ["a: checked", "b: checked"]
+    assert not (folder / "out").exists()
+
+
+def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, capsys, ctrl_c):
+    learn(*twins, "--instance", "a")
+    before = contents(folder / "out/a")
+    shutil.copytree(folder / "mine/b", folder / "mine/c")
+    with ctrl_c(1, 0):
+        fails(130, *twins, "--instance", "b", "--seed", "None")
+    seed = read_facts(folder / "out/.b.work/checkpoint.safetensors")["settings"]["seed"]
+    learn(*twins, "--seed", "None", "--resume")
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert told == ["a: learned already", "b: learned", "c: learned"]
+    assert contents(folder / "out/a") == before
+    manifest = json.loads((folder / "out/b/manifest.json").read_text())
+    assert manifest["settings"]["seed"] == seed
+    assert not list((folder / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+)
+def test_want_of_memory_in_one_instance(learn, folder, twins, capsys, caplog, monkeypatch, error):
+    run_step = learning._Run.step
+
+    def step(run, stage, step, layers):
+        if run.config.instance == "a" and step == 2:
+            raise error
+        return run_step(run, stage, step, layers)
+
+    monkeypatch.setattr(learning._Run, "step", step)
+    with pytest.raises(SystemExit):
+        learn(*twins, "--checkpoint_steps", 2)
+    told = summary(capsys)
+    assert "there is not enough memory" in told[0] and told[1] == "b: learned"
+    assert "go on with the same command and --resume" in caplog.text

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 from thin import thin_pipeline, thin_scheduler, thin_unet
@@ -23,6 +23,7 @@ from mifo.models import (
     load_base,
     locate_model,
 )
+from mifo.processes import Processes
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -65,6 +66,7 @@ def test_the_default_folder_is_used_where_it_is(here, caplog):
     ("device", "source", "told"),
     [
         ("cuda", MIRRORS[0], (MIRRORS[0],)),
+        ("cuda:1", MIRRORS[0], (MIRRORS[0],)),
         ("cpu", "toybox", ("toybox", "very small", "hf download", DEFAULT_MODEL)),
         ("mps", "toybox", ("no CUDA device",)),
     ],
@@ -160,13 +162,45 @@ def test_devices_in_order(cpu_only, monkeypatch):
     assert choose_device("auto") == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == "cuda:1"
+    for name in ("cuda:2", "cuda:x", "cuda:", "cpu:foo"):
+        message = rf"--device {name} is not available here; available: cuda \(2 GPUs, .*mps, cpu"
+        with pytest.raises(ValueError, match=message):
+            choose_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "tpu"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "tpu", "cpu:foo"])
 def test_a_device_that_is_not_there(cpu_only, name):
     with pytest.raises(ValueError, match=f"--device {name} is not available here; available: cpu"):
         choose_device(name)
+
+
+class Started:
+    """An accelerate.PartialState of so many processes, this one the last; keeps its options."""
+
+    def __init__(self, count):
+        self.num_processes, self.process_index = count, count - 1
+
+    def __call__(self, **options):
+        self.options = options
+        return self
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch):
+    state = Started(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", state)
+    processes = Processes("cpu")
+    assert (processes.index, processes.count, processes.device) == (1, 2, "cpu")
+    assert state.options["cpu"] and state.options["timeout"].days > 7
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", Started(1))
+    with pytest.raises(ValueError, match="WORLD_SIZE says 2 processes but accelerate started 1"):
+        Processes("mps")
 
 
 def test_precision(monkeypatch):
@@ -174,9 +208,9 @@ def test_precision(monkeypatch):
     assert choose_precision("bf16", "cpu") == torch.bfloat16
     assert choose_precision("fp16", "cuda:0") == torch.float16
     assert choose_precision("auto", "mps") == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert choose_precision("auto", "cuda") == torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert choose_precision("auto", "cuda") == torch.bfloat16
     with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16 or no on the CPU"):
         choose_precision("fp16", "cpu")
@@ -275,6 +309,26 @@ def test_a_single_file_that_is_none(here):
     (here / "model.safetensors").write_bytes(b"nothing of the sort")
     with pytest.raises(ValueError, match=r"model\.safetensors could not be loaded"):
         load_base("model.safetensors", offline=True)
+
+
+def test_a_single_file_of_stable_diffusion_2(thin, here, tiny_sd, monkeypatch, caplog):
+    """It is taken for the base model of 512 px, and says so; its noise schedule is DDIM's."""
+    save_file({"cond_stage_model.model.x": torch.zeros(1)}, here / "sd2.safetensors")
+    scheduler = PNDMScheduler.from_config(thin_scheduler(prediction_type="v_prediction").config)
+    pipeline = thin_pipeline(tiny_sd / "tokenizer", thin_unet(), scheduler)
+    asked = {}
+
+    def from_single_file(path, **options):
+        asked.update(options)
+        return pipeline
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    base = load_base("sd2.safetensors", offline=True)
+    assert asked["config"] == MIRRORS[0]
+    assert "512 px" in caplog.text and "diffusers folder" in caplog.text
+    assert type(base.scheduler) is DDIMScheduler
+    assert base.scheduler.config.prediction_type == "v_prediction"
+    assert base.scheduler.config.beta_end == 0.012 and not base.scheduler.config.clip_sample
 
 
 # --- facts from configs ----------------------------------------------------------------------
