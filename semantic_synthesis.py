@@ -11,7 +11,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mifo.boxes import Box, parse_boxes, parse_named_box
+from mifo.boxes import Box, UnknownSize, parse_boxes, parse_named_box
 from mifo.cli import (
     HelpFormatter,
     Parser,
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         nargs="+",
         default=defaults.tokens,
         metavar="FILE",
-        help="textual inversions, likewise; asset0.safetensors is <asset0>",
+        help="token files, in place of the learned folder; asset0.safetensors is <asset0>",
     )
     add("model_path", "base model; None: the one that the learned folder, or a file of it, names")
 
@@ -121,12 +121,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")
     help_texts = {
         "guidance_steps": "denoising steps with guidance",
-        "guidance_iterations": "at most, in each of them",
-        "step_size": "of the latents' descent, at the first step",
-        "final_step_size": "toward which it falls",
+        "guidance_iterations": "updates of the latents, at most, in a step with guidance",
+        "step_size": "size of these updates at the first step",
+        "final_step_size": "size toward which they fall over the steps with guidance",
         "cross_weight": "weight of the cross-attention terms",
         "self_weight": "weight of the self-attention terms",
-        "loss_threshold": "loss a subject below which a step's guidance ends",
+        "loss_threshold": "loss per subject below which a step's guidance ends",
         "refine_every": "steps between refinements of the regions; 0: boxes stay the regions",
     }
     for name, text in help_texts.items():
@@ -142,15 +142,16 @@ def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] 
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given; give one of them")
     size = (options.width, options.height) if options.width and options.height else None
-    if options.boxes is not None:
-        return parse_boxes(options.boxes, size)
-    if not options.box:
-        return None
     named: dict[str, list[Box]] = {}
-    for text in options.box:
-        name, box = parse_named_box(text, size)
-        named.setdefault(name, []).append(box)
-    return named
+    try:
+        if options.boxes is not None:
+            return parse_boxes(options.boxes, size)
+        for text in options.box or []:
+            name, box = parse_named_box(text, size)
+            named.setdefault(name, []).append(box)
+    except UnknownSize as error:
+        raise ValueError(f"{error}, or give --width and --height") from None
+    return named or None
 
 
 def main(argv: list[str] | None = None) -> None:

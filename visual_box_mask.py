@@ -14,11 +14,11 @@ import argparse
 import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mifo.boxes import Box, check_box, draw_boxes, parse_box, parse_boxes, parse_named_box, raster
+from mifo.files import written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -138,19 +138,15 @@ def white_on_black(box: Box, size: tuple[int, int]) -> Image.Image:
 
 
 def save(picture: Image.Image, output: Path) -> None:
-    """Write a PNG beside `output`, then rename it, so that a failure leaves the old file whole."""
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    """Write a PNG and the folder it goes to; a failure leaves the old file whole."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, format="PNG")
-        os.replace(aside, output)
+        with written_aside(output) as aside:
+            picture.save(aside, format="PNG")
     except OSError as error:
         raise ValueError(
             f"--output {output} cannot be written ({error.strerror or error}); name another file"
         ) from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
 
 
 def preview(args: argparse.Namespace) -> None:

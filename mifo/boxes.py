@@ -33,6 +33,10 @@ PALETTE = (
 )
 
 
+class UnknownSize(ValueError):
+    """A box is in pixels, and the size of the picture is not given."""
+
+
 class Box(NamedTuple):
     """A box in fractions of the width (x) and the height (y), origin at the top left."""
 
@@ -57,6 +61,7 @@ def parse_box(
         guess_pixels: if any number without a unit exceeds 1, all numbers without one are pixels.
 
     Raises:
+        UnknownSize: the box is in pixels, and there is no `size`.
         ValueError: the text is not a box, or the box is reversed, empty or outside the picture.
     """
     text, parts = _split(value)
@@ -102,7 +107,7 @@ def _fractions(
 ) -> list[float]:
     """Convert four numbers with their units ("", "%" or "px") to fractions of the canvas."""
     if "px" in units and size is None:
-        raise ValueError(
+        raise UnknownSize(
             f"{name} is in pixels, but the size of the picture is not known here; "
             "write fractions or percent"
         )

@@ -30,7 +30,7 @@ from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
 from mifo.measures import crop, layout, objects_by_colour, reference_crops
-from mifo.synthesis import check_numbers, make_scene, paint, prepare
+from mifo.synthesis import asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
 
 RECORDS = "records.jsonl"
@@ -69,7 +69,8 @@ def measure(
     found: dict = {"own": list(case.assets), "spaces": {}}
     crops = [crop(picture, box) for box in case.boxes]
     for space in spaces:
-        whole, inside = space.images([picture])[0], space.images(crops)
+        whole = (space.scenes or space.images)([picture])[0]
+        inside = space.images(crops)
         result = {
             "similarities": (inside @ references[space.name].T).tolist(),
             "features": [round(value, 5) for value in whole.tolist()],
@@ -200,14 +201,13 @@ def _instance(learned: LearnedFolder, folder_path: str | None) -> Instance:
 
 def _prompt_assets(prompt: str, learned: LearnedFolder) -> tuple[int, ...]:
     """The assets that a prompt names, in its order."""
-    known = learned.manifest["tokens"]
-    names = ASSET.findall(prompt)
-    if not names or not set(names) <= set(known):
+    names = asset_names(prompt, learned)
+    if not names:
         raise ValueError(
-            f"the prompt {prompt!r} must name assets, and only those of {learned.path}: "
-            f"{', '.join(known)}"
+            f"the prompt {prompt!r} must name assets of {learned.where}: "
+            f"{', '.join(learned.tokens)}"
         )
-    return tuple(known.index(name) for name in names)
+    return tuple(learned.tokens.index(name) for name in names)
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from mifo.learned import (
     LearnedFolder,
     check_writable,
     load_learned,
+    portable,
     recover,
     replacing,
     write_pipeline,
@@ -152,7 +153,7 @@ def _write_kohya(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
         **to_kohya(lora_state_dict(base.text_encoder), "text_encoder"),
     }
     metadata = kohya_metadata(tensors, architecture(base), path.stem)
-    save_lora(path, tensors, {**metadata, "mifo": json.dumps(learned.manifest)})
+    save_lora(path, tensors, {**metadata, "mifo": json.dumps(portable(learned.manifest))})
 
 
 def _write_diffusers(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
@@ -175,7 +176,8 @@ def _write_pipeline(path: Path, learned: LearnedFolder, base: BaseModel) -> None
         for module in (base.unet, base.text_encoder):
             remove(module, keep_merged=True)
     write_pipeline(path, base)
-    shutil.copyfile(learned.path / MANIFEST, path / MANIFEST)
+    text = json.dumps(portable(learned.manifest), indent=2) + "\n"
+    (path / MANIFEST).write_text(text, encoding="utf-8")
 
 
 #: The formats in the order of writing: the pipeline comes last, as it changes the model.

@@ -8,10 +8,15 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end, or vanishes on an error."""
-    aside = path.with_name(f".{path.name}.part")
+    """A path to write to, which takes the place of ``path`` at the end, or vanishes on an error.
+
+    Each process has its own, so that two writers of one file do not meet before the end.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

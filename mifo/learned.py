@@ -79,6 +79,28 @@ def check_writable(folder: Path, option: str) -> None:
         raise ValueError(f"the folder {there} cannot be written to; give another --{option}")
 
 
+#: Settings that are paths, apart from the base model's, which is needed to find it again.
+PATHS = {
+    "folder_path", "output_dir", "class_images", "models_dir", "output_path", "lora", "tokens",
+}  # fmt: skip
+
+
+def portable(facts: dict) -> dict:
+    """A manifest, or the facts of a picture, as files that travel carry them.
+
+    Of absolute paths in the settings only the last part is kept, so they tell nobody's home.
+    """
+
+    def name(path):
+        if isinstance(path, list | tuple):
+            return [name(each) for each in path]
+        return Path(path).name if path and Path(path).is_absolute() else path
+
+    settings = facts["settings"]
+    shortened = {key: name(settings[key]) for key in PATHS & settings.keys()}
+    return facts | {"settings": settings | shortened}
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the place of ``target`` at the end, or vanishes on an error."""
@@ -111,7 +133,7 @@ def _old(target: Path) -> Path:
 
 def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manifest: dict) -> None:
     """Write asset rows [assets, width], the LoRA of the base's modules if any, the manifest."""
-    words = {"mifo": json.dumps(manifest)}
+    words = {"mifo": json.dumps(portable(manifest))}
     for index, row in enumerate(rows):
         tensors = {asset_token(index): row.detach().float().cpu()[None]}
         save_lora(folder / f"asset{index}.safetensors", tensors, words)

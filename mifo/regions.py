@@ -173,12 +173,6 @@ class RegionSet:
 
         return self._cached((rows, columns, kind, samples, dtype), make)
 
-    def select(self, samples: Tensor) -> "RegionSet":
-        """The regions of some samples of the batch (int64 [b']); boxes are the same for all."""
-        if not isinstance(self._source, Tensor):
-            return self
-        return RegionSet(self._source[samples.to(self._source.device)], self._tokens, self._device)
-
 
 # ----------------------------------------------------------------------------------------------
 # refinement
@@ -205,7 +199,8 @@ def assign_clusters(
     """Give each cluster to the subject whose soft mask it overlaps best, or to the background.
 
     Overlap = Σ(cluster · soft) / min(Σ cluster, Σ soft); below ``threshold`` it is background.
-    A subject left with nothing gets its box back, taken from the others.
+    A subject left with nothing gets its box back, taken from the others; one that has no pixels
+    but there shares them.
 
     Args:
         labels: int [n], the cluster of each pixel, in [0, clusters).
@@ -224,7 +219,8 @@ def assign_clusters(
             regions[subject[cluster]] |= members[cluster] > 0
     for index in range(len(regions)):
         if not regions[index].any():
-            regions &= ~boxes[index]
+            rest = regions & ~boxes[index]
+            regions = torch.where(rest.any(-1, keepdim=True), rest, regions)
             regions[index] = boxes[index]
     return regions
 

@@ -40,6 +40,20 @@ def ddim_scheduler(scheduler):
     )
 
 
+def check_steps(steps: int, scheduler) -> None:
+    """Raises ValueError for a number of steps that would start far from pure noise.
+
+    DDIM goes in steps of floor(timesteps / steps), from the clean end on: the remainder is left out
+    at the noisy end.
+    """
+    total = scheduler.config.num_train_timesteps
+    if steps >= total or total % steps > total / 5:
+        raise ValueError(
+            f"--num_inference_steps is {steps}, which would not start at the noisy end of the "
+            f"model's {total} timesteps: give at most {total // 4}, or {total // 3} or {total // 2}"
+        )
+
+
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal latents [b, *shape], image i from a CPU generator of its own seed."""
     return torch.stack(
@@ -66,36 +80,30 @@ def guide(
     """Move latents [b, c, h, w] down the box loss; an image stops once its loss is low enough.
 
     Runs the conditional half alone, ``text`` [1, k, d], and of the UNet only what the loss reads.
+    The regions are still the boxes, the same for all images.
     """
     latents = latents.clone()
     active = torch.arange(len(latents), device=latents.device)
-    all_regions = control.regions
     size = step_size(step, config)
-    try:
-        for _ in range(config.guidance_iterations):
-            control.regions = all_regions.select(active)
-            chosen = latents[active].requires_grad_()
-            with torch.enable_grad():
-                with control.guidance(), leave_early():
-                    unet(chosen.to(text.dtype), timestep, text.expand(len(active), -1, -1))
-                cross, self_ = control.masses("cross"), control.masses("self")
-                loss = box_loss(
-                    cross, self_, box_alpha(step), config.cross_weight, config.self_weight
-                )
-                (gradient,) = torch.autograd.grad(loss.sum(), chosen)
-            if not gradient.isfinite().all():
-                raise FloatingPointError(
-                    f"the box loss has no finite gradient at step {step}; "
-                    "try --mixed_precision no or a smaller --step_size"
-                )
-            latents[active] = chosen.detach() - size * gradient
-            if watch:
-                watch(Guided(step, active, _detached(cross), _detached(self_), loss.detach()))
-            active = active[loss.detach() / len(control.tokens.subjects) >= config.loss_threshold]
-            if not len(active):
-                break
-    finally:
-        control.regions = all_regions
+    for _ in range(config.guidance_iterations):
+        chosen = latents[active].requires_grad_()
+        with torch.enable_grad():
+            with control.guidance(), leave_early():
+                unet(chosen.to(text.dtype), timestep, text.expand(len(active), -1, -1))
+            cross, self_ = control.masses("cross"), control.masses("self")
+            loss = box_loss(cross, self_, box_alpha(step), config.cross_weight, config.self_weight)
+            (gradient,) = torch.autograd.grad(loss.sum(), chosen)
+        if not gradient.isfinite().all():
+            raise FloatingPointError(
+                f"the box loss has no finite gradient at step {step}; "
+                "try --mixed_precision no or a smaller --step_size"
+            )
+        latents[active] = chosen.detach() - size * gradient
+        if watch:
+            watch(Guided(step, active, _detached(cross), _detached(self_), loss.detach()))
+        active = active[loss.detach() / len(control.tokens.subjects) >= config.loss_threshold]
+        if not len(active):
+            break
     return latents
 
 
@@ -126,17 +134,20 @@ def denoise(
 
     Args:
         text: [2, k, d], the unconditional (or negative) and the conditional prompt's states.
-        control: bounds the attention; None draws without boxes.
+        control: bounds the attention, for this run alone; None draws without boxes.
         on_step: called after each step with its number and a dict of what it computed.
         watch: called after each guidance iteration.
     """
     scheduler.set_timesteps(steps, device=latents.device)
     text = text.to(latents.device, unet.dtype)
     both = text.repeat_interleave(len(latents), dim=0)
+    refining = [step for step in range(1, steps) if control and _refines(step, config)]
     for step, timestep in enumerate(scheduler.timesteps):
-        if control and step and _refines(step, config):
+        if step in refining:
             refined = control.refiner.refine(control.regions.at(*control.refiner.grid))
             control.regions = RegionSet(refined, control.tokens, latents.device)
+        if control and step >= max(refining, default=0):
+            control.refiner = None  # nobody reads the maps of this step
         if control and step < config.guidance_steps:
             latents = guide(unet, control, latents, timestep, text[1:], step, config, watch)
         guided = latents

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,12 @@ from tqdm import tqdm
 from mifo.attention import decoder_block, layer_grid
 from mifo.boxes import Box, check_box, draw_boxes, parse_box
 from mifo.config import SynthesisConfig
-from mifo.learned import LearnedFolder, load_learned, open_learned
+from mifo.learned import LearnedFolder, load_learned, open_learned, portable
 from mifo.learned_files import LearnedFiles, load_files, open_files
 from mifo.models import BaseModel, choose_precision
 from mifo.processes import Processes
 from mifo.regions import TokenRoles
-from mifo.sampling import box_control, ddim_scheduler, denoise, initial_noise
+from mifo.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
 from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
 from mifo_lora import merge
 
@@ -71,10 +73,11 @@ def make_scene(
         learned, load = open_files(config.lora, config.tokens, config.model_path), load_files
     else:
         learned, load = open_learned(Path(config.models_dir) / config.model_id), load_learned
-    names = _asset_names(config.prompt, learned)
+    names = asset_names(config.prompt, learned)
     if config.box_control and subject_token_indices is None:
         _placed(names, boxes, get_boxes)  # told before the model is loaded
     base, _ = load(learned, config.model_path, config.offline)
+    check_steps(config.num_inference_steps, base.scheduler)
     tokenizer = base.tokenizer
     encode_ids(tokenizer, config.negative_prompt)
     found = find_assets(tokenizer, config.prompt, learned.assets)
@@ -94,8 +97,8 @@ def make_scene(
     return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
 
 
-def _asset_names(prompt: str, learned: LearnedFolder | LearnedFiles) -> tuple[str, ...]:
-    """Assets of the prompt, in its order."""
+def asset_names(prompt: str, learned: LearnedFolder | LearnedFiles) -> tuple[str, ...]:
+    """Assets of the prompt, in its order; a ValueError names one that was not learned."""
     names = tuple(ASSET.findall(prompt))
     for name in names:
         if name not in learned.tokens:
@@ -326,7 +329,7 @@ def _png(picture: Image.Image, facts: dict) -> bytes:
 
     info = PngImagePlugin.PngInfo()
     if facts:
-        info.add_text("mifo", json.dumps(facts))
+        info.add_text("mifo", json.dumps(portable(facts)))
         info.add_text("prompt", facts["settings"]["prompt"])
     buffer = BytesIO()
     picture.save(buffer, "PNG", pnginfo=info)
@@ -334,21 +337,28 @@ def _png(picture: Image.Image, facts: dict) -> bytes:
 
 
 def _write_new(folder: Path, name: Callable[[int], str], content: bytes) -> Path:
-    """Write under the first free name; linking into place never replaces a file."""
+    """Write under the first free name; never replaces a file."""
     aside = folder / f".{os.getpid()}.part"
     try:
-        with aside.open("wb") as file:
-            file.write(content)
-        number = 0
-        while True:
+        aside.write_bytes(content)
+        for number in count():
             path = folder / name(number)
-            try:
-                os.link(aside, path)
+            with suppress(FileExistsError):
+                _move_new(aside, path)
                 return path
-            except FileExistsError:
-                number += 1
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _move_new(source: Path, target: Path) -> None:
+    """Raises FileExistsError if the target is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: an empty file takes the name first
+        target.open("xb").close()
+        os.replace(source, target)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:

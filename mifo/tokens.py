@@ -133,20 +133,12 @@ def _shorten(text: str, limit: int = 60) -> str:
 def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str, int]]:
     """(name, position) of each asset in a prompt, in its order; positions count the start token.
 
-    Raises ValueError for an asset that is not among the ``known`` numbers.
+    Raises ValueError unless the tokenizer sees them all, with one of the ``known`` numbers each.
     """
-    names = ASSET.findall(prompt)
-    allowed = {asset_token(i) for i in known}
-    for name in names:
-        if name not in allowed:
-            raise ValueError(
-                f"the prompt names {name}, which was not learned; there are "
-                f"{', '.join(sorted(allowed))}"
-            )
     ids = encode_ids(tokenizer, prompt).tolist()
-    wanted = {tokenizer.convert_tokens_to_ids(name): name for name in allowed}
+    wanted = {tokenizer.convert_tokens_to_ids(name): name for name in map(asset_token, known)}
     found = [(wanted[token], at) for at, token in enumerate(ids) if token in wanted]
-    if [name for name, _ in found] != names:
+    if [name for name, _ in found] != ASSET.findall(prompt):
         raise ValueError(
             f"the tokenizer does not see the assets of the prompt {_shorten(prompt)!r}: write each "
             "as a word of its own, such as '<asset0> and <asset1>'"

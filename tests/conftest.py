@@ -1,4 +1,4 @@
-"""Fixtures: the thin random Stable Diffusion 2.1 whose numbers `golden/` holds."""
+"""Fixtures: the thin random Stable Diffusion 2.1 whose numbers `golden/` holds, and others."""
 
 import json
 import os
@@ -21,6 +21,25 @@ def load_golden(name: str) -> dict[str, torch.Tensor]:
     """All arrays of a golden file, as tensors."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must end with an exit code and no traceback; returns what it told.
+
+    The result has what went to stdout as ``out``, to stderr as ``err``.
+    """
+
+    def run(command, *arguments, code=2, **named):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(*arguments, **named)
+        told = capsys.readouterr()
+        assert stop.value.code == code, told.err
+        assert "Traceback" not in told.err
+        return told
+
+    return run
 
 
 @pytest.fixture(scope="session")

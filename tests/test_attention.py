@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from thin import thin_unet
+from thin import BOXES, TOKENS, thin_unet
 
 from mifo.attention import (
     BoxControl,
@@ -16,12 +16,8 @@ from mifo.attention import (
     pixel_grids,
     processors,
 )
-from mifo.boxes import Box
 from mifo.losses import box_mass
-from mifo.regions import RegionSet, TokenRoles
-
-TOKENS = TokenRoles(subjects=((2,), (4, 5)), filtered=(1, 3), end=6, length=8, leading=(2, 5))
-BOXES = (Box(0, 0, 0.5, 0.75), Box(0.5, 0.25, 1, 1))
+from mifo.regions import RegionSet
 
 
 @pytest.fixture(scope="module")

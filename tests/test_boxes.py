@@ -12,6 +12,7 @@ from PIL import Image, ImageChops
 from mifo.boxes import (
     PALETTE,
     Box,
+    UnknownSize,
     box_mask,
     check_box,
     color_of,
@@ -116,7 +117,7 @@ def test_bad_boxes_say_what_is_wrong(value, message):
 
 
 def test_pixels_without_a_canvas_are_an_error():
-    with pytest.raises(ValueError, match="in pixels, but the size of the picture is not known"):
+    with pytest.raises(UnknownSize, match="in pixels, but the size of the picture is not known"):
         parse_box("1px,1px,2px,2px")
 
 

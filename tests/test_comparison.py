@@ -1,11 +1,20 @@
-"""The comparison: statistics worked by hand, its folders, and the command with steps of nothing."""
+"""The comparison: statistics worked by hand, its folders, and the command with steps of nothing.
+
+One test runs this file as a script of its own, in two processes.
+"""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
+from thin import contents
 
 import mifo.figures
 import semantic_learning
@@ -18,6 +27,7 @@ from toybox.comparison_report import IDENTITY, Comparison, Result, chance, diffe
 from toybox.comparison_settings import LONG, SHORT, VARIANTS, Settings
 from toybox.instances import read_looks
 
+ROOT = Path(__file__).parents[1]
 TINY = [
     *("--train_steps", "3", "--finetune_steps", "1", "--num_class_images", "1"),
     *("--num_inference_steps", "2", "--guidance_steps", "2", "--guidance_iterations", "1"),
@@ -202,11 +212,11 @@ def test_a_folder_is_finished_or_left_alone(work):
     kinds = ["bear", "cat", "fox"]
     folder = work / "kind2_000"
     comparison.make_folder(folder, 0, 0, kinds)
-    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     (folder / "instance.json").unlink()  # as if it had been stopped
     (folder / "mask1.png").unlink()
     comparison.make_folder(folder, 0, 0, kinds)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    assert contents(folder) == before
     (folder / "img.jpg").write_bytes(b"mine")
     comparison.make_folder(folder, 0, 0, kinds)
     assert (folder / "img.jpg").read_bytes() == b"mine"
@@ -318,6 +328,19 @@ def test_a_failing_folder_does_not_stop_the_other(work, finished, monkeypatch, c
     assert told(work) == whole
 
 
+def test_two_processes_share_the_folders(finished, work):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [__file__, *TINY, "--only", "mifo", "--work", str(work)]
+    threads = str(torch.get_num_threads())  # as many as here: sums are rounded alike
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two, one = told(work), told(finished)
+    assert two["variants"] == {"mifo": one["variants"]["mifo"]}
+    assert two["chance"] == one["chance"] and two["failures"] == {}
+    assert done.stdout.count("| MIFO") == 1  # the first process tells of all
+
+
 @pytest.mark.parametrize("name", ["rank4", "full", "tokens"])
 def test_a_kept_stage_1_changes_nothing(name, finished, tmp_path, monkeypatch):
     """Learned behind mifo's stage 1 and from its own: the same to the bit."""
@@ -386,11 +409,12 @@ def test_short_form_and_given_options():
         (["--seed", "1"], "holds a comparison with other settings (seed 0)"),
     ],
 )
-def test_bad_options(more, sentence, finished, monkeypatch, capsys):
+def test_bad_options(more, sentence, finished, fails):
     before = told(finished)
-    with pytest.raises(SystemExit) as stopped:
-        run(finished, *more)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error
+    assert sentence in fails(run, finished, *more).err
     assert told(finished) == before
+
+
+if __name__ == "__main__":
+    hurry(pytest.MonkeyPatch())
+    comparison.main()

@@ -297,8 +297,7 @@ def test_a_file_of_something_else_is_kept(tmp_path):
 # the command
 
 
-@pytest.fixture
-def random_features(monkeypatch):
+def random_features(patch):
     """A random projection of a thumbnail, in place of a real feature space."""
 
     def images(pictures):
@@ -309,11 +308,10 @@ def random_features(monkeypatch):
     def load(spec, offline):
         return FeatureSpace(spec, "random", images)
 
-    monkeypatch.setattr(evaluation, "load_features", load)
+    patch.setattr(evaluation, "load_features", load)
 
 
-@pytest.fixture
-def painted(monkeypatch) -> list[tuple[int, bool]]:
+def count_pictures(patch) -> list[tuple[int, bool]]:
     """Index, and whether boxes are in control, of every picture that is painted."""
     calls = []
     paint = evaluation.paint
@@ -322,97 +320,114 @@ def painted(monkeypatch) -> list[tuple[int, bool]]:
         calls.extend((index, scene.tokens is not None) for index in indices)
         return paint(scene, indices, text)
 
-    monkeypatch.setattr(evaluation, "paint", count)
+    patch.setattr(evaluation, "paint", count)
     return calls
 
 
-def run(learned_dir: Path, output: Path, *options: str) -> dict:
-    """The command, with two steps for each picture; returns evaluation.json."""
+@pytest.fixture
+def painted(monkeypatch) -> list[tuple[int, bool]]:
+    """Counted pictures, with random features."""
+    random_features(monkeypatch)
+    return count_pictures(monkeypatch)
+
+
+def run(learned_dir: Path, output: Path, *options: str) -> None:
+    """The command, with two steps for each picture."""
     where = ["--model_id", "toys", "--models_dir", str(learned_dir), "--output_path", str(output)]
     short = ["--num_inference_steps", "2", "--guidance_steps", "1", "--guidance_iterations", "1"]
     plain = ["--device", "cpu", "--mixed_precision", "no", "--features", "random"]
     semantic_evaluation.main([*where, *short, *plain, "--num_images", "2", *options])
+
+
+@pytest.fixture(scope="module")
+def finished(learned_dir, tmp_path_factory) -> Path:
+    """The output of two pictures; tests only read it."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        random_features(patch)
+        painted = count_pictures(patch)
+        run(learned_dir, output)
+    assert painted == [(0, True), (1, True)]
+    return output
+
+
+@pytest.fixture
+def output(finished, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "evaluation")
+
+
+def result(output: Path) -> dict:
     return json.loads((output / "evaluation.json").read_text())
 
 
-def test_command(learned_dir, tmp_path, random_features, painted, capsys):
-    result = run(learned_dir, tmp_path)
-    assert painted == [(0, True), (1, True)]
-    (case,) = result["cases"]
+def records(output: Path) -> list[dict]:
+    return list(evaluation.Records(output / "records.jsonl").found.values())
+
+
+def test_command(finished):
+    found = result(finished)
+    (case,) = found["cases"]
     assert case["prompt"] == "a photo of <asset0> and <asset1>"
     assert case["boxes"] == [[0.05, 0.25, 0.45, 0.75], [0.55, 0.25, 0.95, 0.75]]
     assert case["seeds"] == [0, 1]
-    records = evaluation.Records(tmp_path / "records.jsonl").found.values()
-    counts = total_confusion(list(records), "random")
-    assert result["confusion"]["random"] == counts.tolist()
+    counts = total_confusion(records(finished), "random")
+    assert found["confusion"]["random"] == counts.tolist()
     assert counts.sum(axis=1).tolist() == [2, 2]
     right = case["measures"]["random: right instance"]["mean"]
     assert right == pytest.approx(np.trace(counts) / 4)
     assert "random: prompt" not in case["measures"]
-    table = (tmp_path / "evaluation.md").read_text()
-    assert capsys.readouterr().out == table
+    table = (finished / "evaluation.md").read_text()
     assert f"| toys | `a photo of <asset0> and <asset1>` | {right:.3f}" in table
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    with Image.open(finished / "sheet.png") as sheet:
         assert sheet.size == (3 * 196 - 4, 192 + 16)
-    with Image.open(tmp_path / "confusion.png") as figure:
+    with Image.open(finished / "confusion.png") as figure:
         assert min(figure.size) > 200
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert len(list((finished / "pictures").glob("*.png"))) == 2
 
 
-def test_pictures_are_those_of_synthesis(learned_dir, tmp_path, random_features):
+def test_pictures_are_those_of_synthesis(learned_dir, finished, tmp_path):
     import semantic_synthesis
 
-    run(learned_dir, tmp_path / "evaluation")
     semantic_synthesis.main(
         f"""--model_id toys --models_dir {learned_dir} --output_path {tmp_path / "output"} --seed 0
         --num_images 2 --device cpu --mixed_precision no --num_inference_steps 2
         --guidance_steps 1 --guidance_iterations 1 --prompt""".split()
         + ["a photo of <asset0> and <asset1>"]
     )
-    records = evaluation.Records(tmp_path / "evaluation" / "records.jsonl").found.values()
-    for number, record in enumerate(records):
-        measured = Image.open(tmp_path / "evaluation" / "pictures" / record["picture"])
+    for number, record in enumerate(records(finished)):
+        measured = Image.open(finished / "pictures" / record["picture"])
         painted = Image.open(tmp_path / "output" / "toys" / f"{number:04d}.png")
         assert np.array_equal(np.asarray(measured), np.asarray(painted))
 
 
-def test_goes_on_where_it_was(learned_dir, tmp_path, random_features, painted):
-    whole = run(learned_dir, tmp_path)
-    path = tmp_path / "records.jsonl"
+def test_goes_on_where_it_was(learned_dir, finished, output, painted, capsys):
+    path = output / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-30])  # as if stopped while writing the second record
-    painted.clear()
-    assert run(learned_dir, tmp_path) == whole
-    assert painted == [(1, True)]
-    painted.clear()
-    assert run(learned_dir, tmp_path) == whole
-    assert painted == []
+    for missing in ([(1, True)], []):
+        painted.clear()
+        run(learned_dir, output)
+        assert painted == missing
+        assert result(output) == result(finished)
+        assert capsys.readouterr().out == (finished / "evaluation.md").read_text()
 
 
-def test_other_settings_are_painted_anew(learned_dir, tmp_path, random_features, painted):
-    run(learned_dir, tmp_path, "--num_images", "1")
-    painted.clear()
-    result = run(learned_dir, tmp_path, "--num_images", "1", "--no_box_control")
+def test_other_settings_are_painted_anew(learned_dir, output, painted):
+    run(learned_dir, output, "--num_images", "1", "--no_box_control")
     assert painted == [(0, False)]
-    assert result["cases"][0]["box_control"] is False
-    assert len(evaluation.Records(tmp_path / "records.jsonl").found) == 2
+    assert result(output)["cases"][0]["box_control"] is False
+    assert len(records(output)) == 2 + 1
 
 
-def test_several_prompts_and_own_boxes(learned_dir, tmp_path, random_features, painted):
+def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted):
     options = ["--num_images", "1", "--boxes", "[[0.25, 0.25, 0.75, 0.75]]"]
-    result = run(learned_dir, tmp_path, *options, "--prompt", "<asset1> here", "an <asset0>")
-    assert [case["prompt"] for case in result["cases"]] == ["<asset1> here", "an <asset0>"]
-    assert np.sum(result["confusion"]["random"], axis=1).tolist() == [1, 1]
-    means = [case["measures"]["IoU with the box"]["mean"] for case in result["cases"]]
-    assert result["all"]["IoU with the box"]["mean"] == pytest.approx(np.mean(means))
+    run(learned_dir, tmp_path, *options, "--prompt", "<asset1> here", "an <asset0>")
+    found = result(tmp_path)
+    assert [case["prompt"] for case in found["cases"]] == ["<asset1> here", "an <asset0>"]
+    assert np.sum(found["confusion"]["random"], axis=1).tolist() == [1, 1]
+    means = [case["measures"]["IoU with the box"]["mean"] for case in found["cases"]]
+    assert found["all"]["IoU with the box"]["mean"] == pytest.approx(np.mean(means))
     assert "| all |" in (tmp_path / "evaluation.md").read_text()
-
-
-def failure(capsys, *arguments) -> str:
-    """What a command with bad input says."""
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -430,17 +445,18 @@ def failure(capsys, *arguments) -> str:
         (["--features", "clip=/a", "clip=/b"], "names one twice"),
     ],
 )
-def test_bad_input(options, words, learned_dir, tmp_path, capsys, painted):
-    assert words in failure(capsys, learned_dir, tmp_path / "evaluation", *options)
+def test_bad_input(options, words, learned_dir, tmp_path, monkeypatch, fails):
+    painted = count_pictures(monkeypatch)
+    assert words in fails(run, learned_dir, tmp_path / "evaluation", *options).err
     assert painted == []
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_another_photo_is_refused(learned_dir, examples, tmp_path, capsys):
+def test_another_photo_is_refused(learned_dir, examples, tmp_path, fails):
     shutil.copytree(examples / "toys", tmp_path / "toys")
     Image.new("RGB", (128, 128)).save(tmp_path / "toys" / "img.jpg")
-    message = failure(capsys, learned_dir, tmp_path / "out", "--folder_path", str(tmp_path))
-    assert "was learned from another photo or other masks" in message
+    told = fails(run, learned_dir, tmp_path / "out", "--folder_path", str(tmp_path))
+    assert "was learned from another photo or other masks" in told.err
 
 
 def test_without_features_only_toybox_can_be_judged(learned_dir, tmp_path):

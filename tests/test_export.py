@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from transformers import CLIPTextConfig, CLIPTextModel
+from thin import contents
 
 import semantic_export
+from benchmarks.cases import full_size_model
 from mifo import export
 from mifo.config import LearningConfig
-from mifo.learned import open_learned, write_learned, write_pipeline
+from mifo.learned import open_learned, portable, write_learned, write_pipeline
 from mifo.learning import TEXT_TARGETS, UNET_TARGETS
 from mifo.models import load_base
 from mifo.tokens import add_asset_tokens, write_rows
@@ -70,18 +71,6 @@ def run(models_dir: Path, output: Path, *options: str, model_id: str = "toys") -
     where = ["--models_dir", str(models_dir), "--output_path", str(output)]
     semantic_export.main(["--model_id", model_id, *where, *options])
     return output / model_id
-
-
-def failure(capsys, *arguments, **named) -> tuple[int, str]:
-    """Exit code and message of a command that fails."""
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments, **named)
-    return stop.value.code, capsys.readouterr().err
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def plain_pipeline(small_sd: Path) -> StableDiffusionPipeline:
@@ -151,7 +140,7 @@ def test_kohya_holds_the_learned_factors(exported, models_dir):
 
 
 def test_manifest_travels_in_every_file(exported, models_dir):
-    manifest = open_learned(models_dir / "toys").manifest
+    manifest = portable(open_learned(models_dir / "toys").manifest)
     tokens = [f"embeddings/asset{i}.safetensors" for i in range(2)]
     for name in (FILES["kohya"], FILES["diffusers"], *tokens):
         with safe_open(exported / name, framework="pt") as file:
@@ -192,7 +181,7 @@ def corrupt(path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", semantic_export.FORMATS)
-def test_a_wrong_export_is_refused(form, models_dir, tmp_path, monkeypatch, capsys):
+def test_a_wrong_export_is_refused(form, models_dir, tmp_path, monkeypatch, fails):
     write = export.WRITERS[form]
 
     def write_wrongly(path, learned, base):
@@ -200,26 +189,25 @@ def test_a_wrong_export_is_refused(form, models_dir, tmp_path, monkeypatch, caps
         corrupt(path / CORRUPTED.get(form, ""))
 
     monkeypatch.setitem(export.WRITERS, form, write_wrongly)
-    code, message = failure(capsys, models_dir, tmp_path, "--format", form)
-    assert code == 1
+    message = fails(run, models_dir, tmp_path, "--format", form, code=1).err
     assert f"the {form} export, read back by diffusers, differs from the learned model" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_export_leaves_the_former_ones(models_dir, exported, tmp_path, monkeypatch, capsys):
+def test_a_wrong_export_leaves_the_former_ones(models_dir, exported, tmp_path, monkeypatch, fails):
     shutil.copytree(exported, tmp_path / "toys")
     before = contents(tmp_path / "toys")
     found = iter((0.0, 0.0, 0.0, 1.0))  # the last one is wrong
     monkeypatch.setattr(export, "relative_difference", lambda *_: next(found))
     options = ("--overwrite", "--format", *semantic_export.FORMATS)
-    assert failure(capsys, models_dir, tmp_path, *options)[0] == 1
+    fails(run, models_dir, tmp_path, *options, code=1)
     assert contents(tmp_path / "toys") == before
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
 
 
-def test_a_prediction_that_is_no_number_is_refused(models_dir, tmp_path, monkeypatch, capsys):
+def test_a_prediction_that_is_no_number_is_refused(models_dir, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(export, "relative_difference", lambda found, wanted: float("nan"))
-    assert failure(capsys, models_dir, tmp_path)[0] == 1
+    fails(run, models_dir, tmp_path, code=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,11 +220,10 @@ def test_relative_difference():
 # exporting again, and bad input
 
 
-def test_existing_exports_are_kept_without_overwrite(models_dir, tmp_path, capsys):
+def test_existing_exports_are_kept_without_overwrite(models_dir, tmp_path, fails):
     (tmp_path / "toys" / "embeddings").mkdir(parents=True)
     (tmp_path / "toys" / "embeddings" / "mine.txt").write_text("mine")
-    code, message = failure(capsys, models_dir, tmp_path)
-    assert code == 2
+    message = fails(run, models_dir, tmp_path).err
     assert "embeddings is there already; give --overwrite" in message
     assert contents(tmp_path) == {"toys/embeddings/mine.txt": b"mine"}
 
@@ -264,10 +251,9 @@ def test_overwrite_replaces_its_formats_alone(small_sd, exported, tmp_path):
         ("../toys", "kohya", "is not the plain name of a folder"),
     ],
 )
-def test_formats_that_do_not_fit(model_id, form, words, models_dir, tmp_path, capsys):
+def test_formats_that_do_not_fit(model_id, form, words, models_dir, tmp_path, fails):
     options = ("--format", "pipeline", form)
-    code, message = failure(capsys, models_dir, tmp_path, *options, model_id=model_id)
-    assert code == 2
+    message = fails(run, models_dir, tmp_path, *options, model_id=model_id).err
     assert words in message
     assert list(tmp_path.iterdir()) == []
 
@@ -277,30 +263,27 @@ def test_tokens_without_lora(models_dir, tmp_path):
     assert contents(folder).keys() == {f"embeddings/asset{i}.safetensors" for i in range(2)}
 
 
-def test_another_base_model_is_refused(models_dir, small_sd, tmp_path, capsys):
+def test_another_base_model_is_refused(models_dir, small_sd, tmp_path, fails):
     shutil.copytree(small_sd, tmp_path / "other")
     path = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors, metadata = read_lora(path)
     save_lora(path, {**tensors, "conv_out.bias": tensors["conv_out.bias"] + 1}, metadata)
     options = ("--model_path", str(tmp_path / "other"))
-    code, message = failure(capsys, models_dir, tmp_path / "exports", *options)
-    assert code == 2
+    message = fails(run, models_dir, tmp_path / "exports", *options).err
     assert "is another model" in message
 
 
-def test_peft_is_asked_for_before_anything_is_loaded(models_dir, tmp_path, monkeypatch, capsys):
+def test_peft_is_asked_for_before_anything_is_loaded(models_dir, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     monkeypatch.delattr(export, "load_learned")
-    code, message = failure(capsys, models_dir, tmp_path)
-    assert code == 2
+    message = fails(run, models_dir, tmp_path).err
     assert "pip install peft" in message
 
 
-def test_output_path_that_is_no_folder(models_dir, tmp_path, capsys):
+def test_output_path_that_is_no_folder(models_dir, tmp_path, fails):
     (tmp_path / "file").write_text("mine")
-    code, message = failure(capsys, models_dir, tmp_path / "file")
-    assert code == 2
+    message = fails(run, models_dir, tmp_path / "file").err
     assert "is a file, not a folder; give another --output_path" in message
     assert contents(tmp_path) == {"file": b"mine"}
 
@@ -310,28 +293,16 @@ def test_output_path_that_is_no_folder(models_dir, tmp_path, capsys):
 
 
 def test_lora_of_stable_diffusion_2_is_below_20_megabytes():
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=23,
-                num_attention_heads=16,
-            )
-        )
+    base = full_size_model("meta")
     rank = LearningConfig().lora_rank
-    inject(unet, UNET_TARGETS, rank)
-    inject(text_encoder, TEXT_TARGETS, rank)
+    inject(base.unet, UNET_TARGETS, rank)
+    inject(base.text_encoder, TEXT_TARGETS, rank)
     # A layer from i to o features has r·(i + o) numbers. attn2 of the UNet: 5, 5 and 6 blocks of
     # 320, 640 and 1280 channels c, with q and out from c to c, k and v from 1024 to c; the text
     # encoder: 23 layers of four projections from 1024 to 1024.
     channels = [320] * 5 + [640] * 5 + [1280] * 6
     numbers = sum(rank * (6 * c + 2 * 1024) for c in channels) + rank * 23 * 4 * 2 * 1024
-    parameters = lora_parameters(unet) + lora_parameters(text_encoder)
+    parameters = lora_parameters(base.unet) + lora_parameters(base.text_encoder)
     assert sum(p.numel() for p in parameters) == numbers
     assert all(p.dtype == torch.float32 for p in parameters)
     assert 4 * numbers < 19e6

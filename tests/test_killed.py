@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from thin import contents
 
 import mifo.figures
 from mifo import learning
@@ -79,10 +80,6 @@ def kill_and_resume(argv, earlier, kills):
         saved = Path("out/.toys.work/checkpoint.safetensors").is_file()
         again = [*argv, "--resume"] if saved else overwrite
         assert in_child(lambda again=again: main(again)) == 0
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mifo.learned import open_learned, replacing, write_learned
+from mifo.learned import open_learned, portable, replacing, write_learned
 from mifo.learned_files import open_files
 from mifo.synthesis import save_picture
 
@@ -56,6 +56,19 @@ def test_what_a_picture_says_is_read_back(tmp_path_factory, prompt, facts):
         assert json.loads(picture.text["mifo"]) == facts
         assert picture.text["prompt"] == prompt
     assert json.loads(path.with_suffix(".json").read_text()) == facts
+
+
+def test_what_travels_tells_nobody_s_home():
+    settings = {
+        "prompt": "/home/ada is no path", "folder_path": "/home/ada/photos", "model_path": "toybox",
+        "output_dir": "Model_ours", "class_images": None, "tokens": ("/tmp/asset0.safetensors",),
+    }  # fmt: skip
+    facts = {"settings": settings, "base_model": {"source": "toybox"}}
+    assert portable(facts) == {
+        "settings": settings | {"folder_path": "photos", "tokens": ["asset0.safetensors"]},
+        "base_model": {"source": "toybox"},
+    }
+    assert settings["folder_path"] == "/home/ada/photos"
 
 
 def test_a_failure_leaves_the_earlier_folder(tmp_path):

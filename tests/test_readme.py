@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import semantic_evaluation
 import semantic_export
 import semantic_learning
 import semantic_synthesis
 import visual_box_mask
+from mifo.app import __main__ as app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,11 +32,20 @@ def parser_of(command, monkeypatch) -> argparse.ArgumentParser:
 
 
 @pytest.mark.parametrize(
-    "command", [semantic_learning, semantic_synthesis, visual_box_mask, semantic_export]
+    "command",
+    [
+        semantic_learning,
+        semantic_synthesis,
+        visual_box_mask,
+        semantic_evaluation,
+        semantic_export,
+        app,
+    ],
 )
 def test_every_option_is_told_with_its_default(command, monkeypatch):
     parser = parser_of(command, monkeypatch)
-    section = README.split(f"<code>{command.__name__}.py</code>")[1].split("</details>")[0]
+    name = "python -m mifo.app" if command is app else f"{command.__name__}.py"
+    section = README.split(f"<code>{name}</code>")[1].split("</details>")[0]
     told = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", section, re.MULTILINE))
     actions = {a.option_strings[0]: a for a in parser._actions if a.dest != "help"}
     assert told.keys() == actions.keys()

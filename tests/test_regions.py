@@ -154,14 +154,6 @@ def test_biases_of_boxes_serve_all_samples_of_a_self_attention_layer():
     assert regions.bias(2, 4, "denoising", 6, torch.float32).shape == (6, 1, 8, TOKENS.length)
 
 
-def test_select_takes_the_regions_of_some_samples():
-    source = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    chosen = RegionSet(source, TOKENS).select(torch.tensor([2, 0]))
-    assert torch.equal(chosen.at(2, 3), source[[2, 0]].flatten(2))
-    boxes = RegionSet([Box(0, 0, 1, 1)], TOKENS)
-    assert boxes.select(torch.tensor([1])).at(1, 2).tolist() == [[[True, True]]]
-
-
 # --- refinement ------------------------------------------------------------------------------
 
 
@@ -211,6 +203,19 @@ def test_an_empty_subject_gets_its_box_back_from_the_others():
     soft = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0.0]])
     regions = assign_clusters(labels, soft, BOXES, clusters=2)
     assert torch.equal(regions, rows("11000000 00111110"))
+
+
+def test_a_box_given_back_leaves_every_other_subject_some_pixels():
+    """The boxes are nested, and all that is found belongs to the inner one."""
+    boxes = rows("00110000 01111110")
+    labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
+    found = torch.tensor([0, 0, 1.0, 1, 0, 0, 0, 0])
+    soft = torch.stack([found, torch.zeros(8)])
+    assert torch.equal(assign_clusters(labels, soft, boxes, clusters=2), boxes)
+    nothing = torch.zeros(2, 8)
+    for order in ([0, 1], [1, 0]):
+        given_back = assign_clusters(labels, nothing, boxes[order], clusters=2)
+        assert given_back.any(dim=-1).all()
 
 
 def clear_maps() -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,17 +3,13 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from thin import thin_pipeline, thin_scheduler, thin_unet
+from thin import BOXES, TOKENS, thin_pipeline, thin_scheduler, thin_unet
 
 from mifo.attention import attention_layers
-from mifo.boxes import Box
 from mifo.config import GuidanceConfig
 from mifo.regions import TokenRoles
 from mifo.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise, step_size
 
-#: start, a function word, subject 0, a function word, subject 1 in two tokens, end, padding
-TOKENS = TokenRoles(subjects=((2,), (4, 5)), filtered=(1, 3), end=6, length=8, leading=(2, 5))
-BOXES = (Box(0, 0, 0.5, 0.75), Box(0.5, 0.25, 1, 1))
 #: guidance in steps 0 and 1, refined regions from step 2 and anew from step 4
 CONFIG = GuidanceConfig(guidance_steps=2, guidance_iterations=2, refine_every=2, loss_threshold=0)
 UNREFINED = GuidanceConfig(guidance_steps=1, guidance_iterations=1, refine_every=0)

@@ -8,10 +8,14 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from thin import thin_scheduler
 
 import semantic_synthesis
 from mifo import synthesis
 from mifo.boxes import check_box
+from mifo.learned import portable
+from mifo.regions import Refiner
+from mifo.sampling import check_steps, ddim_scheduler
 from semantic_synthesis import get_boxes, main
 
 PROMPT = "a photo of <asset0> and <asset1>"
@@ -78,7 +82,7 @@ def test_files_and_what_they_say(paint, capsys):
         path = folder / f"000{index}.png"
         with Image.open(path) as picture:
             assert picture.size == (128, 128)
-            assert json.loads(picture.text["mifo"]) == facts(path)
+            assert json.loads(picture.text["mifo"]) == portable(facts(path))
             assert picture.text["prompt"] == PROMPT
         assert facts(path)["settings"]["seed"] == 7 + index
         assert facts(path)["boxes"] == [list(box) for box in get_boxes(2)]
@@ -97,6 +101,17 @@ def test_pictures_are_never_replaced(paint):
     assert (folder / "0005.png").read_bytes() == before["0000.png"]  # one seed, one picture
 
 
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def link(*paths):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    for content in (b"first", b"second"):
+        synthesis._write_new(tmp_path, "{}.png".format, content)
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {"0.png": b"first", "1.png": b"second"}
+
+
 def test_batch_size_does_not_change_pictures(paint):
     folder = paint("--num_images", 3)
     paint("--num_images", 3, "--batch_size", 2)
@@ -111,6 +126,24 @@ def test_refined_regions_do_not_depend_on_the_batch(paint):
     paint(*options, "--batch_size", 2)
     for index in range(2):
         assert difference(folder / f"{index:04d}.png", folder / f"{index + 2:04d}.png") <= 1
+
+
+def test_only_maps_that_refine_regions_are_recorded(paint, monkeypatch):
+    """In three steps with guidance in the first, regions can be refined before steps 1 and 2."""
+    recorded, add = [], Refiner.add
+
+    def counted(refiner, kind, attention):
+        recorded.append(kind)
+        add(refiner, kind, attention)
+
+    monkeypatch.setattr(Refiner, "add", counted)
+    counts = []
+    for every, guided in ((1, 1), (2, 1), (0, 1), (1, 3)):
+        paint("--num_inference_steps", 3, "--refine_every", every, "--guidance_steps", guided)
+        counts.append(len(recorded))
+        recorded.clear()
+    assert counts[0] == 2 * counts[1] > 0
+    assert counts[2:] == [0, 0]
 
 
 def test_a_picture_is_made_again_from_its_json(paint):
@@ -138,6 +171,12 @@ def test_one_asset_in_two_boxes(paint):
     said = facts(folder / "0000.png")
     assert said["subjects"] == ["<asset0>", "<asset1>", "<asset0>"]
     assert said["boxes"] == [[0, 0, 0.4, 0.4], [0.5, 0, 1, 0.4], [0.5, 0.5, 1, 1]]
+
+
+def test_boxes_in_pixels_need_the_size(paint, capsys):
+    for given in (("--box", "<asset0>=0,0,64,64px"), ("--boxes", '[["0px", 0, "64px", 1]]')):
+        told = fails(paint, capsys, 2, *given)
+        assert told.endswith("write fractions or percent, or give --width and --height")
 
 
 def test_without_box_control(paint):
@@ -170,6 +209,31 @@ def test_sizes(paint):
     assert pixels(folder / "0000.png").shape == (128, 192, 3)
 
 
+@pytest.mark.parametrize("total", [1000, 400])
+def test_steps_start_near_the_noisy_end_or_are_refused(total):
+    """Within a fifth of it, past the one stride that every number of steps leaves out."""
+    scheduler = ddim_scheduler(thin_scheduler(num_train_timesteps=total))
+    refused = set()
+    for steps in range(1, total):
+        scheduler.set_timesteps(steps)
+        reached = scheduler.timesteps[0] + total // steps
+        try:
+            check_steps(steps, scheduler)
+        except ValueError:
+            refused.add(steps)
+        assert (steps in refused) == (reached <= 0.8 * total)
+    assert refused and min(refused) > total // 4
+    assert not refused & {total // 3, total // 2, total - 1}
+    with pytest.raises(ValueError, match=f"is {total}, .* at most {total // 4}, or"):
+        check_steps(total, scheduler)
+
+
+def test_steps_that_would_start_from_little_noise(paint, capsys, tmp_path):
+    told = fails(paint, capsys, 2, "--num_inference_steps", 501)
+    assert told.endswith("of the model's 1000 timesteps: give at most 250, or 333 or 500")
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_random_seed_is_told_and_kept(paint, capsys):
     folder = paint("--seed", "None")
     seed = facts(folder / "0000.png")["settings"]["seed"]
@@ -190,15 +254,15 @@ def fails(run, capsys, code, *more):
 
 
 def test_full_disk_keeps_the_pictures_that_are_done(paint, tmp_path, capsys, monkeypatch):
-    link, written = os.link, []
+    write, written = synthesis._write_new, []
 
-    def full(source, target):
+    def full(*args):
         if len(written) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(target)
-        link(source, target)
+        written.append(write(*args))
+        return written[-1]
 
-    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(synthesis, "_write_new", full)
     assert "the disk is full" in fails(paint, capsys, 2, "--num_images", 2)
     assert names(tmp_path / "pictures/toys") == ["0000.json", "0000.png", "0001.png"]
 

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from thin import free_port
 
 import semantic_synthesis
 from mifo_lora import read_lora
@@ -21,10 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def launch(folder, script, argv):
     """Run a script on two processes, in a folder. (--multi_gpu means several, of any device.)"""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    options = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+    options = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {free_port()}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / script), *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

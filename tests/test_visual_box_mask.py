@@ -11,6 +11,7 @@ from PIL import Image
 
 import visual_box_mask
 from mifo.boxes import color_of
+from mifo.files import written_aside
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +135,25 @@ def test_an_earlier_output_is_replaced_and_nothing_else_is_left(folder):
     run("--size", 64)
     assert run("--size", 32).size == (32, 32)
     assert os.listdir(folder) == ["mask.png"]
+
+
+def test_another_process_that_writes_the_same_output_keeps_its_part(folder, monkeypatch):
+    output, own = folder / "mask.png", os.getpid()
+    with written_aside(output) as theirs:
+        theirs.write_bytes(b"written by another process")
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        run("--size", 32)
+    assert output.read_bytes() == b"written by another process"
+    assert os.listdir(folder) == ["mask.png"]
+
+
+def test_the_output_is_on_the_disk_before_it_takes_its_name(monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, real=real: (order.append(n), real(*a)))
+    run("--size", 32)
+    assert order == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize("owner, name", [(Image.Image, "save"), (os, "replace")])

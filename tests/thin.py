@@ -1,10 +1,32 @@
-"""Thin random models of Stable Diffusion's shapes, built from their configs in a blink."""
+"""What tests share: thin random models of Stable Diffusion's shapes, boxes, and small helpers."""
 
+import socket
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mifo.boxes import Box
+from mifo.regions import TokenRoles
+from toybox.model import build_scheduler
+
+#: start, a function word, subject 0, a function word, subject 1 in two tokens, end, padding
+TOKENS = TokenRoles(subjects=((2,), (4, 5)), filtered=(1, 3), end=6, length=8, leading=(2, 5))
+BOXES = (Box(0, 0, 0.5, 0.75), Box(0.5, 0.25, 1, 1))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by their path in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def thin_unet(levels: int = 4, seed: int = 0, **settings) -> UNet2DConditionModel:
@@ -25,11 +47,8 @@ def thin_unet(levels: int = 4, seed: int = 0, **settings) -> UNet2DConditionMode
 
 
 def thin_scheduler(**settings) -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, **settings,
-    )  # fmt: skip
+    """Stable Diffusion's noise schedule; ``settings`` go to its config."""
+    return DDIMScheduler.from_config(build_scheduler().config, **settings)
 
 
 def thin_pipeline(
