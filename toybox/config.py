@@ -19,6 +19,7 @@ class TrainConfig:
     kinds: tuple[str, ...] = KINDS  # fewer are learned sooner
     scenes: int = 20_000
     steps: int = 9000
+    skip: int = 0  # steps whose draws are passed over, those of the run that is gone on from
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -28,4 +29,4 @@ class TrainConfig:
     caption_dropout: float = 0.1
     min_snr: float = 5.0
     grounding_weight: float = 0.02
-    grounding_timesteps: int = 500
+    grounding_timesteps: int = 1000  # below which it is asked for

@@ -180,6 +180,7 @@ def train_unet(
         return data["latents"][rows].float() * scale, data["coverage"][rows].float(), ids, nouns
 
     def step(index: int) -> Tensor:
+        index += config.skip
         *tensors, nouns = batch(index)
         latents, coverage, ids = (tensor.to(device) for tensor in tensors)
         draw = generator(config.seed, index)
