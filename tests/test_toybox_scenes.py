@@ -98,6 +98,20 @@ def test_every_word_of_a_caption_is_true():
             assert words[noun] == scene.toys[index].look.kind.split("_")[-1]
 
 
+def test_bare_captions_leave_out_every_article_and_nothing_else():
+    for seed in range(100):
+        scene = scene_of(seed)
+        told = caption(scene, np.random.default_rng(seed), bare=1.0)
+        words = told.text.removeprefix("a photo of ").removesuffix(" on a wooden table").split()
+        assert not {"a", "an"} & set(words)
+        for index, noun in zip(told.toys, told.nouns, strict=True):
+            assert told.text.split()[noun] == scene.toys[index].look.kind.split("_")[-1]
+    rng = np.random.default_rng(0)
+    texts = [caption(scene_of(0, 1), rng, bare=0.25).text for _ in range(2000)]
+    bare = [not {"a", "an"} & set(text.removeprefix("a photo of ").split()) for text in texts]
+    assert np.mean(bare) == pytest.approx(1 / 4, abs=0.03)
+
+
 def test_what_captions_leave_out_and_scenes_repeat():
     rng = np.random.default_rng(0)
     scenes = [draw_scene(rng) for _ in range(3000)]

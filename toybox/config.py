@@ -27,6 +27,7 @@ class TrainConfig:
     cooldown: float = 0.25  # of all steps, cosine to a hundredth
     ema: float = 0.999
     caption_dropout: float = 0.1
+    bare_captions: float = 1 / 3  # share without articles
     min_snr: float = 5.0
     grounding_weight: float = 0.02
     grounding_timesteps: int = 1000  # below which it is asked for

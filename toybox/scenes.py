@@ -181,12 +181,14 @@ class Caption(NamedTuple):
     nouns: tuple[int, ...]
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> Caption:
+def caption(scene: Scene, rng: np.random.Generator, bare: float = 0.0) -> Caption:
     """Word a scene in Stable Diffusion's manner, every word of it true.
 
     Toys in random order; a third without colours; "a photo of" before a third; a named ground is
-    told half of the time (so in a quarter of all captions).
+    told half of the time (so in a quarter of all captions). ``bare`` is the share of captions
+    without articles, in which a toy may stand right after "of", as learned assets do.
     """
+    with_article = not bare or rng.random() >= bare
     with_colour = rng.random() >= 1 / 3
     order = tuple(int(index) for index in rng.permutation(len(scene.toys)))
     words = ["a", "photo", "of"] if rng.random() < 1 / 3 else []
@@ -195,7 +197,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
         look = scene.toys[index].look
         noun = look.kind.replace("_", " ")
         name = f"{look.colour} {noun}" if with_colour and look.colour else noun
-        words += ["and"] * bool(nouns) + ["an" if name[0] in "aeiou" else "a", *name.split()]
+        words += ["and"] * bool(nouns)
+        words += ["an" if name[0] in "aeiou" else "a"] * with_article + name.split()
         nouns.append(len(words) - 1)
     if scene.ground and rng.random() < 0.5:
         words += scene.ground.split()

@@ -165,7 +165,7 @@ def train_unet(
     def batch(index: int):
         rng = np.random.default_rng((config.seed, 7, index))
         rows = rng.integers(config.scenes, size=config.batch)
-        told = [caption(scene_of(config, int(row)), rng) for row in rows]
+        told = [caption(scene_of(config, int(row)), rng, config.bare_captions) for row in rows]
         silent = rng.random(config.batch) < config.caption_dropout
         rows, told, silent = (processes.share(part) for part in (rows, told, silent))
         texts = ["" if mute else c.text for c, mute in zip(told, silent, strict=True)]
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / name, output / "tokenizer" / name)
-    curves = {one.name: one.losses for one in (vae_trainer, trainer)}
+    curves = {one.name: one.losses for one in (vae_trainer, trainer) if one.losses}
     draw_curves(output / "training.png", curves)
     record = {
         "train": asdict(config),
