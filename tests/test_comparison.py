@@ -26,6 +26,7 @@ from toybox import comparison
 from toybox.comparison_report import IDENTITY, Comparison, Result, chance, difference, markdown
 from toybox.comparison_settings import LONG, SHORT, VARIANTS, Settings
 from toybox.instances import read_looks
+from toybox.model import trained_kinds
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -227,9 +228,9 @@ def test_a_folder_is_finished_or_left_alone(work):
 def test_shipped_toybox_tells_its_kinds(tmp_path):
     from mifo.models import toybox_folder
 
-    assert {"car", "fish"} <= set(comparison.trained_kinds(toybox_folder()))
+    assert {"car", "fish"} <= set(trained_kinds(toybox_folder()))
     with pytest.raises(ValueError, match="which kinds of toys"):
-        comparison.trained_kinds(tmp_path)
+        trained_kinds(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------

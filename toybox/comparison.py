@@ -5,7 +5,7 @@ with fixed seeds and measures the pictures as semantic_evaluation.py does. Write
 comparison.json, sheet.png and confusion.png into {work}, anew after each variant. The same command
 goes on where it was stopped. Processes share the folders:
 
-    torchrun --nproc_per_node 2 -m toybox.comparison            # two cores, some 1 3/4 hours
+    torchrun --nproc_per_node 2 -m toybox.comparison            # two cores, about two hours
     torchrun --nproc_per_node 2 -m toybox.comparison --short    # some 9 minutes
 """
 
