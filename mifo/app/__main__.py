@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise ValueError("the page needs gradio: pip install .[app]") from error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # A background job of a script inherits that Ctrl-C is ignored, and so would its commands.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         serve(options)
 
 
