@@ -28,7 +28,7 @@ from mifo.learned import (
 )
 from mifo.models import BaseModel, load_base
 from mifo.tokens import encode_ids
-from mifo_lora import kohya_metadata, lora_state_dict, remove, save_lora, to_kohya
+from mifo_lora import kohya_metadata, lora_state_dict, save_lora, to_kohya
 
 TOLERANCE = 1e-4  # largest difference of two noise predictions, of the largest prediction
 TIMESTEP = 500  # at which the predictions are compared
@@ -172,9 +172,6 @@ def _write_embeddings(path: Path, learned: LearnedFolder, base: BaseModel) -> No
 
 def _write_pipeline(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
     """The LoRA is merged into ``base`` for good."""
-    if (learned.path / LORA).is_file():
-        for module in (base.unet, base.text_encoder):
-            remove(module, keep_merged=True)
     write_pipeline(path, base)
     text = json.dumps(portable(learned.manifest), indent=2) + "\n"
     (path / MANIFEST).write_text(text, encoding="utf-8")

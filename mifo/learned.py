@@ -23,9 +23,11 @@ from mifo.models import BaseModel, check_folder, load_base, locate_model, model_
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import (
     from_diffusers,
+    has_lora,
     inject_from,
     lora_state_dict,
     read_lora,
+    remove,
     save_lora,
     to_diffusers,
 )
@@ -147,9 +149,15 @@ def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manif
 
 
 def write_pipeline(folder: Path, base: BaseModel) -> None:
-    """Save the base model as it is now, as a pipeline that plain diffusers loads."""
+    """Save the base model as it is now, as a pipeline that plain diffusers loads.
+
+    A LoRA in it is merged into its weights for good.
+    """
     from diffusers import StableDiffusionPipeline
 
+    for module in (base.unet, base.text_encoder):
+        if has_lora(module):
+            remove(module, keep_merged=True)
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,

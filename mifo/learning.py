@@ -35,7 +35,7 @@ from mifo.objective import Views, step_loss, supervised_layers
 from mifo.plan import CHECKPOINT, Plan, check_same, inputs_of, kept_settings
 from mifo.priors import class_latents, encode_class_images
 from mifo.tokens import lend_rows, write_rows
-from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict, remove
+from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -305,9 +305,6 @@ def _save(plan: Plan, run: _Run) -> None:
             write_pipeline(folder / PIPELINE, base)
         elif config.save_pipeline:  # from weights in float32, not in the precision of learning
             whole, _ = load_learned(LearnedFolder(folder, manifest), offline=config.offline)
-            if lora:
-                for module in (whole.unet, whole.text_encoder):
-                    remove(module, keep_merged=True)
             write_pipeline(folder / PIPELINE, whole)
 
 

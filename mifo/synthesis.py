@@ -25,7 +25,7 @@ from mifo.processes import Processes
 from mifo.regions import TokenRoles
 from mifo.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
 from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
-from mifo_lora import merge
+from mifo_lora import has_lora, merge
 
 log = logging.getLogger(__name__)
 
@@ -296,9 +296,7 @@ def _next_number(folder: Path) -> int:
 
 def _merge_if_lora(module) -> None:
     """Merged, the LoRA costs nothing a step."""
-    from mifo_lora import LoRALinear
-
-    if any(isinstance(m, LoRALinear) for m in module.modules()):
+    if has_lora(module):
         merge(module)
 
 

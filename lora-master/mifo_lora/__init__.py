@@ -15,6 +15,7 @@ from mifo_lora.formats import (
     to_kohya,
 )
 from mifo_lora.injection import (
+    has_lora,
     inject,
     lora_layers,
     lora_parameters,
@@ -31,6 +32,7 @@ __all__ = [
     "from_diffusers",
     "from_file",
     "from_kohya",
+    "has_lora",
     "inject",
     "inject_from",
     "kohya_metadata",

@@ -62,6 +62,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
+def has_lora(model: nn.Module) -> bool:
+    """Is there a LoRA layer in the model?"""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every LoRA layer, in the model's order: what an optimiser gets."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
