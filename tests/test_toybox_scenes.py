@@ -125,6 +125,15 @@ def test_what_captions_leave_out_and_scenes_repeat():
     assert all(len(set(kinds)) in (1, len(kinds)) for kinds in several)
 
 
+@pytest.mark.parametrize(
+    ("odds", "shares"), [((5, 3, 2), (0.5, 0.3, 0.2)), ((1, 3, 0), (0.25, 0.75, 0))]
+)
+def test_how_many_toys_follows_the_odds(odds, shares):
+    rng = np.random.default_rng(0)
+    counts = np.bincount([len(draw_scene(rng, odds=odds).toys) for _ in range(2000)], minlength=4)
+    assert counts[1:] / 2000 == pytest.approx(shares, abs=0.03)
+
+
 def test_a_hue_between_the_named_ones_is_not_named():
     scene = replace(scene_of(0, 1), ground=None)
     scene = replace(scene, toys=(replace(scene.toys[0], look=Look("car", 200)),))

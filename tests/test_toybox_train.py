@@ -135,6 +135,14 @@ def test_a_work_folder_keeps_to_its_settings(tmp_path):
         train.check_work(tmp_path / "work", CONFIG, tmp_path)
 
 
+@pytest.mark.parametrize("odds", [("1", "-1", "1"), ("0", "0", "0"), ("nan", "1", "1"), ("1", "2")])
+def test_odds_that_are_none_are_refused(odds, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--work", str(tmp_path / "work"), "--count_odds", *odds])
+    assert "--count_odds" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def train_in_process(index, port, data_folder, folder):
     """One of two processes that train together."""
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from toybox.scenes import KINDS
+from toybox.scenes import COUNT_ODDS, KINDS
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class TrainConfig:
     vae_lr: float = 5e-4
     kl_weight: float = 1e-6
     kinds: tuple[str, ...] = KINDS  # fewer are learned sooner
+    count_odds: tuple[float, ...] = COUNT_ODDS  # of scenes with one toy, two and three
     scenes: int = 20_000
     steps: int = 9000
     skip: int = 0  # steps whose draws are passed over, those of the run that is gone on from

@@ -19,7 +19,8 @@ MAX_TOYS = 3
 
 def scene_of(config: TrainConfig, index: int) -> Scene:
     """Training scene ``index``."""
-    return draw_scene(np.random.default_rng((config.seed, index)), kinds=config.kinds)
+    rng = np.random.default_rng((config.seed, index))
+    return draw_scene(rng, kinds=config.kinds, odds=config.count_odds)
 
 
 def encode_scenes(vae, config: TrainConfig, shape: ToyboxConfig, path: Path) -> dict[str, Tensor]:

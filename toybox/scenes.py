@@ -18,6 +18,7 @@ from PIL import Image
 
 SPRITES = Path(__file__).parent / "sprites"
 KINDS = tuple(sorted(path.stem for path in SPRITES.glob("*.webp")))
+COUNT_ODDS = (5, 3, 2)  # of one toy, two and three in a scene
 #: Names of a toy's hue, in degrees on the HSV circle.
 HUES = {
     "red": 0,
@@ -151,13 +152,17 @@ def distinct_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def draw_scene(
-    rng: np.random.Generator, count: int | None = None, kinds: Sequence[str] = KINDS
+    rng: np.random.Generator,
+    count: int | None = None,
+    kinds: Sequence[str] = KINDS,
+    odds: Sequence[float] = COUNT_ODDS,
 ) -> Scene:
-    """Invent a scene of ``count`` toys (default: 1 to 3 with odds 5 : 3 : 2) of some kinds.
+    """Invent a scene of ``count`` toys (default: 1 to 3, drawn with these odds) of some kinds.
 
     A quarter of the scenes of several toys repeat one kind; half of all have a named ground.
     """
-    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])) if count is None else count
+    if count is None:
+        count = int(rng.choice([1, 2, 3], p=np.divide(odds, sum(odds))))
     chosen = rng.choice(len(kinds), size=count, replace=False)
     if count > 1 and rng.random() < 0.25:
         chosen[:] = chosen[0]

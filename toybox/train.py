@@ -8,6 +8,7 @@ Every random draw depends on the seed and the step alone, so a run may be stoppe
 import argparse
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -291,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         more = {"type": type(value)}
         if name == "kinds":
             more = {"nargs": "+", "choices": KINDS, "metavar": "KIND"}
+        if name == "count_odds":
+            more = {"nargs": 3, "type": float, "metavar": "ODDS"}
         parser.add_argument(f"--{name}", default=value, **more)
     arguments = vars(parser.parse_args(argv))
     work, output, start = (arguments.pop(name) for name in ("work", "output", "begin_from"))
@@ -304,6 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     output = output or work / "model"
     try:
         arguments["kinds"] = distinct_kinds(arguments["kinds"])
+        arguments["count_odds"] = tuple(arguments["count_odds"])
+        if not (min(arguments["count_odds"]) >= 0 and 0 < sum(arguments["count_odds"]) < math.inf):
+            parser.error("--count_odds takes three numbers from 0 on, not all of them 0")
         processes = Processes(choose_device(arguments.pop("device")))
         config, shape = TrainConfig(**arguments), ToyboxConfig()
         if config.batch % processes.count or config.vae_batch % processes.count:
