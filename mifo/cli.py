@@ -1,15 +1,13 @@
-"""What the commands share: how options are declared and how failures are told."""
+"""What the commands share: how options are declared, and what a failure ends with."""
 
 import argparse
-import errno
 import logging
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What is told in a sentence; anything else is a mistake of ours and keeps its traceback.
-FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+from mifo.errors import FAILURES, memory_errors, sentence
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.nargs == 0 or default in ("", [], ()):
             return action.help
         if isinstance(default, list | tuple):
-            return f"{action.help} (default: {' '.join(default)})"
+            return f"{action.help} (default: {' '.join(map(str, default))})"
         return super()._get_help_string(action)
 
 
@@ -74,24 +72,6 @@ def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """What torch raises for want of memory becomes a MemoryError, one of the FAILURES."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise MemoryError(str(error)) from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Is it what torch raises for want of memory, on a GPU or on the CPU?"""
-    signs = ("out of memory", "can't allocate memory", "alloc_failed")
-    is_told = any(sign in str(error).lower() for sign in signs)
-    return is_told or type(error).__name__ == "OutOfMemoryError"
-
-
-@contextmanager
 def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failure underway with 1, Ctrl-C 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -105,17 +85,3 @@ def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Itera
         parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
     except KeyboardInterrupt as stop:
         parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
-
-
-def sentence(error: Exception) -> str:
-    """What a failure means to a user, in one line."""
-    if isinstance(error, MemoryError):
-        return (
-            "there is not enough memory; learning takes less with --gradient_checkpointing, "
-            "painting with a smaller --batch_size, --width and --height"
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; nothing that was there before has been changed: free some space"
-    if isinstance(error, OSError) and error.errno and error.filename:
-        return f"{error.filename}: {error.strerror}; give another path or change its permissions"
-    return " ".join(str(error).split())

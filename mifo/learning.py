@@ -20,7 +20,7 @@ from mifo.checkpoint import (
     unpack_optimizer,
     write_checkpoint,
 )
-from mifo.cli import memory_errors
+from mifo.errors import memory_errors
 from mifo.instance import asset_token
 from mifo.learned import (
     FORMAT,

@@ -20,8 +20,9 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-from mifo.cli import FAILURES, HelpFormatter, Parser, memory_errors, sentence, told_failures
+from mifo.cli import HelpFormatter, Parser, told_failures
 from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
+from mifo.errors import FAILURES, memory_errors, sentence
 from mifo.files import written_aside
 from toybox.comparison_settings import (
     FREE_SETTINGS,

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, processors
+from mifo.cli import HelpFormatter, Parser, told_failures
 from mifo.files import written_aside
 from mifo.models import choose_device
 from mifo.processes import Processes
 from toybox import model as toybox_model
 from toybox.classifier import to_tensor
-from toybox.config import TrainConfig
+from toybox.config import HELP, TrainConfig
 from toybox.data import encode_scenes, scene_of
 from toybox.loop import Trainer, draw_curves
 from toybox.model import ToyboxConfig
@@ -274,11 +275,9 @@ def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> flo
     return float((-10 * error.log10()).mean())
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toybox.train",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def parse_args(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(
+        prog="python -m toybox.train", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
         "--work", type=Path, default=Path("toybox_work"), help="checkpoints, sample grids"
@@ -288,38 +287,49 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
     parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     for name, value in asdict(TrainConfig()).items():
         more = {"type": type(value)}
         if name == "kinds":
             more = {"nargs": "+", "choices": KINDS, "metavar": "KIND"}
         if name == "count_odds":
             more = {"nargs": 3, "type": float, "metavar": "ODDS"}
-        parser.add_argument(f"--{name}", default=value, **more)
-    arguments = vars(parser.parse_args(argv))
-    work, output, start = (arguments.pop(name) for name in ("work", "output", "begin_from"))
-    try:
-        began_from = json.loads((start / "record.json").read_text()) if start else None
-    except (OSError, ValueError) as error:
-        parser.error(
-            f"--begin_from {start} has no readable record.json ({type(error).__name__}); "
-            "give a folder that this trainer wrote"
-        )
-    output = output or work / "model"
-    try:
-        arguments["kinds"] = distinct_kinds(arguments["kinds"])
-        arguments["count_odds"] = tuple(arguments["count_odds"])
-        if not (min(arguments["count_odds"]) >= 0 and 0 < sum(arguments["count_odds"]) < math.inf):
-            parser.error("--count_odds takes three numbers from 0 on, not all of them 0")
-        processes = Processes(choose_device(arguments.pop("device")))
-        config, shape = TrainConfig(**arguments), ToyboxConfig()
-        if config.batch % processes.count or config.vae_batch % processes.count:
-            raise ValueError(f"the batches must divide by {processes.count}, the processes")
-        with processes.first_alone():
-            check_work(work, config, start)
-    except ValueError as error:
-        parser.error(str(error))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+        parser.add_argument(f"--{name}", default=value, help=HELP[name], **more)
+    return parser, parser.parse_args(argv)
 
+
+def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
+    """What the options ask for; a ValueError for what makes no sense."""
+    given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
+    given["kinds"] = distinct_kinds(given["kinds"])
+    given["count_odds"] = odds = tuple(given["count_odds"])
+    if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
+        raise ValueError("--count_odds takes three numbers from 0 on, not all of them 0")
+    config = TrainConfig(**given)
+    if config.batch % processes.count or config.vae_batch % processes.count:
+        raise ValueError(f"the batches must divide by {processes.count}, the processes")
+    return config
+
+
+def read_record(folder: Path) -> dict:
+    """How the model in a pipeline folder was trained."""
+    try:
+        return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--begin_from {folder} has no readable record.json ({type(error).__name__}); "
+            "give a folder that this trainer wrote"
+        ) from error
+
+
+def train(
+    config: TrainConfig, work: Path, output: Path, start: Path | None, processes: Processes
+) -> None:
+    """Train what is not yet trained in ``work``, and write the pipeline."""
+    shape = ToyboxConfig()
+    began_from = read_record(start) if start else None
+    with processes.first_alone():
+        check_work(work, config, start)
     if start is not None and processes.is_first:
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(start / "tokenizer" / name, work / name)
@@ -346,7 +356,6 @@ def main(argv: list[str] | None = None) -> None:
     unet, text_encoder, trainer = train_unet(
         config, shape, work, data, scale, tokenizer, report, start, processes
     )
-    processes.leave()
     if not processes.is_first:
         return
     pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
@@ -364,6 +373,19 @@ def main(argv: list[str] | None = None) -> None:
         "began_from": began_from,
     }
     (output / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, options = parse_args(argv)
+    with told_failures(parser, options.debug):
+        processes = Processes(choose_device(options.device))
+        config = chosen(options, processes)
+        output = options.output or options.work / "model"
+        try:
+            train(config, options.work, output, options.begin_from, processes)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from mifo.app import places as folders
 from mifo.app.job import LINES, Job
 from mifo.app.places import Places
 from mifo.app.tabs import learning_tab, masks_tab, painting_tab, read_asset, told
-from mifo.cli import FAILURES, sentence
+from mifo.errors import FAILURES, sentence
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from mifo.app.draft import Draft
 from mifo.app.job import STARTS, Job, as_words, learning_command, shown, synthesis_command
 from mifo.app.places import Places, instances
 from mifo.boxes import PALETTE, parse_boxes
-from mifo.cli import FAILURES, sentence
 from mifo.config import LearningConfig, SynthesisConfig
+from mifo.errors import FAILURES, sentence
 from mifo.tokens import ASSET
 from semantic_synthesis import get_boxes
 

@@ -1,0 +1,40 @@
+"""What may go wrong, and how it is told."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: What is told in a sentence; anything else is a mistake of ours and keeps its traceback.
+FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch raises for want of memory becomes a MemoryError, one of the FAILURES."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise MemoryError(str(error)) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Is it what torch raises for want of memory, on a GPU or on the CPU?"""
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")
+    is_told = any(sign in str(error).lower() for sign in signs)
+    return is_told or type(error).__name__ == "OutOfMemoryError"
+
+
+def sentence(error: Exception) -> str:
+    """What a failure means to a user, in one line."""
+    if isinstance(error, MemoryError):
+        return (
+            "there is not enough memory; learning takes less with --gradient_checkpointing, "
+            "painting with a smaller --batch_size, --width and --height"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; nothing that was there before has been changed: free some space"
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename}: {error.strerror}; give another path or change its permissions"
+    return " ".join(str(error).split())
