@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         stage,
         choices=("mifo", "break_a_scene", "reward", "penalty", "none"),
     )
+    add("attention_weight", "factor on the weight of the attention loss, in both stages", stage)
     stage.add_argument(
         "--initializer_tokens",
         nargs="+",

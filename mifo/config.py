@@ -33,6 +33,7 @@ class LearningConfig:
     class_images: str | None = None  # a folder of the user's own, in place of generated ones
 
     attention_loss: str = "mifo"  # mifo, break_a_scene, reward, penalty, none
+    attention_weight: float = 1.0  # times the method's own
     initializer_tokens: tuple[str, ...] = ()
     resize: str = "aspect"  # aspect, squash
     weight_decay: float = 1e-2

@@ -122,7 +122,7 @@ class _Run:
     def step(self, stage: int, step: int, layers: list[str]) -> float:
         prior = self.prior if stage == 2 else None
         batch = self.views.draw(self.generator, prior, self.config.class_prompt)
-        attention_loss, weight = self.attention_loss(stage, step), self.config.prior_weight
+        weights = self.config.prior_weight, self.config.attention_weight
         with ExitStack() as kept:
             with (
                 lend_rows(self.base.text_encoder, self.ids, self.rows),
@@ -132,7 +132,8 @@ class _Run:
                     enabled=self.config.finetune == "full" and self.plan.dtype != torch.float32,
                 ),
             ):
-                loss = step_loss(self.base, batch, layers, attention_loss, weight, kept)
+                attention_loss = self.attention_loss(stage, step)
+                loss = step_loss(self.base, batch, layers, attention_loss, *weights, kept)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss.total).backward()
         self.scaler.unscale_(self.optimizer)

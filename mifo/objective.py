@@ -71,6 +71,7 @@ def step_loss(
     layers: Sequence[str],
     attention_loss: str | None,
     prior_weight: float = 1.0,
+    attention_weight: float = 1.0,
     kept: ExitStack | None = None,
 ) -> StepLoss:
     """The loss of one batch (method: arXiv 2511.00542, section 3).
@@ -78,6 +79,7 @@ def step_loss(
     Args:
         layers: names of the supervised cross-attention layers.
         attention_loss: a key of :data:`~mifo.losses.ATTENTION_LOSSES`, or None for none.
+        attention_weight: factor on the weight that the attention loss has there.
         kept: what holds the recording processors in place until the backward pass is over, in
             which a UNet with gradient checkpointing runs once more. None: until this returns.
     """
@@ -111,7 +113,7 @@ def step_loss(
             columns = recorder.maps[name][-1, :, list(batch.positions)]  # n m
             for goal, column in zip(goals, columns.unbind(-1), strict=True):
                 loss.attention.append(term(column.unflatten(0, grid), goal))
-        loss.total = loss.total + weight * torch.stack(loss.attention).sum()
+        loss.total = loss.total + attention_weight * weight * torch.stack(loss.attention).sum()
     return loss
 
 

@@ -105,8 +105,8 @@ def check_settings(config: LearningConfig) -> None:
         value, least = getattr(config, name), int(name in positive)
         if value < least:
             raise ValueError(f"--{name} is {value}; give a whole number from {least} on")
-    rates = ("learning_rate", "finetune_learning_rate", "weight_decay", "prior_weight")
-    for name in rates:
+    rates = ("learning_rate", "finetune_learning_rate", "weight_decay")
+    for name in (*rates, "prior_weight", "attention_weight"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{name} is {value}; give a number from 0 on")

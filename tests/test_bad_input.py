@@ -131,6 +131,7 @@ LEARNING = [
     ("--finetune_learning_rate -1", "--finetune_learning_rate is -1.0"),
     ("--weight_decay inf", "--weight_decay is inf"),
     ("--prior_weight -1", "--prior_weight is -1.0"),
+    ("--attention_weight -1", "--attention_weight is -1.0"),
     ("--max_grad_norm 0", "--max_grad_norm is 0.0; give a number above 0"),
     ("--lora_rank 0", "--lora_rank is 0; give a whole number from 1 on"),
     ("--num_class_images 0", "--num_class_images is 0"),

@@ -5,6 +5,7 @@ import torch
 from conftest import load_golden
 
 from mifo.attention import Recorder, processors
+from mifo.losses import ATTENTION_LOSSES
 from mifo.models import load_base
 from mifo.objective import Batch, step_loss, supervised_layers
 from mifo.tokens import add_asset_tokens, lend_rows
@@ -56,6 +57,17 @@ def test_loss(case):
     ours = torch.stack(terms).detach().double()
     assert ours.shape == golden["mse_terms"].shape
     assert torch.allclose(ours, golden["mse_terms"], rtol=1e-5, atol=0)
+
+
+def test_the_weights_are_factors_of_their_terms(case):
+    base, loss = case["base"], case["loss"]
+    with torch.no_grad(), lend_rows(base.text_encoder, case["ids"], case["rows"]):
+        weighed = step_loss(base, case["batch"], case["layers"], CASES[case["name"]][1], 0.5, 3.0)
+    weight = ATTENTION_LOSSES[CASES[case["name"]][1]][1]
+    expected = loss.total + 2 * weight * torch.stack(loss.attention).sum()
+    if loss.prior is not None:
+        expected = expected - 0.5 * loss.prior
+    assert weighed.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_asset_gradients(case):
