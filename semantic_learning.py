@@ -135,10 +135,12 @@ def learn_of_several(
 
     With --resume one that is unfinished goes on, one that is learned stays, any other begins.
     """
-    from mifo.plan import is_begun, is_learned
+    from mifo.plan import is_begun, is_learned, learned_otherwise
 
     resume = options.resume and is_begun(config)
     if options.resume and not resume and is_learned(config):
+        if differ := learned_otherwise(config):
+            return f"learned already, with {differ}; to learn it anew, give --overwrite"
         return "learned already"
     learn_one(config, options, device, seed, resume)
     return "checked" if options.dry_run else "learned"

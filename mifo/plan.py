@@ -11,7 +11,7 @@ from torch import Tensor
 from mifo.checkpoint import Checkpoint, read_facts
 from mifo.config import LearningConfig
 from mifo.instance import Instance, coverage_report, read_instance, view_prompt
-from mifo.learned import MANIFEST, check_name, check_writable, recover
+from mifo.learned import MANIFEST, check_name, check_writable, open_learned, recover
 from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
 from mifo.priors import STEPS, find_class_images
 from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows
@@ -197,8 +197,7 @@ def estimate_seconds(plan: Plan) -> float:
 
 def check_same(saved: Checkpoint, plan: Plan) -> None:
     """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
-    then, now = saved.facts["settings"], kept_settings(plan.config)
-    if differ := ", ".join(f"--{k} {then[k]}" for k in then if then[k] != now.get(k)):
+    if differ := other_settings(saved.facts["settings"], plan.config):
         raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
     inputs = inputs_of(plan)
     if changed := [
@@ -230,6 +229,20 @@ def kept_settings(config: LearningConfig) -> dict:
         for field in fields(config)
         if field.name not in FREE_SETTINGS
     }
+
+
+def other_settings(then: dict, config: LearningConfig) -> str:
+    """The options of a run that went by other settings than a config's; empty if by the same."""
+    now = kept_settings(config)
+    return ", ".join(f"--{k} {then[k]}" for k in now if k in then and then[k] != now[k])
+
+
+def learned_otherwise(config: LearningConfig) -> str:
+    """The same of what was learned; a config without a seed goes with any."""
+    then = dict(open_learned(target_folder(config)).manifest["settings"])
+    if config.seed is None:
+        then["seed"] = None
+    return other_settings(then, config)
 
 
 def saved_seed(config: LearningConfig) -> int:

@@ -512,6 +512,10 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
     learn(*twins, "--seed", "None", "--resume")
     told = capsys.readouterr().out.splitlines()[-3:]
     assert told == ["a: learned already", "b: learned", "c: learned"]
+    learn(*twins, "--seed", "None", "--resume", "--train_steps", 4)
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert all("learned already, with --train_steps 3; " in line for line in told)
+    assert all("give --overwrite" in line for line in told)
     assert contents(folder / "out/a") == before
     manifest = json.loads((folder / "out/b/manifest.json").read_text())
     assert manifest["settings"]["seed"] == seed
