@@ -75,6 +75,12 @@ def test_judgements_by_hand():
         "kinds": [True],
         "hues": [True],
     }
+    seen = reading(both | {"van": 0.3}, {"car": 2, "fish": 215, "van": 90})
+    assert judge_two(seen, [pair])["kinds"] == [False]
+    assert judge_two(seen.among(["car", "fish", "cat"]), [pair]) == {
+        "kinds": [True],
+        "hues": [True],
+    }
     swapped = judge_two(reading(both, {"car": 215, "fish": 2}), [pair])
     assert swapped == {"kinds": [True], "hues": [False]}
     unseen = judge_two(reading({"car": 0.1, "fish": 0.001}, {"car": 2, "fish": 215}), [pair])

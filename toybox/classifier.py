@@ -58,6 +58,11 @@ class Reading(NamedTuple):
     hues: Tensor
     hue: Tensor
 
+    def among(self, kinds: Sequence[str]) -> "Reading":
+        """The same with no area for any kind but these: what it sees if there can be no other."""
+        possible = torch.tensor([kind in kinds for kind in KINDS], device=self.areas.device)
+        return self._replace(areas=self.areas * possible)
+
     def kind(self) -> Tensor:
         """[b] index of the kind that covers most."""
         return self.areas.argmax(dim=1)

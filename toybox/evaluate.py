@@ -2,7 +2,8 @@
 
 Prints a Markdown table and writes ``evaluation.json`` and ``samples.png`` (wrong pictures have a
 red text). Kinds and hues are read by the classifier of ``toybox.classifier``; "renders through
-the autoencoder" says how often it is right about pictures that show what they should.
+the autoencoder" says how often it is right about pictures that show what they should. It chooses
+among all kinds there are; "of the kinds asked for", among those that prompts name.
 
 Axes: b batch, n pixels of a map, t tokens.
 """
@@ -46,6 +47,9 @@ MEASURES = {
     ("one", "hue"): ("one object: right hue", 0.85),
     ("two", "kinds"): ("two objects: both kinds right", 0.60),
     ("two", "hues"): ("two objects: both kinds right, each in its hue", None),
+    ("one_of_asked", "kind"): ("of the kinds asked for, one object: right kind", None),
+    ("two_of_asked", "kinds"): ("of the kinds asked for, two objects: both kinds right", None),
+    ("two_of_asked", "hues"): ("of the kinds asked for, two objects: each in its hue", None),
     ("grounding", "auc"): ("grounding, object words at decoder-1: AUC", 0.90),
     ("grounding", "auc_alike"): ("grounding, toys of one kind in a scene: AUC", None),
     ("renders", "kind"): ("renders through the autoencoder, one object: right kind", None),
@@ -276,9 +280,11 @@ def evaluate(
     for section, toys, judge in (("one", 1, judge_one), ("two", 2, judge_two)):
         prompts = draw_prompts(seed, images, toys, kinds)
         pictures = sample(pipeline, prompts, seed, f"{section}-object prompts")
-        judged = judge(classifier.read(to_input(pictures, SCENE)), prompts)
+        seen = classifier.read(to_input(pictures, SCENE))
+        judged = judge(seen, prompts)
         right = [all(row) for row in zip(*judged.values(), strict=True)]
         result[section] = shares(judged)
+        result[f"{section}_of_asked"] = shares(judge(seen.among(kinds), prompts))
         if toys == 1:
             result[section]["kind_by_kind"] = shares_by_kind(judged["kind"], prompts)
         rows += list(zip(prompts, pictures, right, strict=True))[:32]
