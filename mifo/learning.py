@@ -32,6 +32,7 @@ from mifo.learned import (
     write_pipeline,
 )
 from mifo.objective import Views, step_loss, supervised_layers
+from mifo.phrases import fit_phrases
 from mifo.plan import CHECKPOINT, Plan, check_same, inputs_of, kept_settings
 from mifo.priors import class_latents, encode_class_images
 from mifo.tokens import lend_rows, write_rows
@@ -76,6 +77,13 @@ class _Run:
     @property
     def modules(self) -> tuple:
         return self.base.unet, self.base.text_encoder
+
+    def begin(self) -> None:
+        """Fit the rows that start as phrases."""
+        if words := self.config.initializer_tokens:
+            base, start = self.base, self.rows.detach()
+            fitted = fit_phrases(base.tokenizer, base.text_encoder, self.ids, words, start)
+            self.rows.data.copy_(fitted)
 
     def enter(self, stage: int, steps: int) -> None:
         """Make what a stage trains trainable, with an optimiser of its own."""
@@ -227,6 +235,8 @@ def learn(
         shutil.rmtree(plan.work, ignore_errors=True)
     try:
         with memory_errors():
+            if not resume:
+                run.begin()
             with _finish_step_on_interrupt() as stop:
                 for stage, steps in plan.stages:
                     if saved and saved.stage > stage:

@@ -20,7 +20,8 @@ from mifo import learning, priors
 from mifo.checkpoint import read_facts
 from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.models import load_base
-from mifo.tokens import encode_ids
+from mifo.phrases import fit_phrases
+from mifo.tokens import add_asset_tokens, encode_ids, initial_rows
 from mifo_lora import read_lora
 from semantic_learning import main
 
@@ -173,6 +174,21 @@ def test_initializer_tokens_and_gradient_checkpointing(learn, small_sd):
         wanted = base.text_encoder.get_input_embeddings().weight[pieces].mean(0)
         row = read_lora(folder / f"asset{index}.safetensors")[0][f"<asset{index}>"][0]
         torch.testing.assert_close(row, wanted, atol=1e-6, rtol=0)
+
+
+def test_tokens_start_as_phrases(learn, small_sd):
+    folder = learn(
+        "--initializer_tokens", "a photo", "photo",
+        "--learning_rate", 0, "--finetune", "none", "--train_steps", 1,
+    )  # fmt: skip
+    base = load_base(str(small_sd))
+    ids = add_asset_tokens(base.tokenizer, base.text_encoder, 2)
+    words = ("a photo", "photo")
+    means = initial_rows(base.tokenizer, base.text_encoder, ids, words, seed=0)
+    wanted = fit_phrases(base.tokenizer, base.text_encoder, ids, words, means)
+    found = [read_lora(folder / f"asset{i}.safetensors")[0][f"<asset{i}>"][0] for i in range(2)]
+    torch.testing.assert_close(torch.stack(found), wanted, atol=1e-5, rtol=0)
+    assert (found[0] - means[0]).norm() > 0.01 * means[0].norm()
 
 
 def test_gradient_checkpointing_learns_the_same(learn, learned_dir):
