@@ -336,11 +336,13 @@ def test_the_commands_say_what_the_page_says(places):
     assert (options.output_dir, options.train_steps) == (places.models_dir, 7)
     assert options.initializer_tokens == ["car", "van"] and options.resume
     assert options.seed is None and not options.overwrite
-    argv = synthesis_command(places, "toys", BOXES, prompt="a <asset0>", seed=3, num_images=2)
+    settings = {"seed": 3, "num_images": 2, "step_size": 2.5, "final_step_size": 2.0}
+    argv = synthesis_command(places, "toys", BOXES, prompt="a <asset0>", **settings)
+    assert "--final_step_size" not in argv
     options = semantic_synthesis.parse_args(argv[3:])[1]
     assert (options.model_id, options.prompt, options.boxes) == ("toys", "a <asset0>", BOXES)
     assert (options.models_dir, options.output_path) == (places.models_dir, places.output_path)
-    assert (options.seed, options.num_images) == (3, 2)
+    assert (options.seed, options.num_images, options.step_size) == (3, 2, 2.5)
     assert shown(["python", "a <b>"]) == "python 'a <b>'"
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mifo.app.places import Places, folder_in
 from mifo.boxes import parse_boxes
-from mifo.config import LearningConfig, SynthesisConfig
+from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
 
 #: How a learning run starts: the page's words for what the command calls it.
 STARTS = {"new": "anew", "resume": "go on (--resume)", "overwrite": "replace (--overwrite)"}
@@ -19,14 +19,16 @@ STARTS = {"new": "anew", "resume": "go on (--resume)", "overwrite": "replace (--
 LINES = 12  # of what a command says are kept, the last ones
 
 
-def command(module: str, defaults, values: dict, flags: Sequence[str] = ()) -> list[str]:
+def command(
+    module: str, defaults: Mapping, values: Mapping, flags: Sequence[str] = ()
+) -> list[str]:
     """``python -m module`` with what is not left at its default; names are always told.
 
     A value stays the value of its option whatever it holds: none can become another option.
     """
     words = ["python", "-m", module]
     for name, value in values.items():
-        told = name in ("instance", "model_id", "prompt") or value != getattr(defaults, name)
+        told = name in ("instance", "model_id", "prompt") or value != defaults[name]
         if value is None or not told:
             continue
         if isinstance(value, tuple):
@@ -55,7 +57,7 @@ def learning_command(places: Places, instance: str, start: str, **settings) -> l
         "offline": places.offline,
     }
     flags = [] if start == "new" else [f"--{start}"]
-    return command("semantic_learning", LearningConfig(), {**values, **settings}, flags)
+    return command("semantic_learning", vars(LearningConfig()), values | settings, flags)
 
 
 def synthesis_command(places: Places, model_id: str, boxes: str, **settings) -> list[str]:
@@ -69,9 +71,8 @@ def synthesis_command(places: Places, model_id: str, boxes: str, **settings) -> 
         "device": places.device,
         "offline": places.offline,
     }
-    return command(
-        "semantic_synthesis", SynthesisConfig(), {**values, **settings}, ["--boxes", boxes]
-    )
+    defaults = vars(SynthesisConfig()) | vars(GuidanceConfig())
+    return command("semantic_synthesis", defaults, values | settings, ["--boxes", boxes])
 
 
 def shown(argv: Sequence[str]) -> str:

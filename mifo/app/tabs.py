@@ -151,6 +151,7 @@ def learning_tab(places: Places, job: Job) -> tuple:
                 kind = gr.Textbox(default.class_prompt, label="Prompt of the class images")
                 with gr.Row():
                     count = _number(default.num_class_images, "Class images", "num_class_images")
+                    tokens = _number(default.learning_rate, "Token rate", "learning_rate", None)
                     rate = _number(
                         default.stage_two_learning_rate,
                         "Fine-tuning rate",
@@ -164,7 +165,7 @@ def learning_tab(places: Places, job: Job) -> tuple:
             curves = _picture_box("Losses", "curves")
             maps = _picture_box("Where each asset looks", "maps")
 
-    def argv(instance, start, steps, more, seed, words, kind, count, rate, every):
+    def argv(instance, start, steps, more, seed, words, kind, count, tokens, rate, every):
         return learning_command(
             places,
             instance,
@@ -175,11 +176,12 @@ def learning_tab(places: Places, job: Job) -> tuple:
             initializer_tokens=as_words(words),
             class_prompt=kind,
             num_class_images=count,
+            learning_rate=tokens,
             finetune_learning_rate=None if rate == default.stage_two_learning_rate else rate,
             checkpoint_steps=every,
         )
 
-    settings = [instance, start, steps, more, seed, words, kind, count, rate, every]
+    settings = [instance, start, steps, more, seed, words, kind, count, tokens, rate, every]
     _wire_command(job, "learning", settings, argv, command, learn)
     return instance, curves, maps
 
@@ -209,7 +211,15 @@ def painting_tab(places: Places, job: Job) -> tuple:
                 seed = _number(0, "First seed", "painting_seed")
                 steps = _number(default.num_inference_steps, "Steps", "steps")
             with gr.Accordion("More settings", open=False, elem_id="more_painting"):
-                scale = _number(default.guidance_scale, "Guidance scale", "guidance_scale", None)
+                with gr.Row():
+                    guidance = default.guidance
+                    scale = _number(
+                        default.guidance_scale, "Guidance scale", "guidance_scale", None
+                    )
+                    first_size = _number(guidance.step_size, "Box step", "step_size", None)
+                    last_size = _number(
+                        guidance.final_step_size, "Box step at last", "final_step_size", None
+                    )
                 negative = gr.Textbox("", label="Negative prompt: what to keep away from")
             command = _command_box("painting_command")
             paint = gr.Button("Paint", variant="primary", elem_id="paint")
@@ -224,7 +234,7 @@ def painting_tab(places: Places, job: Job) -> tuple:
                 elem_id="gallery",
             )
 
-    def argv(model_id, prompt, boxes, count, seed, steps, scale, negative):
+    def argv(model_id, prompt, boxes, count, seed, steps, scale, first_size, last_size, negative):
         return synthesis_command(
             places,
             model_id,
@@ -234,11 +244,14 @@ def painting_tab(places: Places, job: Job) -> tuple:
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=scale,
+            step_size=first_size,
+            final_step_size=last_size,
             negative_prompt=negative,
         )
 
     _wire_stage(prompt, stage, boxes)
-    settings = [model_id, prompt, boxes, count, seed, steps, scale, negative]
+    sizes = [first_size, last_size]
+    settings = [model_id, prompt, boxes, count, seed, steps, scale, *sizes, negative]
     _wire_command(job, "painting", settings, argv, command, paint)
     return model_id, gallery
 
