@@ -213,6 +213,8 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
         guidance=GuidanceConfig(
             guidance_steps=settings.guidance_steps,
             guidance_iterations=settings.guidance_iterations,
+            step_size=settings.step_size,
+            final_step_size=settings.final_step_size,
             refine_every=variant.painting.get("refine_every", GuidanceConfig().refine_every),
         ),
         mixed_precision=settings.mixed_precision,

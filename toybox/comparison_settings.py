@@ -8,7 +8,11 @@ from mifo.config import LearningConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants share. Steps are fewer than the method's, to fit into the time."""
+    """What all variants share.
+
+    Steps are fewer than the method's, to fit into the time. The rates and the guidance are
+    toybox's own, see its README.
+    """
 
     folders: int = 12
     seeds: int = 4
@@ -17,7 +21,7 @@ class Settings:
 
     train_steps: int = 400
     finetune_steps: int = 250
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-3
     lora_learning_rate: float = 1e-3
     full_learning_rate: float = 1e-4
     num_class_images: int = 16
@@ -26,6 +30,8 @@ class Settings:
     guidance_scale: float = 3.0
     guidance_steps: int = 15
     guidance_iterations: int = 5
+    step_size: float = 2.0
+    final_step_size: float = 0.5
     batch_size: int = 4
 
     device: str = "auto"
@@ -52,6 +58,8 @@ HELP = {
     "guidance_scale": "weight of classifier-free guidance",
     "guidance_steps": "denoising steps with box guidance",
     "guidance_iterations": "at most, in each of them",
+    "step_size": "size of the guidance's updates at the first step",
+    "final_step_size": "size toward which they fall",
     "batch_size": "pictures painted at a time",
     "device": "auto (cuda > mps > cpu), cuda, mps or cpu",
     "mixed_precision": "precision of the UNet: auto, no, fp16 or bf16",
@@ -59,7 +67,7 @@ HELP = {
 #: Settings that a learned folder does not depend on: they may change between runs in one --work.
 FREE_SETTINGS = {
     "folders", "seeds", "num_inference_steps", "guidance_scale", "guidance_steps",
-    "guidance_iterations", "batch_size", "device",
+    "guidance_iterations", "step_size", "final_step_size", "batch_size", "device",
 }  # fmt: skip
 #: Settings of learning that stage 1 does not depend on.
 STAGE_2_SETTINGS = {
