@@ -320,8 +320,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     result, rows = evaluate(pipeline, classifier, args.images, args.seed, kinds, device)
     result["settings"] = {
-        "model": str(args.model), "images": args.images, "seed": args.seed,
-        "kinds": list(kinds),
+        "model": "toybox" if args.model == FOLDER else str(args.model),
+        "images": args.images, "seed": args.seed, "kinds": list(kinds),
         "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
