@@ -78,10 +78,16 @@ def initial_rows(
             'all, or one for each, in quotes if it is of several words: "blue car" "teal car"'
         )
     rows = []
+    most = (tokenizer.model_max_length - 6) // 2  # two fit into "a photo of … and …"
     for word in words:
         pieces = tokenizer(word, add_special_tokens=False).input_ids
         if not pieces:
             raise ValueError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
+        if len(pieces) > most:
+            raise ValueError(
+                f"--initializer_tokens: {_shorten(word)!r} has {len(pieces)} tokens; "
+                f"give at most {most}"
+            )
         rows.append(table[pieces].mean(0))
     return torch.stack(rows)
 
