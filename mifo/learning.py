@@ -130,6 +130,7 @@ class _Run:
     def step(self, stage: int, step: int, layers: list[str]) -> float:
         prior = self.prior if stage == 2 else None
         batch = self.views.draw(self.generator, prior, self.config.class_prompt)
+        attention_loss = self.attention_loss(stage, step)
         weights = self.config.prior_weight, self.config.attention_weight
         with ExitStack() as kept:
             with (
@@ -140,7 +141,6 @@ class _Run:
                     enabled=self.config.finetune == "full" and self.plan.dtype != torch.float32,
                 ),
             ):
-                attention_loss = self.attention_loss(stage, step)
                 loss = step_loss(self.base, batch, layers, attention_loss, *weights, kept)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss.total).backward()

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mifo.instance import view_prompt
-from mifo.tokens import encode_ids, lend_rows
+from mifo.tokens import encode_ids, initializer_pieces, lend_rows
 
 STEPS = 300
 STEP_SIZE = 0.4  # of the first step, in deviations of the embedding table
@@ -30,12 +30,11 @@ def fit_phrases(
         phrases: one for all assets, or one for each.
         rows: [assets, width], where they start.
     """
-    phrases = list(phrases) * len(ids) if len(phrases) == 1 else phrases
-    pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in phrases]
+    count = len(ids)
+    pieces = initializer_pieces(tokenizer, count, phrases)
     moving = torch.tensor([len(tokens) > 1 for tokens in pieces], device=rows.device)
     if not moving.any():
         return rows
-    count = len(ids)
     views = [(i,) for i in range(count)]
     views += [(i, (i + 1) % count) for i in range(count if count > 1 else 0)]
     prompts, spelled, pairs = [], [], []

@@ -234,7 +234,8 @@ def kept_settings(config: LearningConfig) -> dict:
 def other_settings(then: dict, config: LearningConfig) -> str:
     """The options of a run that went by other settings than a config's; empty if by the same."""
     now = kept_settings(config)
-    return ", ".join(f"--{k} {then[k]}" for k in now if k in then and then[k] != now[k])
+    kept = (name for name in then if name not in FREE_SETTINGS)
+    return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))
 
 
 def learned_otherwise(config: LearningConfig) -> str:

@@ -71,25 +71,32 @@ def initial_rows(
         base = table[: min(ids)]
         draw = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(seed))
         return base.mean(0) + base.std(0) * draw
-    words = list(words) * len(ids) if len(words) == 1 else list(words)
-    if len(words) != len(ids):
+    pieces = initializer_pieces(tokenizer, len(ids), words)
+    return torch.stack([table[tokens].mean(0) for tokens in pieces])
+
+
+def initializer_pieces(tokenizer, count: int, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of the words that each of ``count`` assets starts from; one entry is for all.
+
+    Raises ValueError for another number of entries, and for one that is empty or too long.
+    """
+    words = list(words) * count if len(words) == 1 else list(words)
+    if len(words) != count:
         raise ValueError(
-            f"--initializer_tokens has {len(words)} entries for {len(ids)} instances; give one for "
+            f"--initializer_tokens has {len(words)} entries for {count} instances; give one for "
             'all, or one for each, in quotes if it is of several words: "blue car" "teal car"'
         )
-    rows = []
     most = (tokenizer.model_max_length - 6) // 2  # two fit into "a photo of … and …"
-    for word in words:
-        pieces = tokenizer(word, add_special_tokens=False).input_ids
-        if not pieces:
+    pieces = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    for word, tokens in zip(words, pieces, strict=True):
+        if not tokens:
             raise ValueError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
-        if len(pieces) > most:
+        if len(tokens) > most:
             raise ValueError(
-                f"--initializer_tokens: {_shorten(word)!r} has {len(pieces)} tokens; "
+                f"--initializer_tokens: {_shorten(word)!r} has {len(tokens)} tokens; "
                 f"give at most {most}"
             )
-        rows.append(table[pieces].mean(0))
-    return torch.stack(rows)
+    return pieces
 
 
 @torch.no_grad()
