@@ -97,12 +97,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     runtime.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory, more time"
     )
-    runtime.add_argument(
+    again = runtime.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume",
         action="store_true",
         help="go on with an unfinished run; of several instances, with all that are not finished",
     )
-    runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    again.add_argument("--overwrite", action="store_true", help="replace a finished folder")
     runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
     return parser, parser.parse_args(argv)
 
@@ -115,11 +116,13 @@ def learn_one(
     ``seed`` is for a config without one; an unfinished run that goes on keeps its own.
     """
     from mifo.learning import learn
-    from mifo.plan import check_target, describe, estimate_seconds, make_plan, saved_seed
+    from mifo.plan import check_target, describe, estimate_seconds, make_plan, resumed
 
     check_target(config, resume, options.overwrite or options.dry_run)
-    if config.seed is None:
-        config = replace(config, seed=saved_seed(config) if resume else seed)
+    if resume:
+        config = resumed(config)
+    elif config.seed is None:
+        config = replace(config, seed=seed)
     plan = make_plan(config, device)
     print(describe(plan))
     if options.dry_run:
@@ -140,7 +143,7 @@ def learn_of_several(
     resume = options.resume and is_begun(config)
     if options.resume and not resume and is_learned(config):
         if differ := learned_otherwise(config):
-            return f"learned already, with {differ}; to learn it anew, give --overwrite"
+            return f"learned already, {differ}; to learn it anew, give --overwrite, not --resume"
         return "learned already"
     learn_one(config, options, device, seed, resume)
     return "checked" if options.dry_run else "learned"

@@ -137,6 +137,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] | None:
     """The boxes that --boxes or --box give; None where neither is given."""
+    if options.no_box_control and options.subject_token_indices is not None:
+        raise ValueError(
+            "--subject_token_indices and --no_box_control are both given; give one of them"
+        )
     given = [name for name in ("boxes", "box") if getattr(options, name) is not None]
     given += ["no_box_control"] if options.no_box_control else []
     if len(given) > 1:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mifo.boxes import Box, check_box, draw_boxes, parse_box, parse_boxes, parse_named_box, raster
+from mifo.cli import Parser
 from mifo.files import written_aside
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ FILL = 0.25  # share of a box's colour inside a coloured box
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="visual_box_mask.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--top_left",

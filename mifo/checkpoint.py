@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mifo.errors import memory_errors
 from mifo.files import written_aside
 
 
@@ -57,8 +58,10 @@ def read_facts(path: Path) -> dict:
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with memory_errors(), safe_open(path, framework="pt") as file:
             yield file
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); start anew with "

@@ -29,7 +29,7 @@ from mifo.features import FeatureSpace, load_features
 from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
-from mifo.measures import crop, layout, objects_by_colour, reference_crops
+from mifo.measures import check_background, crop, layout, objects_by_colour, reference_crops
 from mifo.synthesis import asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
 
@@ -142,7 +142,10 @@ def choose_spaces(
     if not specs and {case.learned.base_source for case in cases} == {"toybox"}:
         specs = ["toybox"]
     if not specs:
-        raise ValueError("toybox cannot judge these models; give --features, such as clip dinov2")
+        raise ValueError(
+            "not all of these were learned with toybox itself: give --features, such as clip "
+            "dinov2, or toybox for another model of toys"
+        )
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"--features {' '.join(specs)} names one twice; give each once")
@@ -180,6 +183,7 @@ def plan_cases(
                     f"there are {len(placed)} boxes and {len(assets)} assets in the prompt "
                     f"{prompt!r}; give one box for each"
                 )
+            check_background(placed)
             full = replace(config, model_id=model_id, prompt=prompt)
             cases.append(Case(learned, full, instance, assets, placed))
     return cases

@@ -148,6 +148,13 @@ def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manif
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def merge_lora(base: BaseModel) -> None:
+    """Merge a LoRA, if there is one, into the base model's weights for good."""
+    for module in (base.unet, base.text_encoder):
+        if has_lora(module):
+            remove(module, keep_merged=True)
+
+
 def write_pipeline(folder: Path, base: BaseModel) -> None:
     """Save the base model as it is now, as a pipeline that plain diffusers loads.
 
@@ -155,9 +162,7 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
     """
     from diffusers import StableDiffusionPipeline
 
-    for module in (base.unet, base.text_encoder):
-        if has_lora(module):
-            remove(module, keep_merged=True)
+    merge_lora(base)
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -197,11 +202,17 @@ def open_learned(path: Path) -> LearnedFolder:
             raise ValueError("tokens")
         has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
         manifest["base_model"]["source"], manifest["base_model"]["sha256"]
+        version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path / MANIFEST} is missing or not what semantic_learning.py writes "
             f"({type(error).__name__}); learn the instance again with --overwrite"
         ) from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, and this version of mifo reads format {FORMAT}; use the "
+            "version that wrote it, or learn the instance again with --overwrite"
+        )
     wanted = [f"asset{i}.safetensors" for i in range(len(tokens))]
     wanted += [LORA] if has_lora else []
     wanted += [PIPELINE] if settings["finetune"] == "full" else []

@@ -58,7 +58,6 @@ class _Run:
         self.losses: dict[str, list[float]] = {"loss": [], "reconstruction": [], "attention": []}
         self.ids = plan.ids
         self.rows = torch.nn.Parameter(plan.rows.to(plan.device))
-        base.vae.to(plan.device)
         base.text_encoder.to(plan.device)
         full = config.finetune == "full"
         base.unet.to(plan.device, torch.float32 if full else plan.dtype)
@@ -150,7 +149,8 @@ class _Run:
         if not (loss.total.isfinite() and (norm.isfinite() or scale > 1)):  # overflows, and halves
             raise FloatingPointError(
                 f"the loss or its gradient is not finite at step {step} of stage {stage}; nothing "
-                "was overwritten: try --mixed_precision no or a smaller learning rate"
+                "was overwritten: go on with --mixed_precision no, or start anew with a smaller "
+                "learning rate and --overwrite"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -246,7 +246,7 @@ def learn(
                     if after_stage:
                         after_stage(stage, path)
             _save(plan, run)
-    except (KeyboardInterrupt, OSError, MemoryError):
+    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError):
         if path.is_file():
             log.warning("saved in %s: go on with the same command and --resume", plan.work)
         raise
@@ -287,7 +287,7 @@ def _prior(run: _Run, after_batch: Callable[[], None]) -> Tensor | None:
         return None
     size = tuple(run.views.moments.shape[-2:])
     if run.plan.class_images:
-        return encode_class_images(base, run.plan.class_images, size)
+        return encode_class_images(base, run.plan.class_images, size, run.plan.device)
     batch = 8 if run.plan.device.startswith("cuda") else 4
     cache = Path(config.output_dir) / ".class_images"
     count, seed = config.num_class_images, config.seed

@@ -43,16 +43,21 @@ def margins(own: Sequence[int], similarities: Sequence[Sequence[float]]) -> list
     return (mine - rows.max(axis=1)).tolist()
 
 
+def check_background(boxes: Sequence[Box]) -> None:
+    """Raises ValueError for boxes that leave (to 1/64 of a picture's side) nothing outside."""
+    if _union(boxes, (64, 64)).all():
+        raise ValueError("the boxes cover the whole picture; leave some background to compare with")
+
+
 def objects_by_colour(picture: Image.Image, boxes: Sequence[Box]) -> np.ndarray:
     """Bool [H, W], True where a colour is far from the background's.
 
     The background's colour is the median outside the boxes. Far is more than :data:`CLEAR` times
     the median distance from it out there, and more than :data:`LEAST_CONTRAST`.
     """
+    check_background(boxes)
     pixels = np.asarray(picture.convert("RGB"), dtype=float) / 255
     outside = ~_union(boxes, pixels.shape[:2])
-    if not outside.any():
-        raise ValueError("the boxes cover the whole picture; leave some background to compare with")
     distance = np.linalg.norm(pixels - np.median(pixels[outside], axis=0), axis=-1)
     return distance > max(LEAST_CONTRAST, CLEAR * np.median(distance[outside]))
 

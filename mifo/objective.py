@@ -131,11 +131,15 @@ class Views:
     def __init__(self, base: BaseModel, instance: Instance, asset_ids: Sequence[int], device: str):
         self.base, self.device, self.asset_ids = base, device, list(asset_ids)
         pixels = torch.from_numpy(instance.image).permute(2, 0, 1).float() / 127.5 - 1  # 3 H W
-        both = torch.stack([pixels, pixels.flip(-1)])
-        with torch.inference_mode():
-            posterior = base.vae.encode(both.to(base.vae.device)).latent_dist
-            moments = torch.stack([posterior.mean, posterior.std], 1).float().cpu()
-        self.moments = moments.clone()  # flip, (mean, deviation), c, h, w
+        base.vae.to(device)
+        with torch.no_grad():
+            codes = [
+                base.vae.encode(way[None].to(device)).latent_dist
+                for way in (pixels, pixels.flip(-1))
+            ]
+            moments = [torch.cat([code.mean, code.std]).float().cpu() for code in codes]
+        base.vae.to("cpu")  # nobody needs it any more while learning
+        self.moments = torch.stack(moments)  # flip, (mean, deviation), c, h, w
         self.masks = torch.from_numpy(instance.masks.astype(np.float32))  # N H W
         self.scale = base.vae.config.scaling_factor
 

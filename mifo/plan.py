@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -10,16 +10,25 @@ from torch import Tensor
 
 from mifo.checkpoint import Checkpoint, read_facts
 from mifo.config import LearningConfig
-from mifo.instance import Instance, coverage_report, read_instance, view_prompt
+from mifo.instance import (
+    Instance,
+    coverage_report,
+    find_image,
+    find_masks,
+    read_instance,
+    view_prompt,
+)
 from mifo.learned import MANIFEST, check_name, check_writable, open_learned, recover
 from mifo.models import BaseModel, choose_model, choose_precision, load_base, read_sizes
 from mifo.priors import STEPS, find_class_images
 from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows
 
 CHECKPOINT = "checkpoint.safetensors"
+KEPT = 40  # by the peaks in benchmarks/results
 #: Settings that may differ between a run and its resumption.
 FREE_SETTINGS = {
-    "folder_path", "output_dir", "class_images", "offline", "checkpoint_steps", "save_pipeline",
+    "folder_path", "output_dir", "model_path", "class_images", "offline", "checkpoint_steps",
+    "save_pipeline", "device", "mixed_precision", "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -58,6 +67,11 @@ class Plan:
     @property
     def has_prior(self) -> bool:
         return bool(self.config.prior_weight) and any(stage == 2 for stage, _ in self.stages)
+
+
+def instance_folder(config: LearningConfig) -> Path:
+    """Where the photo and the masks are."""
+    return Path(config.folder_path) / config.instance
 
 
 def target_folder(config: LearningConfig) -> Path:
@@ -100,6 +114,8 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
 
 def check_settings(config: LearningConfig) -> None:
     """Raises ValueError for settings that make no sense."""
+    if config.seed is None:
+        raise ValueError("there is no seed; give one (only the command draws it)")
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         value, least = getattr(config, name), int(name in positive)
@@ -125,7 +141,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     """Read and check everything that a run on a torch device needs, the cheapest first."""
     check_settings(config)
     dtype = choose_precision(config.mixed_precision, device)
-    folder = Path(config.folder_path) / config.instance
+    folder = instance_folder(config)
     source = choose_model(config.model_path, device)
     pictures = find_class_images(config.class_images) if config.class_images else None
     base, sizes = None, read_sizes(source, config.offline)
@@ -146,19 +162,6 @@ def describe(plan: Plan) -> str:
     """The plan in words, with an estimate of memory and work."""
     config, base = plan.config, plan.base
     height, width = plan.instance.image.shape[:2]
-    count = {
-        n: sum(p.numel() for p in getattr(base, n).parameters())
-        for n in ("unet", "text_encoder", "vae")
-    }
-    size = torch.finfo(plan.dtype).bits // 8
-    if config.finetune == "full":
-        memory = 16 * (count["unet"] + count["text_encoder"])  # weights, gradients, two moments
-    else:
-        memory = size * count["unet"] + 4 * (count["text_encoder"] + count["vae"])
-    # Activations kept for the backward pass: some 160 values for each latent pixel and channel.
-    channels = sum(base.unet.config.block_out_channels)
-    activations = size * 160 * channels * height * width // base.vae_factor**2
-    memory += activations // (8 if config.gradient_checkpointing else 1)
     images = config.class_images or f"{config.num_class_images} to make"
     lines = [
         f"base model   {base.source} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
@@ -168,10 +171,36 @@ def describe(plan: Plan) -> str:
         f"fine-tuning  {config.finetune}; attention loss {config.attention_loss}",
         f"seed         {config.seed}",
         f"class images {images if plan.has_prior else 'none'}",
-        f"memory       about {memory / 2**30:.2f} GiB (an estimate)",
+        f"memory       about {estimate_bytes(plan) / 2**30:.2f} GiB (an estimate)",
         f"writes       {plan.target}",
     ]
     return "\n".join(lines)
+
+
+def estimate_bytes(plan: Plan) -> int:
+    """About how much memory a run takes on its device: the weights, and what is kept for gradients.
+
+    The backward pass is taken to need KEPT values for each layer, channel and pixel of the UNet,
+    and an eighth of them with gradient checkpointing.
+    """
+    config, base, unet = plan.config, plan.base, plan.base.unet.config
+    unet_size, text_size = (
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (base.unet, base.text_encoder)
+    )
+    bytes_each = torch.finfo(plan.dtype).bits // 8
+    if config.finetune == "full":
+        weights = 16 * (unet_size + text_size)  # also gradients, two moments
+    else:
+        weights = bytes_each * unet_size + 4 * text_size
+    height, width = plan.instance.image.shape[:2]
+    pixels = height * width // base.vae_factor**2
+    values = sum(
+        channels * (pixels // 4**level) for level, channels in enumerate(unet.block_out_channels)
+    )
+    layers = 2 * unet.layers_per_block + 1  # of a level, downward and upward
+    kept = bytes_each * KEPT * layers * values * (1 + plan.has_prior)
+    return weights + kept // (8 if config.gradient_checkpointing else 1)
 
 
 def estimate_seconds(plan: Plan) -> float:
@@ -195,17 +224,36 @@ def estimate_seconds(plan: Plan) -> float:
     return passes * seconds
 
 
+def resumed(config: LearningConfig) -> LearningConfig:
+    """The config that an unfinished run goes on with: without a seed, it takes the run's own.
+
+    Raises ValueError for other settings than the unfinished run's.
+    """
+    then = read_facts(work_folder(config) / CHECKPOINT)["settings"]
+    if config.seed is None:
+        config = replace(config, seed=then["seed"])
+    _check_same_settings(then, config)
+    return config
+
+
 def check_same(saved: Checkpoint, plan: Plan) -> None:
     """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
-    if differ := other_settings(saved.facts["settings"], plan.config):
-        raise ValueError(f"the unfinished run had other settings ({differ}); resume it with those")
+    _check_same_settings(saved.facts["settings"], plan.config)
     inputs = inputs_of(plan)
     if changed := [
         name for name, digest in saved.facts["inputs"].items() if digest != inputs[name]
     ]:
         raise ValueError(
             f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
-            "with --overwrite"
+            "with --overwrite in place of --resume"
+        )
+
+
+def _check_same_settings(then: dict, config: LearningConfig) -> None:
+    if differ := _other_settings(then, config, FREE_SETTINGS):
+        raise ValueError(
+            f"the unfinished run had other settings ({differ}); go on with those, or start anew "
+            "with --overwrite in place of --resume"
         )
 
 
@@ -231,21 +279,26 @@ def kept_settings(config: LearningConfig) -> dict:
     }
 
 
-def other_settings(then: dict, config: LearningConfig) -> str:
+def _other_settings(then: dict, config: LearningConfig, free: set[str]) -> str:
     """The options of a run that went by other settings than a config's; empty if by the same."""
-    now = kept_settings(config)
-    kept = (name for name in then if name not in FREE_SETTINGS)
+    now = {**asdict(config), **kept_settings(config)}
+    kept = (name for name in then if name not in free)
     return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))
 
 
 def learned_otherwise(config: LearningConfig) -> str:
-    """The same of what was learned; a config without a seed goes with any."""
-    then = dict(open_learned(target_folder(config)).manifest["settings"])
+    """How what was learned differs from what a config asks for; empty if it does not.
+
+    A config without a seed goes with any.
+    """
+    manifest = open_learned(target_folder(config)).manifest
+    then = dict(manifest["settings"])
     if config.seed is None:
         then["seed"] = None
-    return other_settings(then, config)
-
-
-def saved_seed(config: LearningConfig) -> int:
-    """The seed of the unfinished run that ``--resume`` goes on with."""
-    return read_facts(work_folder(config) / CHECKPOINT)["settings"]["seed"]
+    differ = _other_settings(then, config, FREE_SETTINGS - {"model_path"})
+    if differ:
+        return f"with {differ}"
+    files = [find_image(instance_folder(config)), *find_masks(instance_folder(config))]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    same = hashes == [manifest["image_sha256"], *manifest["mask_sha256"]]
+    return "" if same else "from another photo or other masks"

@@ -22,6 +22,11 @@ class Processes:
         self.index = 0
         self.device = device
         if self.count > 1:
+            if device.startswith("cuda:"):
+                raise ValueError(
+                    f"--device {device} is one GPU, and there are {self.count} processes; give "
+                    "--device cuda, of which each process takes its own"
+                )
             from accelerate import PartialState
 
             self._state = PartialState(cpu=device == "cpu", timeout=PATIENCE)

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -18,19 +18,19 @@ from tqdm import tqdm
 from mifo.attention import decoder_block, layer_grid
 from mifo.boxes import Box, check_box, draw_boxes, parse_box
 from mifo.config import SynthesisConfig
-from mifo.learned import LearnedFolder, load_learned, open_learned, portable
+from mifo.learned import LearnedFolder, load_learned, merge_lora, open_learned, portable
 from mifo.learned_files import LearnedFiles, load_files, open_files
 from mifo.models import BaseModel, choose_precision
 from mifo.processes import Processes
 from mifo.regions import TokenRoles
 from mifo.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
 from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
-from mifo_lora import has_lora, merge
 
 log = logging.getLogger(__name__)
 
 #: Pictures of a contact sheet are enlarged to about this side, in pixels, for labels to be read.
 SHEET_SIDE = 384
+MOST_SHEET = 8192  # pixels a side of a contact sheet
 
 MOST = 4  # times the model's own resolution, for a side of a picture
 
@@ -163,6 +163,8 @@ def check_numbers(config: SynthesisConfig) -> None:
             raise ValueError(f"--{name} is {value}; give a whole number from 1 on")
     if config.num_inference_steps > 999:
         raise ValueError(f"--num_inference_steps is {config.num_inference_steps}; give 999 at most")
+    if config.seed is None:
+        raise ValueError("there is no seed; give one (only the commands draw it)")
     numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
@@ -200,8 +202,7 @@ def encode_prompts(scene: Scene) -> Tensor:
 def prepare(scene: Scene) -> Tensor:
     """Merge the LoRA and move the model to its device; the prompts' states for :func:`paint`."""
     base = scene.base
-    for module in (base.unet, base.text_encoder):
-        _merge_if_lora(module)
+    merge_lora(base)  # it costs nothing a step then
     base.unet.to(scene.device, scene.dtype)
     base.text_encoder.to(scene.device)
     base.vae.to(scene.device)
@@ -275,29 +276,29 @@ def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
 
 
 def save_sheet(scene: Scene, paths: Sequence[Path]) -> Path:
-    """A contact sheet of saved pictures, small ones enlarged, with the boxes drawn over each."""
-    pictures = []
-    for path in paths:
+    """A contact sheet of saved pictures, with the boxes drawn over each.
+
+    Small pictures are enlarged, those of a sheet that would be too large are shrunk.
+    """
+    columns = int(np.ceil(np.sqrt(len(paths))))
+
+    def tile(path: Path) -> Image.Image:
         with Image.open(path) as file:
             picture = file.convert("RGB")
         times = max(1, SHEET_SIDE // max(picture.size))
-        picture = picture.resize((times * picture.width, times * picture.height))
-        boxed = draw_boxes(picture, scene.boxes, list(scene.names)) if scene.boxes else picture
-        pictures.append(boxed)
+        shrink = max(1, times * columns * max(picture.size) / MOST_SHEET)
+        size = (round(times * side / shrink) for side in picture.size)
+        picture = picture.resize(tuple(size), Image.Resampling.BICUBIC)
+        return draw_boxes(picture, scene.boxes, list(scene.names)) if scene.boxes else picture
+
     stem = f"sheet_{paths[0].stem}-{paths[-1].stem}"
-    sheet = _png(contact_sheet(pictures), {})
+    sheet = _png(contact_sheet(map(tile, paths), len(paths)), {})
     return _write_new(paths[0].parent, lambda n: f"{stem}{f'_{n}' if n else ''}.png", sheet)
 
 
 def _next_number(folder: Path) -> int:
     """One more than the largest number among the pictures that are there."""
     return 1 + max((int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()), default=-1)
-
-
-def _merge_if_lora(module) -> None:
-    """Merged, the LoRA costs nothing a step."""
-    if has_lora(module):
-        merge(module)
 
 
 def describe(scene: Scene, index: int) -> dict:
@@ -359,14 +360,13 @@ def _move_new(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
-    """All pictures in a grid, as near to a square as it goes."""
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    rows = -(-len(pictures) // columns)
-    width, height = pictures[0].size
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (255, 255, 255)
-    )
+def contact_sheet(pictures: Iterable[Image.Image], count: int, gap: int = 4) -> Image.Image:
+    """``count`` pictures of one size in a grid, as near to a square as it goes."""
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
     for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (width + gap), index // columns * (height + gap)))
+        width, height = picture.width + gap, picture.height + gap
+        if index == 0:
+            sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+        sheet.paste(picture, (index % columns * width, index // columns * height))
     return sheet

@@ -160,7 +160,7 @@ def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str,
 
 
 def _function_words(tokenizer, ids: Sequence[int]) -> set[int]:
-    """Positions of the tokens that are a function word each, not a piece of a longer word."""
+    """Positions of the tokens that are a function word or digit each, not part of another word."""
     added = tokenizer.get_added_vocab()
     pieces = tokenizer.convert_ids_to_tokens(ids)
     closed = [piece.endswith("</w>") or piece in added for piece in pieces]
@@ -168,7 +168,7 @@ def _function_words(tokenizer, ids: Sequence[int]) -> set[int]:
     return {
         at
         for at in range(1, len(ids))
-        if closed[at - 1] and closed[at] and words[at] in FUNCTION_WORDS
+        if closed[at - 1] and closed[at] and (words[at] in FUNCTION_WORDS or words[at].isdigit())
     }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from mifo.synthesis import save_picture
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
+NEEDED = "the page needs gradio: pip install ./lora-master '.[app]'"
 BOXES = "[[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]"
 
 
@@ -78,7 +80,7 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         app.main([])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("the page needs gradio: pip install .[app]\n")
+    assert capsys.readouterr().err.endswith(f"{NEEDED}\n")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -94,8 +96,6 @@ LOCAL = {"127.0.0.1", "localhost", "[::1]"}
         ("localhost", LOCAL),
         ("::1", LOCAL),
         ("[::1]", LOCAL),
-        ("0.0.0.0", set()),
-        ("::", set()),
         ("192.168.1.5", {"192.168.1.5"}),
         ("Lab.example", {"lab.example"}),
         ("fe80::1", {"[fe80::1]"}),
@@ -130,11 +130,24 @@ def test_the_guard_knows_a_name_with_and_without_a_port(name):
 
 
 @pytest.mark.parametrize(
-    "host", ["", "evil.example", "evil.example:7860", "[::2]:7860", "::1", "localhost:80:7860"]
+    "host",
+    ["", "evil.example", "evil.example:7860", "::1", "localhost:80:7860", "1.2.3.4.evil.example"],
 )
 def test_the_guard_refuses_other_names(host):
-    assert guarded(LOCAL, host=host) == 403
-    assert guarded(set(), host=host) == 200
+    for address in ("127.0.0.1", "0.0.0.0", "::"):
+        assert guarded(app.hosts_of(address), host=host) == 403
+
+
+@pytest.mark.parametrize("host", ["192.168.1.7:7860", "[::2]:7860", "[::2]"])
+def test_a_page_on_every_address_answers_to_all_in_digits(host):
+    assert guarded(app.hosts_of("0.0.0.0"), host=host) == 200
+    assert guarded(app.hosts_of("127.0.0.1"), host=host) == 403
+
+
+def test_a_page_on_every_address_answers_to_the_machine_s_name(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "Studio")
+    assert guarded(app.hosts_of("::"), host="studio:7860") == 200
+    assert guarded(app.hosts_of("127.0.0.1"), host="studio:7860") == 403
 
 
 def test_the_guard_refuses_what_is_too_large():
@@ -142,6 +155,7 @@ def test_the_guard_refuses_what_is_too_large():
     assert guarded(LOCAL, host="localhost", content_length=str(limit)) == 200
     assert guarded(LOCAL, host="localhost", content_length=str(limit + 1)) == 413
     assert guarded(LOCAL, host="evil.example", content_length=str(limit + 1)) == 403
+    assert guarded(LOCAL, host="localhost", transfer_encoding="chunked") == 411
 
 
 # ----------------------------------------------------------------------------------------------
@@ -475,7 +489,7 @@ def test_pictures_of_another_making_are_named(places, tmp_path, text):
 
 
 def test_a_part_that_cannot_be_read_hides_no_other(places, tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install .[app]")
+    pytest.importorskip("gradio", reason=NEEDED)
     from mifo.app import page
 
     told = []
@@ -502,7 +516,7 @@ def test_a_part_that_cannot_be_read_hides_no_other(places, tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder that a page works in, and its address."""
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install .[app]")
+    pytest.importorskip("gradio", reason=NEEDED)
     folder = tmp_path_factory.mktemp("site")
     (folder / "example").mkdir()
     process = subprocess.Popen(

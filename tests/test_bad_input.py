@@ -218,6 +218,10 @@ SYNTHESIS = [
     (f"{BOTH} --box <asset5>=0,0,1,1", "--box names <asset5>, which the prompt does not"),
     (f"{BOTH} --boxes [[0,0,1,1]]", "--boxes and --box are both given; give one of them"),
     (f"{BOTH} --no_box_control", "--box and --no_box_control are both given"),
+    (
+        "--no_box_control --subject_token_indices [[4]]",
+        "--subject_token_indices and --no_box_control are both given",
+    ),
     ("--subject_token_indices 4", "'4' is no list of lists of positions; write it as [[4]]"),
     ("--subject_token_indices [[]]", "is no list of lists of positions"),
     # options

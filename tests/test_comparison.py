@@ -27,6 +27,7 @@ from toybox.comparison_report import IDENTITY, Comparison, Result, chance, diffe
 from toybox.comparison_settings import LONG, SHORT, VARIANTS, Settings
 from toybox.instances import read_looks
 from toybox.model import trained_kinds
+from toybox.scenes import KINDS
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -374,6 +375,18 @@ def test_another_attention_loss_has_a_stage_1_of_its_own(finished, work, monkeyp
     assert steps.count == 3 + 1
 
 
+def test_tokens_start_from_phrases_or_kinds(finished, work):
+    shutil.copytree(finished / "folders", work / "folders")
+    for words, told_apart in (("phrase", True), ("kind", False)):
+        options = comparison.parse_args([*TINY, "--words", words])[1]
+        settings = comparison.chosen(options)[0]
+        config = comparison.learning_config(work, settings, VARIANTS["mifo"], "kind2_000")
+        first, second = (token.split() for token in config.initializer_tokens)
+        assert first[-1] == second[-1] and first[-1] in KINDS
+        assert (first != second) == told_apart
+        assert len(first) == 1 + told_apart
+
+
 def test_class_images_are_made_once(finished, work, monkeypatch):
     shutil.copytree(finished / "folders", work / "folders")
     settings = comparison.chosen(comparison.parse_args([*TINY])[1])[0]
@@ -408,6 +421,7 @@ def test_short_form_and_given_options():
         (["--seeds", "-1"], "--seeds is -1; give a whole number from 1 on"),
         (["--train_steps", "4"], "holds a comparison with other settings (train_steps 3)"),
         (["--seed", "1"], "holds a comparison with other settings (seed 0)"),
+        (["--words", "kind"], "holds a comparison with other settings (words phrase)"),
     ],
 )
 def test_bad_options(more, sentence, finished, fails):

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Din
 import semantic_evaluation
 from mifo import evaluation
 from mifo.boxes import Box
+from mifo.config import SynthesisConfig
 from mifo.features import FeatureSpace, load_features, squared
 from mifo.instance import read_instance
 from mifo.measures import (
@@ -82,6 +83,13 @@ def test_objects_by_colour_finds_what_differs_from_the_noisy_background():
 def test_objects_by_colour_needs_background():
     with pytest.raises(ValueError, match="cover the whole picture"):
         objects_by_colour(Image.new("RGB", (8, 8)), [LEFT, RIGHT])
+
+
+def test_boxes_without_background_are_refused_before_anything_is_painted(learned_dir):
+    config = SynthesisConfig(models_dir=str(learned_dir), seed=0)
+    for boxes in ([LEFT, RIGHT], [Box(0, 0, 1, 1), LEFT]):
+        with pytest.raises(ValueError, match="cover the whole picture"):
+            evaluation.plan_cases(config, ["toys"], [], None, None, boxes)
 
 
 def test_diversity_is_the_mean_distance_of_pairs():

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +20,17 @@ from safetensors.torch import save
 import mifo.figures
 from mifo import learning, priors
 from mifo.checkpoint import read_facts
+from mifo.config import LearningConfig
 from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.models import load_base
 from mifo.phrases import fit_phrases
+from mifo.plan import estimate_bytes, make_plan
 from mifo.tokens import add_asset_tokens, encode_ids, initial_rows
 from mifo_lora import read_lora
 from semantic_learning import main
 
+ROOT = Path(__file__).parents[1]
+RESULTS, TINY_SD = ROOT / "benchmarks" / "results", ROOT / "tests" / "golden" / "tiny_sd"
 PROMPT = "a photo of <asset0> and <asset1>"
 FILES = {"asset0.safetensors", "asset1.safetensors", "manifest.json"}
 PICTURES = {"learning.png", "attention.png"}
@@ -390,6 +396,18 @@ def test_a_folder_that_is_not_a_learned_one_is_never_replaced(fails, folder, exa
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(("results", "model"), [("cpu", TINY_SD), ("cpu_toybox", "toybox")])
+def test_the_estimate_of_memory_is_near_what_was_measured(results, model):
+    facts = json.loads((RESULTS / f"{results}.json").read_text())
+    measured = {row["what"]: row["ours"]["bytes"] for row in facts["rows"]}
+    config = LearningConfig(
+        folder_path=str(ROOT / "example"), model_path=str(model), seed=0, mixed_precision="no"
+    )
+    for finetune, stage in (("none", "stage1"), ("lora", "stage2")):
+        estimate = estimate_bytes(make_plan(replace(config, finetune=finetune)))
+        assert 0.7 < estimate / measured[stage] < 1.4
+
+
 # ----------------------------------------------------------------------------------------------
 # interrupted and resumed
 
@@ -470,6 +488,8 @@ def test_resume_refuses_what_has_changed(learn, fails, folder, examples, ctrl_c)
         fails(130, *own)
     work = contents(folder / "out/.toys.work")
     assert "other settings (--seed 1)" in fails(2, *own, "--resume", "--seed", 2)
+    assert "other settings (--seed 1)" in fails(2, *own, "--resume", "--seed", 2, "--dry_run")
+    assert "not allowed with" in fails(2, *own, "--resume", "--overwrite")
     assert "holds an unfinished run" in fails(2, *own)
     with Image.open(folder / "mine/toys/mask1.png") as mask:
         mask.transpose(Image.Transpose.FLIP_TOP_BOTTOM).crop((0, 1, 128, 129)).save(
@@ -479,6 +499,19 @@ def test_resume_refuses_what_has_changed(learn, fails, folder, examples, ctrl_c)
     assert contents(folder / "out/.toys.work") == work
     (folder / "out/.toys.work/checkpoint.safetensors").write_bytes(b"half")
     assert "cannot be read" in fails(2, *own, "--resume")
+
+
+def test_resume_with_less_memory_and_another_precision(learn, fails, folder, ctrl_c):
+    """What the errors advise is allowed: the run goes on, nearly as it would have."""
+    whole = learn("--mixed_precision", "no")
+    losses = json.loads((whole / "manifest.json").read_text())["final_losses"]
+    shutil.rmtree(whole)
+    with ctrl_c(2, 0):
+        fails(130, "--mixed_precision", "no")
+    learn("--resume", "--mixed_precision", "bf16", "--gradient_checkpointing")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["precision"] == "bfloat16"
+    assert manifest["final_losses"] == pytest.approx(losses, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -532,6 +565,13 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
     told = capsys.readouterr().out.splitlines()[-3:]
     assert all("learned already, with --train_steps 3; " in line for line in told)
     assert all("give --overwrite" in line for line in told)
+    shutil.copy(folder / "mine/c/mask0.png", folder / "aside.png")
+    shutil.copy(folder / "mine/c/mask1.png", folder / "mine/c/mask0.png")
+    shutil.move(folder / "aside.png", folder / "mine/c/mask1.png")
+    learn(*twins, "--seed", "None", "--resume")
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert told[1] == "b: learned already"
+    assert told[2].startswith("c: learned already, from another photo or other masks; ")
     assert contents(folder / "out/a") == before
     manifest = json.loads((folder / "out/b/manifest.json").read_text())
     assert manifest["settings"]["seed"] == seed

@@ -94,7 +94,7 @@ def test_a_missing_path_names_the_mirrors_and_the_command(here, source):
     with pytest.raises(ValueError, match=f"no model at {source}") as error:
         locate_model(source)
     assert all(mirror in str(error.value) for mirror in MIRRORS)
-    assert f"hf download {MIRRORS[0]}" in str(error.value)
+    assert f"hf download {MIRRORS[0]} --include " in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth"])
@@ -115,26 +115,32 @@ def test_a_hub_id_offline_that_was_never_fetched():
     assert all(mirror in str(error.value) for mirror in MIRRORS)
 
 
+CONFIGS = {
+    "model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "scheduler/scheduler_config.json",
+}  # fmt: skip
+HALVES = {file.replace(".safetensors", ".fp16.safetensors") for file in WEIGHTS.values()}
+
+
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path, offline):
-    asked = {}
+@pytest.mark.parametrize("weights", [set(WEIGHTS.values()), HALVES], ids=["whole", "fp16"])
+def test_a_hub_id_is_fetched_and_nothing_beside_it(monkeypatch, tmp_path, offline, weights):
+    others = {"unet/diffusion_pytorch_model.bin", "v2-1_512-ema-pruned.ckpt"}
+    others |= {"v2-1_512-ema-pruned.safetensors", "text_encoder/model.non_ema.safetensors"}
+    others |= HALVES - weights
 
     def fetch(hub_id, allow_patterns, local_files_only):
-        asked.update(hub_id=hub_id, patterns=allow_patterns, offline=local_files_only)
+        assert hub_id == "org/model" and local_files_only is offline
+        for file in CONFIGS | weights | others:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert locate_model("org/model", offline) == tmp_path
-    assert asked["hub_id"] == "org/model" and asked["offline"] is offline
-
-    def wanted(file):
-        return any(fnmatch(file, pattern) for pattern in asked["patterns"])
-
-    needed = ["model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
-    needed += ["scheduler/scheduler_config.json", *WEIGHTS.values()]
-    assert all(map(wanted, needed))
-    unwanted = ["unet/diffusion_pytorch_model.bin", "v2-1_512-ema-pruned.ckpt"]
-    assert not any(map(wanted, [*unwanted, "v2-1_512-ema-pruned.safetensors"]))
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert found == CONFIGS | weights
 
 
 def test_a_failing_hub_says_what_to_do(monkeypatch):
@@ -196,6 +202,12 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
     assert state.options["cpu"] and state.options["timeout"].days > 7
 
 
+def test_processes_want_a_gpu_each(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1 is one GPU, and there are 2 processes"):
+        Processes("cuda:1")
+
+
 def test_processes_that_do_not_find_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", Started(1))
@@ -208,10 +220,10 @@ def test_precision(monkeypatch):
     assert choose_precision("bf16", "cpu") == torch.bfloat16
     assert choose_precision("fp16", "cuda:0") == torch.float16
     assert choose_precision("auto", "mps") == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert choose_precision("auto", "cuda") == torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    generations = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", generations.get)
     assert choose_precision("auto", "cuda") == torch.bfloat16
+    assert choose_precision("auto", "cuda:1") == torch.float16
     with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16 or no on the CPU"):
         choose_precision("fp16", "cpu")
 
@@ -302,6 +314,39 @@ def test_weights_that_end_early(broken, part):
     file = broken / WEIGHTS[part]
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=rf"{part} could not be loaded \(.*fetch the model again"):
+        load_base(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"in_channels": 9}, "its UNet reads 9 channels and its latents have 4"),
+        ({"cross_attention_dim": 24}, "of width 24, its text encoder makes 16"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 64,
+            },
+            "its UNet wants more than a text",
+        ),
+    ],
+    ids=["inpainting", "another width", "SDXL"],
+)
+def test_models_of_another_kind(broken, settings, why):
+    thin_unet(**settings).save_pretrained(broken / "unet")
+    with pytest.raises(ValueError, match=rf"another kind \(.*{why}\); give a text-to-image"):
+        load_base(str(broken))
+
+
+def test_want_of_memory_is_not_told_as_a_broken_file(broken, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", load)
+    with pytest.raises(MemoryError):
         load_base(str(broken))
 
 

@@ -8,7 +8,15 @@ from thin import BOXES, TOKENS, thin_pipeline, thin_scheduler, thin_unet
 from mifo.attention import attention_layers
 from mifo.config import GuidanceConfig
 from mifo.regions import TokenRoles
-from mifo.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise, step_size
+from mifo.sampling import (
+    box_control,
+    ddim_scheduler,
+    denoise,
+    guide,
+    initial_noise,
+    scaled_gradient,
+    step_size,
+)
 
 #: guidance in steps 0 and 1, refined regions from step 2 and anew from step 4
 CONFIG = GuidanceConfig(guidance_steps=2, guidance_iterations=2, refine_every=2, loss_threshold=0)
@@ -180,6 +188,21 @@ def test_guidance_lowers_the_loss_at_every_iteration(unet, text):
     assert losses.shape == (5, 2)
     assert (losses.diff(dim=0) < 0).all()
     assert torch.equal(latents, before) and difference(moved, before) > 0
+
+
+@pytest.mark.parametrize("slope", [1e-9, 1e-3, 1.0, 3e4])
+def test_small_and_large_gradients_survive_fp16(slope):
+    """Unscaled, fp16 would make zero of the first; scaled by 2**14, infinity of the last two."""
+    latents = torch.tensor([1.0, -2.0], requires_grad=True)
+    loss = slope * latents.half().float().sum()
+    gradient = scaled_gradient(loss, latents, torch.float16)
+    assert gradient == pytest.approx(torch.full((2,), slope), rel=1e-2)
+    assert torch.autograd.grad(1e-9 * latents.half().float().sum(), latents)[0].eq(0).all()
+
+
+def test_a_gradient_beyond_fp16_stays_infinite():
+    latents = torch.tensor([1.0], requires_grad=True)
+    assert scaled_gradient(1e6 * latents.half().float().sum(), latents, torch.float16).isinf()
 
 
 def test_guidance_follows_the_gradient_by_its_step_size(unet, text):

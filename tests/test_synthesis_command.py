@@ -90,6 +90,13 @@ def test_files_and_what_they_say(paint, capsys):
         assert sheet.size == (384 * 2 + 4, 384)
 
 
+def test_a_large_sheet_is_shrunk(paint, monkeypatch):
+    monkeypatch.setattr(synthesis, "MOST_SHEET", 300)
+    folder = paint("--num_images", 3)
+    with Image.open(folder / "sheet_0000-0002.png") as sheet:
+        assert sheet.size == (150 * 2 + 4, 150 * 2 + 4)
+
+
 def test_pictures_are_never_replaced(paint):
     folder = paint()
     (folder / "0004.png").write_bytes(b"mine")

@@ -126,6 +126,17 @@ def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch
     assert not list((tmp_path / "broken").glob("*.part"))
 
 
+def test_a_loss_that_is_not_finite_ends_the_training_and_spoils_nothing(tmp_path):
+    train.train_vae(replace(SHORT, vae_steps=3), SHAPE, tmp_path)
+    before = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    with pytest.raises(ValueError, match="autoencoder: .* not finite at step 3.*learning rate"):
+        train.train_vae(replace(SHORT, kl_weight=float("nan")), SHAPE, tmp_path)
+    after = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    assert after["losses"] == before["losses"]
+    for kept, there in zip(before["modules"], after["modules"], strict=True):
+        assert all(torch.equal(kept[name], there[name]) for name in kept)
+
+
 def test_a_work_folder_keeps_to_its_settings(tmp_path):
     train.check_work(tmp_path / "work", CONFIG, None)
     train.check_work(tmp_path / "work", replace(CONFIG, steps=40), None)

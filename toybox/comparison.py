@@ -5,8 +5,8 @@ with fixed seeds and measures the pictures as semantic_evaluation.py does. Write
 comparison.json, sheet.png and confusion.png into {work}, anew after each variant. The same command
 goes on where it was stopped. Processes share the folders:
 
-    torchrun --nproc_per_node 2 -m toybox.comparison            # two cores, about two hours
-    torchrun --nproc_per_node 2 -m toybox.comparison --short    # some 9 minutes
+    torchrun --nproc_per_node 2 -m toybox.comparison            # about an hour on two cores
+    torchrun --nproc_per_node 2 -m toybox.comparison --short    # ten minutes
 """
 
 import argparse
@@ -32,6 +32,7 @@ from toybox.comparison_settings import (
     SHORT_VARIANTS,
     STAGE_2_SETTINGS,
     VARIANTS,
+    WORDS,
     Settings,
     Variant,
 )
@@ -116,7 +117,9 @@ def learning_config(work: Path, settings: Settings, variant: Variant, name: str)
 
     looks = read_looks(work / "folders" / name)
     kinds = [look.kind.replace("_", " ") for look in looks]
-    words = (f"{look.nearest_colour} {kind}" for look, kind in zip(looks, kinds, strict=True))
+    words = kinds
+    if settings.words == "phrase":
+        words = [f"{look.nearest_colour} {kind}" for look, kind in zip(looks, kinds, strict=True)]
     shown = " and ".join(f"{'an' if k[0] in 'aeiou' else 'a'} {k}" for k in sorted(set(kinds)))
     full = variant.learning.get("finetune") == "full"
     return LearningConfig(
@@ -297,7 +300,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         long, short = getattr(LONG, one.name), getattr(SHORT, one.name)
         shown = f"{long}" if short == long else f"{long}, with --short {short}"
         text = f"{HELP[one.name]} (default: {shown})"
-        parser.add_argument(f"--{one.name}", type=type(long), default=unset, help=text)
+        choices = WORDS if one.name == "words" else None
+        parser.add_argument(
+            f"--{one.name}", type=type(long), choices=choices, default=unset, help=text
+        )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 

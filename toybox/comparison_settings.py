@@ -1,7 +1,7 @@
 """The settings of a comparison, and its variants: the only home of both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mifo.config import LearningConfig
 
@@ -19,16 +19,17 @@ class Settings:
     seed: int = 0
     model_path: str = "toybox"
 
-    train_steps: int = 400
-    finetune_steps: int = 250
+    words: str = "phrase"
+    train_steps: int = 240
+    finetune_steps: int = 150
     learning_rate: float = 1e-3
     lora_learning_rate: float = 1e-3
     full_learning_rate: float = 1e-4
-    num_class_images: int = 16
+    num_class_images: int = 8
 
-    num_inference_steps: int = 50
+    num_inference_steps: int = 25
     guidance_scale: float = 3.0
-    guidance_steps: int = 15
+    guidance_steps: int = 8
     guidance_iterations: int = 5
     step_size: float = 2.0
     final_step_size: float = 0.5
@@ -39,14 +40,13 @@ class Settings:
 
 
 LONG = Settings()
-SHORT = Settings(
-    folders=4, seeds=2, train_steps=240, finetune_steps=150, num_class_images=8,
-    num_inference_steps=25, guidance_steps=8,
-)  # fmt: skip
+SHORT = replace(LONG, folders=4, seeds=2)
+WORDS = ("phrase", "kind")
 HELP = {
     "folders": "instance folders",
     "seeds": "pictures of each folder and variant, from seeds of the folder's own",
     "seed": "fixes the folders, the learning and the noise",
+    "words": "tokens start from a phrase (purple fox), or from the kind alone (fox)",
     "model_path": "base model: toybox, or a folder that toybox.train wrote",
     "train_steps": "steps of stage 1, the first third of them with the reward",
     "finetune_steps": "steps of stage 2",

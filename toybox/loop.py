@@ -139,7 +139,12 @@ class Trainer:
                     loss = step(index)
                 loss.backward()
                 loss = self._average_over_processes(loss.detach())
-                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                if not (loss.isfinite() and norm.isfinite()):
+                    raise ValueError(
+                        f"{self.name}: the loss or its gradient is not finite at step {index}; "
+                        "what came before is saved; train anew with a smaller learning rate"
+                    )
                 whole = False
                 self.optimizer.step()
                 self.ema.update(index)

@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from dataclasses import fields
+from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ from mifo.cli import HelpFormatter, Parser, add_setting, told_failures
 from mifo.config import LearningConfig, SynthesisConfig
 
 LOCAL = "127.0.0.1"
+ANY_NUMBER = "0.0.0.0"  # in a set of hosts: every address in digits
 #: The browser may use what this page serves, and nothing from elsewhere.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'none'"
 
@@ -53,23 +56,36 @@ def in_url(address: str) -> str:
 
 
 def hosts_of(address: str) -> set[str]:
-    """The names that a page served on an address answers to, as in a URL; empty: any."""
+    """The names that a page served on an address answers to, as in a URL; ANY_NUMBER among them."""
     host, local = in_url(address).lower(), {LOCAL, "localhost", "[::1]"}
     if host in ("0.0.0.0", "[::]"):  # every address of this machine
-        return set()
+        return local | {ANY_NUMBER, socket.gethostname().lower(), socket.getfqdn().lower()}
     return local if host in local else {host}
+
+
+def is_number(host: str) -> bool:
+    """Is this an address in digits, in brackets if it is one of IPv6?"""
+    try:
+        return in_url(str(ip_address(host.strip("[]")))) == host
+    except ValueError:
+        return False
 
 
 class Guard:
     """Serves requests to this host from this page, with POLICY; refuses all others.
 
     So no other page open in the browser can use this one, not even under a name of its own that
-    leads to this machine. ``hosts``: the names that this page answers to; empty: any. What is
-    larger than MAX_SENT is refused unread.
+    leads to this machine: ``hosts`` are the names that this page answers to, and ANY_NUMBER, since
+    nobody can make an address in digits lead elsewhere. What is larger than MAX_SENT, or does not
+    say how large it is, is refused unread.
     """
 
     def __init__(self, app, hosts: set[str]):
         self.app, self.hosts = app, hosts
+
+    def knows(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host).lower()
+        return name in self.hosts or (ANY_NUMBER in self.hosts and is_number(name))
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -77,9 +93,11 @@ class Guard:
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        stranger = self.hosts and re.sub(r":\d+$", "", host) not in self.hosts
-        if stranger or (origin is not None and urlsplit(origin).netloc != host):
+        if not self.knows(host) or (origin is not None and urlsplit(origin).netloc != host):
             await refuse(send, 403, b"not asked from this page\n")
+            return
+        if b"transfer-encoding" in headers:
+            await refuse(send, 411, b"say how large this is\n")
             return
         if int(headers.get(b"content-length", 0)) > MAX_SENT:
             await refuse(send, 413, b"this is too large\n")
@@ -133,7 +151,7 @@ def serve(options: argparse.Namespace) -> None:
             css=CSS,
         )
         print(f"open {address} (Ctrl-C ends)", flush=True)
-        if LOCAL not in hosts:
+        if hosts_of(LOCAL) != hosts:
             print(f"whoever reaches {options.listen} can use the page: it has no password")
         threading.Event().wait()
     finally:
@@ -149,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             import gradio  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ValueError("the page needs gradio: pip install .[app]") from error
+            raise ValueError("the page needs gradio: pip install ./lora-master '.[app]'") from error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # A background job of a script inherits that Ctrl-C is ignored, and so would its commands.
         signal.signal(signal.SIGINT, signal.default_int_handler)
