@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=X0,Y0,X1,Y1",
-        help='one box, such as "<asset0>=0.1,0.2,0.5,0.6", "10%%,20%%,50%%,60%%" or '
-        '"256,256,512,512px"; the name may be left out, the option may be repeated',
+        help='one box, such as "<asset0>=0.1,0.2,0.5,0.6", 10%%,20%%,50%%,60%% or '
+        "256,256,512,512px; the name may be left out, the option may be repeated",
     )
     parser.add_argument(
         "--boxes", metavar="JSON", help='several boxes, "[[0.1,0.2,0.5,0.6], [0.5,0.2,0.9,0.6]]"'

@@ -49,11 +49,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine"
     )
-    parser.add_argument("--name", default=None, help="of the files in results/; None: the device")
+    parser.add_argument("--name", default="latest", help="of the files in results/")
     args = parser.parse_args(argv)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = args.device or found
-    args.name = args.name or args.device
     if args.device == "cuda" and found == "cpu":
         parser.error("--device cuda is not available here; give --device cpu")
     if "sd21" in args.model and args.device == "cpu":

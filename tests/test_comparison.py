@@ -3,6 +3,7 @@
 One test runs this file as a script of its own, in two processes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -373,6 +374,19 @@ def test_another_attention_loss_has_a_stage_1_of_its_own(finished, work, monkeyp
     steps = Counter(monkeypatch, learning._Run, "step")
     comparison.learn_folder(work, config, "cpu")
     assert steps.count == 3 + 1
+
+
+def test_class_images_are_shared_on_a_disk_without_hard_links(tmp_path, monkeypatch):
+    made = tmp_path / "mifo/.class_images/a.safetensors"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"latents")
+
+    def link(*paths):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    comparison.share_class_images(tmp_path, tmp_path / "rank4")
+    assert (tmp_path / "rank4/.class_images/a.safetensors").read_bytes() == b"latents"
 
 
 def test_tokens_start_from_phrases_or_kinds(finished, work):

@@ -1,7 +1,10 @@
-"""The README tells every option of every command, and its links lead somewhere."""
+"""The READMEs: every option of every command, commands that parse, links, and code that runs."""
 
 import argparse
+import importlib
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,21 +17,27 @@ import visual_box_mask
 from mifo.app import __main__ as app
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = ("README.md", "toybox/README.md", "benchmarks/README.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
+README = TEXTS["README.md"]
 
 
 class _Seen(Exception):
     """Carries a parser out of a command that is about to parse."""
 
 
-def parser_of(command, monkeypatch) -> argparse.ArgumentParser:
+def parser_of(command) -> argparse.ArgumentParser:
     def parse_args(self, *_):
         raise _Seen(self)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    with pytest.raises(_Seen) as seen:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Seen) as seen:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         command.main([])
     return seen.value.args[0]
+
+
+# ----------------------------------------------------------------------------------------------
+# options
 
 
 @pytest.mark.parametrize(
@@ -42,18 +51,83 @@ def parser_of(command, monkeypatch) -> argparse.ArgumentParser:
         app,
     ],
 )
-def test_every_option_is_told_with_its_default(command, monkeypatch):
-    parser = parser_of(command, monkeypatch)
+def test_every_option_is_told_with_its_default_and_its_help(command):
     name = "python -m mifo.app" if command is app else f"{command.__name__}.py"
     section = README.split(f"<code>{name}</code>")[1].split("</details>")[0]
-    told = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", section, re.MULTILINE))
-    actions = {a.option_strings[0]: a for a in parser._actions if a.dest != "help"}
+    rows = re.findall(r"^\| `(--\w+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
+    told = {option: (default, meaning) for option, default, meaning in rows}
+    actions = {a.option_strings[0]: a for a in parser_of(command)._actions if a.dest != "help"}
     assert told.keys() == actions.keys()
     for option, action in actions.items():
+        default, meaning = told[option]
         if isinstance(action.default, str | int | float) and action.nargs != 0 and action.default:
-            assert told[option] == f"`{action.default}`", option
+            assert default == f"`{action.default}`", option
+        plain = action.help.removesuffix(" (default: %(default)s)").replace("%%", "%")
+        assert plain in meaning.replace("`", ""), option
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+# ----------------------------------------------------------------------------------------------
+# commands
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each command in the fenced shell blocks: one a line, or several joined by &&."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+
+
+def of_ours(text: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of the commands that run a module of this project."""
+    found = []
+    for words in commands(text):
+        script = next((at for at, word in enumerate(words) if word.endswith(".py")), None)
+        if script is not None:
+            found.append((words[script].removesuffix(".py"), words[script + 1 :]))
+        elif "-m" in words and words[words.index("-m") + 1].split(".")[0] in (
+            "mifo", "toybox", "benchmarks",
+        ):  # fmt: skip
+            at = words.index("-m") + 1
+            found.append((words[at], words[at + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_command_parses(name):
+    found = of_ours(TEXTS[name])
+    assert len(found) >= 4
+    for module, arguments in found:
+        module = "mifo.app.__main__" if module == "mifo.app" else module
+        parser_of(importlib.import_module(module)).parse_args(arguments)
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    code = re.search(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    for long, short in {
+        "num_class_images=16,": "num_class_images=1, train_steps=2, finetune_steps=1,",
+        "num_images=4,": "num_images=1, num_inference_steps=2,",
+    }.items():
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    shutil.copytree(ROOT / "example" / "toy_car", tmp_path / "example" / "toy_car")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "mine/toy_car/asset2.safetensors").is_file()
+    assert {"0000.png", "0000.json"} <= {p.name for p in (tmp_path / "output/mine").iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------
+# links
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", TEXTS[name]):
+        if target.startswith("https://"):
+            continue
+        file = (ROOT / name).parent / target if target else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, f"{target}#{anchor}"

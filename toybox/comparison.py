@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -194,6 +195,8 @@ def share_class_images(learned: Path, mine: Path) -> None:
             os.link(path, cache / path.name)
         except FileExistsError:  # its own, or linked before
             continue
+        except OSError:  # a disk without hard links
+            shutil.copy(path, cache / path.name)
 
 
 # ----------------------------------------------------------------------------------------------
