@@ -91,6 +91,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
     runtime = parser.add_argument_group("running")
     add_runtime_options(runtime, defaults)
+    add(
+        "optimizer",
+        "adamw8bit: its moments in 8 bits, by bitsandbytes",
+        runtime,
+        choices=("adamw", "adamw8bit"),
+    )
     add("weight_decay", "weight decay of AdamW", runtime)
     add("max_grad_norm", "gradient clipping", runtime)
     add("checkpoint_steps", "steps between checkpoints", runtime)

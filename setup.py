@@ -6,6 +6,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 GRADIO = "gradio>=6.31,<7"  # the page of mifo.app
+BITSANDBYTES = "bitsandbytes>=0.50"  # --optimizer adamw8bit
 
 setup(
     name="mifo",
@@ -32,12 +33,14 @@ setup(
     ],
     extras_require={
         "app": [GRADIO],
+        "8bit": [BITSANDBYTES],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
             "peft>=0.21",
             "pytest-xdist>=3.8",
             GRADIO,
+            BITSANDBYTES,
             "playwright>=1.65",
         ],
     },

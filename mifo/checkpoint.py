@@ -73,18 +73,24 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as flat tensors, ``optimizer.<parameter>.<key>``."""
     return {
         f"optimizer.{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give an optimiser over the same parameters the state of :func:`pack_optimizer`."""
-    states: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(optimizer)
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            states.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+            parameter = parameters[int(index)]
+            if value.ndim:
+                value = value.to(parameter.device)
+            elif not value.is_floating_point():  # a count of steps, which was a plain number
+                value = value.item()
+            optimizer.state[parameter][key] = value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -36,6 +36,7 @@ class LearningConfig:
     attention_weight: float = 1.0  # times the method's own
     initializer_tokens: tuple[str, ...] = ()
     resize: str = "aspect"  # aspect, squash
+    optimizer: str = "adamw"  # adamw, adamw8bit
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
 

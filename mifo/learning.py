@@ -105,7 +105,7 @@ class _Run:
                 table.requires_grad_(False)
                 parameters += [p for m in self.modules for p in m.parameters() if p.requires_grad]
         self.trained = parameters
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer_class(config.optimizer)(
             parameters, lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
         )
         from diffusers.optimization import get_scheduler
@@ -208,6 +208,15 @@ class _Run:
             group["lr"] = rate
         if scale := checkpoint.facts.get("scaler"):
             self.scaler.load_state_dict(scale)
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """AdamW, or bitsandbytes' with its moments in 8 bits."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def learn(

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -130,6 +131,8 @@ def check_settings(config: LearningConfig) -> None:
         raise ValueError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
     if not config.train_steps and (config.finetune == "none" or not config.finetune_steps):
         raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
+    if config.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     if ASSET.search(config.class_prompt):
         raise ValueError(
             f"--class_prompt {config.class_prompt!r} names an asset, which the base model does not "
@@ -189,8 +192,8 @@ def estimate_bytes(plan: Plan) -> int:
         for module in (base.unet, base.text_encoder)
     )
     bytes_each = torch.finfo(plan.dtype).bits // 8
-    if config.finetune == "full":
-        weights = 16 * (unet_size + text_size)  # also gradients, two moments
+    if config.finetune == "full":  # weights, gradients and two moments, these of 4 or of 1 byte
+        weights = (16 if config.optimizer == "adamw" else 10) * (unet_size + text_size)
     else:
         weights = bytes_each * unet_size + 4 * text_size
     height, width = plan.instance.image.shape[:2]

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save
 
 import mifo.figures
-from mifo import learning, priors
-from mifo.checkpoint import read_facts
+from mifo import learning, plan, priors
+from mifo.checkpoint import read_checkpoint, read_facts
 from mifo.config import LearningConfig
 from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.models import load_base
@@ -499,6 +499,27 @@ def test_resume_refuses_what_has_changed(learn, fails, folder, examples, ctrl_c)
     assert contents(folder / "out/.toys.work") == work
     (folder / "out/.toys.work/checkpoint.safetensors").write_bytes(b"half")
     assert "cannot be read" in fails(2, *own, "--resume")
+
+
+def test_8_bit_moments_learn_nearly_the_same_and_are_resumed(learn, fails, folder, ctrl_c):
+    """The LoRA's matrices are too small for 8 bits here; the whole UNet's weights are not."""
+    options = ("--finetune", "full", "--mixed_precision", "no")
+    losses = json.loads((learn(*options) / "manifest.json").read_text())["final_losses"]
+    options += ("--optimizer", "adamw8bit")
+    whole = contents(learn(*options, "--overwrite"))
+    found = json.loads(whole["manifest.json"])["final_losses"]
+    assert found == pytest.approx(losses, rel=1e-2)
+    shutil.rmtree(folder / "out")
+    with ctrl_c(2, 0):
+        fails(130, *options)
+    tensors = read_checkpoint(folder / "out/.toys.work/checkpoint.safetensors").tensors
+    assert any(t.dtype == torch.uint8 for name, t in tensors.items() if name.endswith("state1"))
+    assert contents(learn(*options, "--resume")) == whole
+
+
+def test_8_bit_moments_want_bitsandbytes(fails, monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    assert "needs bitsandbytes: pip install" in fails(2, "--optimizer", "adamw8bit")
 
 
 def test_resume_with_less_memory_and_another_precision(learn, fails, folder, ctrl_c):
