@@ -30,7 +30,7 @@ class Checkpoint:
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, tensor by tensor; OSError when there is no room for it."""
     facts = {"stage": checkpoint.stage, "step": checkpoint.step, "facts": checkpoint.facts}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    tensors = _by_themselves(checkpoint.tensors)
     try:
         with written_aside(path) as aside:
             save_file(tensors, aside, {"mifo": json.dumps(facts)})
@@ -39,6 +39,17 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _by_themselves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and no two of them in one storage, such as bitsandbytes' tables are."""
+    seen, separate = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

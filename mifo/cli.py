@@ -22,7 +22,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
-        if action.nargs == 0 or default in ("", [], ()):
+        is_told = "(default:" in (action.help or "")
+        if is_told or action.nargs == 0 or default in ("", [], ()):
             return action.help
         if isinstance(default, list | tuple):
             return f"{action.help} (default: {' '.join(map(str, default))})"

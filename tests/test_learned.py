@@ -1,6 +1,7 @@
 """What is written beside learned assets and pictures is read back as it was."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mifo.learned import open_learned, portable, replacing, write_learned
+from mifo.learned import FORMAT, MANIFEST, open_learned, portable, replacing, write_learned
 from mifo.learned_files import open_files
 from mifo.synthesis import save_picture
 
@@ -26,6 +27,7 @@ VALUES = st.recursive(
 def test_any_manifest_is_read_back(tmp_path_factory, count, source, sha256, more):
     manifest = {
         **more,
+        "format": FORMAT,
         "base_model": {"source": source, "sha256": sha256},
         "tokens": [f"<asset{i}>" for i in range(count)],
         "settings": {**more, "finetune": "none", "finetune_steps": 0},
@@ -42,6 +44,14 @@ def test_any_manifest_is_read_back(tmp_path_factory, count, source, sha256, more
     assert list(found.bases) == files
     assert all(base == manifest["base_model"] for base in found.bases.values())
     assert torch.equal(torch.stack([found.rows[i] for i in range(count)]), rows)
+
+
+def test_another_format_is_told(learned_dir, tmp_path):
+    folder = shutil.copytree(learned_dir / "toys", tmp_path / "toys")
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"format": FORMAT + 1}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"has format {FORMAT + 1}, and .* reads format {FORMAT}"):
+        open_learned(folder)
 
 
 @settings(max_examples=25, deadline=None)

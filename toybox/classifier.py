@@ -7,7 +7,6 @@ it on renders, in some ten minutes on one core, and saves its held-out accuracy 
 Axes: b batch, k kinds, r rows and c columns of cells.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mifo.cli import HelpFormatter, Parser
 from mifo.files import written_aside
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
@@ -299,14 +299,10 @@ def _share(found: list, truth: list) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toybox.classifier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="python -m toybox.classifier", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path(WEIGHTS.name), help="default: %(default)s"
-    )
+    parser.add_argument("--output", type=Path, default=Path(WEIGHTS.name), help="weights to write")
     for name, value in asdict(ClassifierConfig()).items():
         if not isinstance(value, tuple):
             parser.add_argument(

@@ -8,7 +8,6 @@ among all kinds there are; "of the kinds asked for", among those that prompts na
 Axes: b batch, n pixels of a map, t tokens.
 """
 
-import argparse
 import json
 import textwrap
 from collections import defaultdict
@@ -24,6 +23,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
+from mifo.cli import HelpFormatter, Parser, told_failures
+from mifo.learned import check_writable
 from mifo.models import check_folder, choose_device, quiet_libraries
 from toybox.classifier import (
     SCENE,
@@ -55,6 +56,7 @@ MEASURES = {
     ("renders", "kind"): ("renders through the autoencoder, one object: right kind", None),
     ("renders", "hue"): ("renders through the autoencoder, one object: right hue", None),
     ("renders", "kinds"): ("renders through the autoencoder, two objects: both kinds", None),
+    ("renders", "hues"): ("renders through the autoencoder, two objects: each in its hue", None),
 }
 
 
@@ -292,43 +294,40 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toybox.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="python -m toybox.evaluate", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=FOLDER, help="default: %(default)s")
-    parser.add_argument("--images", type=int, default=512, help="a measure (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--model", type=Path, default=FOLDER, help="pipeline folder")
+    parser.add_argument("--images", type=int, default=512, help="pictures a measure")
+    parser.add_argument("--seed", type=int, default=0, help="fixes prompts, scenes and noise")
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, metavar="KIND",
         help="kinds to ask for (default: those that the model was trained on)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument(
-        "--output", type=Path, default=Path("output/toybox"), help="default: %(default)s"
+        "--output", type=Path, default=Path("output/toybox"), help="folder of what is written"
     )
     args = parser.parse_args(argv)
-    if args.images < 1:
-        parser.error(f"--images {args.images} leaves nothing to measure; use 1 or more")
-    try:
+    with told_failures(parser):
+        if args.images < 1:
+            raise ValueError(f"--images {args.images} leaves nothing to measure; use 1 or more")
+        check_writable(args.output, "output")
         kinds = distinct_kinds(args.kinds or trained_kinds(args.model))
         device = choose_device(args.device)
         classifier = load_classifier()
         pipeline = load_pipeline(args.model)
-    except ValueError as error:
-        parser.error(str(error))
-    result, rows = evaluate(pipeline, classifier, args.images, args.seed, kinds, device)
-    result["settings"] = {
-        "model": "toybox" if args.model == FOLDER else str(args.model),
-        "images": args.images, "seed": args.seed, "kinds": list(kinds),
-        "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,
-    }  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2) + "\n"
-    (args.output / "evaluation.json").write_text(text, encoding="utf-8")
-    contact_sheet(rows).save(args.output / "samples.png")
-    print(table(result))
+        result, rows = evaluate(pipeline, classifier, args.images, args.seed, kinds, device)
+        result["settings"] = {
+            "model": "toybox" if args.model == FOLDER else str(args.model),
+            "images": args.images, "seed": args.seed, "kinds": list(kinds),
+            "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,
+        }  # fmt: skip
+        args.output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=2) + "\n"
+        (args.output / "evaluation.json").write_text(text, encoding="utf-8")
+        contact_sheet(rows).save(args.output / "samples.png")
+        print(table(result))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mifo.cli import HelpFormatter, Parser, told_failures
 from mifo.files import written_aside
 from toybox.scenes import HUES, KINDS, Look, Scene, draw_scene, render
 
@@ -145,29 +146,30 @@ def read_looks(folder: Path) -> list[Look]:
     return [Look(**placed["look"]) for placed in description["instances"]]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m toybox.instances",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = Parser(
+        prog="python -m toybox.instances", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("example"), help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("example"), help="where they go")
+    parser.add_argument("--size", type=int, default=512, help="side of a picture in pixels")
     parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
     new = parser.add_argument_group("new folders instead of the examples")
     new.add_argument("--count", type=int, help="how many, named set000, set001, …")
-    new.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    new.add_argument("--seed", type=int, default=0, help="fixes looks and places")
     new.add_argument("--instances", type=int, choices=(1, 2, 3), help="a folder (default: 2 or 3)")
     new.add_argument("--alike", choices=ALIKE, help="what they share (default: either)")
     new.add_argument(
         "--kinds", nargs="+", choices=KINDS, metavar="KIND", help="to choose from (default: all)"
     )
-    args = parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that make no sense."""
     if args.count is None and (args.seed or args.instances or args.alike or args.kinds):
-        parser.error("the five examples are fixed; add --count to write new folders")
+        raise ValueError("the five examples are fixed; add --count to write new folders")
     if args.size < 32:
-        parser.error(f"--size {args.size} is too small to see a toy; use 32 or more")
-    return args
+        raise ValueError(f"--size {args.size} is too small to see a toy; use 32 or more")
 
 
 def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
@@ -184,14 +186,13 @@ def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
+    parser, args = parse_args(argv)
+    with told_failures(parser):
+        check_options(args)
         for name, (scene, seed) in scenes_to_write(args).items():
             write_folder(args.output / name, scene, seed, args.size, args.overwrite)
             looks = (f"{toy.look.kind} {toy.look.hue:g}°" for toy in scene.toys)
             print(f"{args.output / name}: {', '.join(looks)}")
-    except ValueError as error:
-        raise SystemExit(f"python -m toybox.instances: {error}") from None
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mifo.models import quiet_libraries
 
 FOLDER = Path(__file__).parent / "model"
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
@@ -153,7 +155,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+def build_pipeline(vae, text_encoder, tokenizer, unet):
+    quiet_libraries()
+    from diffusers import StableDiffusionPipeline
+
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
