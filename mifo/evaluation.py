@@ -30,7 +30,8 @@ from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
 from mifo.measures import check_background, crop, layout, objects_by_colour, reference_crops
-from mifo.synthesis import asset_names, check_numbers, make_scene, paint, prepare
+from mifo.models import BaseModel
+from mifo.synthesis import Scene, asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
 
 RECORDS = "records.jsonl"
@@ -221,12 +222,19 @@ def evaluate(
     records = Records(output / RECORDS)
     keys = [[case.key(i, spaces) for i in range(case.config.num_images)] for case in cases]
     done = sum(key in records.found for row in keys for key in row)
+    learned = base = None
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
         for case, row in zip(cases, keys, strict=True):
-            references = {s.name: s.images(reference_crops(case.instance)) for s in spaces}
             missing = [index for index, key in enumerate(row) if key not in records.found]
-            for index, picture in _painted(case, missing, device):
+            if not missing:  # no model is loaded for none
+                continue
+            if case.learned is not learned:  # its prompts follow each other
+                learned, base = case.learned, None
+            scene = _scene(case, device, base)
+            base = scene.base
+            references = {s.name: s.images(reference_crops(case.instance)) for s in spaces}
+            for index, picture in _painted(scene, missing):
                 path = output / PICTURES / f"{case.config.model_id}-{row[index]}.png"
                 with written_aside(path) as aside:
                     picture.save(aside, "PNG")
@@ -237,15 +245,18 @@ def evaluate(
     return [[records.found[key] for key in row] for row in keys]
 
 
-def _painted(case: Case, indices: Sequence[int], device: str) -> Iterator[tuple[int, Image.Image]]:
-    """The pictures of these indices; no model is loaded for none."""
-    if not indices:
-        return
-    config = case.config
-    scene = make_scene(replace(config, box_control=True), None, case.boxes, device=device)
-    if not config.box_control:
-        scene = replace(scene, tokens=None)  # the boxes are only where it is measured
+def _scene(case: Case, device: str, base: BaseModel | None) -> Scene:
+    """What is painted of a case; ``base``: the model with what was learned, if it is there."""
+    boxed = replace(case.config, box_control=True)
+    scene = make_scene(boxed, None, case.boxes, device=device, base=base)
+    # Without box control, the boxes are only where it is measured.
+    return scene if case.config.box_control else replace(scene, tokens=None)
+
+
+def _painted(scene: Scene, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+    """The pictures of these indices."""
     text = prepare(scene)
-    for start in range(0, len(indices), config.batch_size):
-        batch = indices[start : start + config.batch_size]
+    size = scene.config.batch_size
+    for start in range(0, len(indices), size):
+        batch = indices[start : start + size]
         yield from zip(batch, paint(scene, batch, text), strict=True)

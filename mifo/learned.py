@@ -262,7 +262,10 @@ def _read_rows(learned: LearnedFolder, width: int) -> Tensor:
     rows = []
     for index in learned.assets:
         path = learned.path / f"asset{index}.safetensors"
-        row = read_lora(path)[0].get(asset_token(index))
+        try:
+            row = read_lora(path)[0].get(asset_token(index))
+        except ValueError:  # no safetensors file at all
+            row = None
         if row is None or row.shape != (1, width) or not row.isfinite().all():
             raise ValueError(
                 f"{path} holds no {asset_token(index)} of {width} finite numbers; learn the "

@@ -55,14 +55,16 @@ def make_scene(
     boxes: Sequence[Box] | dict[str, list[Box]] | None = None,
     subject_token_indices: Sequence[Sequence[int]] | None = None,
     device: str = "cpu",
+    base: BaseModel | None = None,
 ) -> Scene:
-    """Check a request and load its model.
+    """Check a request and load its model, unless it is given.
 
     Args:
         get_boxes: preset layout for so many subjects, where ``boxes`` is None.
         boxes: one a subject in the order of the prompt, or lists of boxes by asset name.
         subject_token_indices: positions of each subject's tokens, in place of the asset names.
         device: torch device to paint on.
+        base: of an earlier scene with the same learned folder, to spare loading it again.
 
     Raises:
         ValueError: with what does not fit and what to do.
@@ -76,7 +78,8 @@ def make_scene(
     names = asset_names(config.prompt, learned)
     if config.box_control and subject_token_indices is None:
         _placed(names, boxes, get_boxes)  # told before the model is loaded
-    base, _ = load(learned, config.model_path, config.offline)
+    if base is None:
+        base, _ = load(learned, config.model_path, config.offline)
     check_steps(config.num_inference_steps, base.scheduler)
     tokenizer = base.tokenizer
     encode_ids(tokenizer, config.negative_prompt)

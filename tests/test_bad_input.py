@@ -239,7 +239,7 @@ SYNTHESIS = [
     ("--output_path locked", "locked cannot be written to; give another --output_path"),
 ]
 SYNTHESIS_LOADED = [
-    ("", "asset1.safetensors' cannot be read as safetensors", cut(ROW)),
+    ("", "asset1.safetensors holds no <asset1> of", cut(ROW)),
     ("", "holds no <asset1> of 32 finite numbers", tensors(ROW, lambda k, v: v / 0)),
     ("", "holds no <asset1> of 32 finite numbers", tensors(ROW, lambda k, v: v[:, 1:])),
     ("", "holds no <asset1> of 32 finite numbers", copy(LEARNED / "asset0.safetensors", ROW)),

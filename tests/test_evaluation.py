@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 import semantic_evaluation
-from mifo import evaluation
+from mifo import evaluation, synthesis
 from mifo.boxes import Box
 from mifo.config import SynthesisConfig
 from mifo.features import FeatureSpace, load_features, squared
@@ -427,7 +427,9 @@ def test_other_settings_are_painted_anew(learned_dir, output, painted):
     assert len(records(output)) == 2 + 1
 
 
-def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted):
+def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted, monkeypatch):
+    loads, load = [], synthesis.load_learned
+    monkeypatch.setattr(synthesis, "load_learned", lambda *a: loads.append(a) or load(*a))
     options = ["--num_images", "1", "--boxes", "[[0.25, 0.25, 0.75, 0.75]]"]
     run(learned_dir, tmp_path, *options, "--prompt", "<asset1> here", "an <asset0>")
     found = result(tmp_path)
@@ -435,6 +437,7 @@ def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted):
     assert np.sum(found["confusion"]["random"], axis=1).tolist() == [1, 1]
     means = [case["measures"]["IoU with the box"]["mean"] for case in found["cases"]]
     assert found["all"]["IoU with the box"]["mean"] == pytest.approx(np.mean(means))
+    assert len(loads) == 1
     assert "| all |" in (tmp_path / "evaluation.md").read_text()
 
 

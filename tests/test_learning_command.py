@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save
+from thin import contents
 
 import mifo.figures
 from mifo import learning, plan, priors
@@ -72,11 +73,6 @@ def fails(learn, capsys, caplog):
         return told
 
     return run
-
-
-def contents(folder):
-    """Every file below a folder, by its relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def tree(folder):

@@ -1,12 +1,12 @@
 """Training toybox, very small: it learns, and an interruption changes nothing."""
 
 import os
-import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from thin import free_port
 
 from mifo.processes import Processes
 from toybox import data as toybox_data
@@ -175,10 +175,7 @@ def test_two_processes_train_as_one(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_in_process, (port, data_folder, two), nprocs=2)
+    torch.multiprocessing.spawn(train_in_process, (free_port(), data_folder, two), nprocs=2)
     train.train_vae(SHORT, SHAPE, one)
     train.train_unet(SHARED, SHAPE, one, encoded, scale, tokenizer)
     for name in ("autoencoder.pt", "unet.pt"):
