@@ -103,13 +103,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     runtime.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory, more time"
     )
-    again = runtime.add_mutually_exclusive_group()
-    again.add_argument(
+    runtime.add_argument(
         "--resume",
         action="store_true",
         help="go on with an unfinished run; of several instances, with all that are not finished",
     )
-    again.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
     runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
     return parser, parser.parse_args(argv)
 
@@ -142,15 +141,18 @@ def learn_of_several(
 ) -> str:
     """Learn one of several instances; returns what became of it.
 
-    With --resume one that is unfinished goes on, one that is learned stays, any other begins.
+    With --resume one that is unfinished goes on, one that is learned stays (unless it was learned
+    otherwise, and --overwrite is given), any other begins.
     """
     from mifo.plan import is_begun, is_learned, learned_otherwise
 
     resume = options.resume and is_begun(config)
     if options.resume and not resume and is_learned(config):
-        if differ := learned_otherwise(config):
-            return f"learned already, {differ}; to learn it anew, give --overwrite, not --resume"
-        return "learned already"
+        differ = learned_otherwise(config)
+        if not differ:
+            return "learned already"
+        if not options.overwrite:
+            return f"learned already, {differ}; add --overwrite to learn it anew"
     learn_one(config, options, device, seed, resume)
     return "checked" if options.dry_run else "learned"
 

@@ -15,7 +15,7 @@ import semantic_export
 from benchmarks.cases import full_size_model
 from mifo import export
 from mifo.config import LearningConfig
-from mifo.learned import open_learned, portable, write_learned, write_pipeline
+from mifo.learned import FORMAT, open_learned, portable, write_learned, write_pipeline
 from mifo.learning import TEXT_TARGETS, UNET_TARGETS
 from mifo.models import load_base
 from mifo.tokens import add_asset_tokens, write_rows
@@ -43,6 +43,7 @@ def make_learned(folder: Path, model: Path, finetune: str, seed: int = 0) -> Pat
         for parameter in lora_parameters(base.unet) + lora_parameters(base.text_encoder):
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.3
     manifest = {
+        "format": FORMAT,
         "base_model": {"source": str(model), "sha256": base.digest},
         "tokens": ["<asset0>", "<asset1>"],
         "settings": {"finetune": finetune, "finetune_steps": 1},

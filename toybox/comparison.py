@@ -191,12 +191,15 @@ def share_class_images(learned: Path, mine: Path) -> None:
     cache = mine / ".class_images"
     cache.mkdir(parents=True, exist_ok=True)
     for path in learned.glob("*/.class_images/[!.]*.safetensors"):
+        target = cache / path.name
+        if target.exists():  # its own, or linked before
+            continue
         try:
-            os.link(path, cache / path.name)
-        except FileExistsError:  # its own, or linked before
+            os.link(path, target)
+        except FileExistsError:  # by another process, just now
             continue
         except OSError:  # a disk without hard links
-            shutil.copy(path, cache / path.name)
+            shutil.copy(path, target)
 
 
 # ----------------------------------------------------------------------------------------------
