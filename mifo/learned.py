@@ -173,12 +173,15 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    # In a group of processes transformers writes in the first alone; here each has its own folders.
+    base.text_encoder.should_save_on_this_rank = bool
     try:
         pipeline.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(
             f"the pipeline could not be written ({error}); free some space and try again"
         ) from error
+    check_folder(folder)
 
 
 def learned_names(models_dir: Path) -> list[str]:
