@@ -31,13 +31,15 @@ def states(base, prompts: list[str]) -> torch.Tensor:
 
 
 def test_tokens_say_their_phrases(base, ids):
-    """Alone and in company, each is nearest to its own of all 64 phrases; not so the means."""
-    phrases = ["teal teapot", "blue teapot", "pink fox"]
+    """Nearly all, alone and in company, are nearest to their own of 64 phrases; few means are."""
+    sets = [
+        ("teal teapot", "blue teapot", "pink fox"),
+        ("blue car", "purple car", "green car"),
+        ("orange cat", "yellow bear", "red balloon"),
+    ]
     known = [f"{colour} {kind}" for colour in HUES for kind in KINDS]
-    means = initial_rows(base.tokenizer, base.text_encoder, ids, phrases, seed=0)
-    fitted = fit_phrases(base.tokenizer, base.text_encoder, ids, phrases, means)
 
-    def read(rows, asset: int, others: tuple[int, ...] = ()) -> str:
+    def read(rows, phrases, asset: int, others: tuple[int, ...] = ()) -> str:
         said = "".join(f"{phrases[i]} and " for i in others)
         wanted = states(base, [f"a photo of {said}{phrase}" for phrase in known])
         with lend_rows(base.text_encoder, ids, rows):
@@ -45,9 +47,16 @@ def test_tokens_say_their_phrases(base, ids):
             found = states(base, [f"a photo of {said}<asset{asset}>"])
         return known[torch.cdist(found, wanted).argmin().item()]
 
-    assert [read(means, i) for i in range(3)] != phrases
-    assert [read(fitted, i) for i in range(3)] == phrases
-    assert [read(fitted, (i + 1) % 3, (i,)) for i in range(3)] == phrases[1:] + phrases[:1]
+    right = {"means": 0, "alone": 0, "in company": 0}
+    for phrases in sets:
+        means = initial_rows(base.tokenizer, base.text_encoder, ids, phrases, seed=0)
+        fitted = fit_phrases(base.tokenizer, base.text_encoder, ids, phrases, means)
+        for i, phrase in enumerate(phrases):
+            right["means"] += read(means, phrases, i) == phrase
+            right["alone"] += read(fitted, phrases, i) == phrase
+            right["in company"] += read(fitted, phrases, i, ((i + 2) % 3,)) == phrase
+    assert right["means"] <= 4
+    assert right["alone"] >= 8 and right["in company"] >= 8
 
 
 def test_phrases_of_one_token_keep_their_rows_and_the_table_stays(base, ids):
