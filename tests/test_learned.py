@@ -9,8 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mifo.learned import FORMAT, MANIFEST, open_learned, portable, replacing, write_learned
+from mifo.learned import (
+    FORMAT,
+    MANIFEST,
+    open_learned,
+    portable,
+    replacing,
+    write_learned,
+    write_pipeline,
+)
 from mifo.learned_files import open_files
+from mifo.models import load_base
 from mifo.synthesis import save_picture
 
 TEXT = st.text(st.characters(), max_size=20)  # any, as a path may hold bytes that are no letters
@@ -44,6 +53,18 @@ def test_any_manifest_is_read_back(tmp_path_factory, count, source, sha256, more
     assert list(found.bases) == files
     assert all(base == manifest["base_model"] for base in found.bases.values())
     assert torch.equal(torch.stack([found.rows[i] for i in range(count)]), rows)
+
+
+def test_a_process_that_is_not_the_first_writes_a_whole_pipeline(small_sd, tmp_path, monkeypatch):
+    """There transformers leaves the writing to the first one."""
+    base = load_base(str(small_sd))
+    monkeypatch.setattr(
+        type(base.text_encoder), "should_save_on_this_rank", lambda self, is_main: False
+    )
+    write_pipeline(tmp_path / "pipeline", base)
+    again = load_base(str(tmp_path / "pipeline")).text_encoder.state_dict()
+    for name, tensor in base.text_encoder.state_dict().items():
+        assert torch.equal(again[name], tensor)
 
 
 def test_another_format_is_told(learned_dir, tmp_path):

@@ -63,9 +63,8 @@ def test_one_learns_though_the_other_fails(learn_argv, learned_dir, examples, tm
     shutil.copytree(examples, tmp_path / "mine")
     (tmp_path / "mine/bad").mkdir()
     argv = [*learn_argv, "--folder_path", "mine", "--instance", "bad", "toys"]
-    argv += ["--output_dir", "out", "--finetune", "none", "--save_pipeline"]
+    argv += ["--output_dir", "out", "--finetune", "none"]
     done = launch(tmp_path, "semantic_learning.py", argv)
-    assert (tmp_path / "out/toys/pipeline/text_encoder/model.safetensors").is_file()
     told = done.stdout.splitlines()[-2:]
     assert told == [
         "bad: mine/bad holds no img.jpg; save the picture under that name",
