@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -386,7 +387,15 @@ def wait_for(condition, seconds=30):
         time.sleep(0.05)
 
 
-def test_one_command_runs_at_a_time_and_can_be_stopped():
+@pytest.fixture
+def interruptible():
+    """Commands hear Ctrl-C even where the tests are a background job, which ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_one_command_runs_at_a_time_and_can_be_stopped(interruptible):
     code = """import sys, time
 print("hello")
 for n in range(3): print(f"step: {n}%|##", end="\\r", file=sys.stderr)
