@@ -29,7 +29,7 @@ from mifo.features import FeatureSpace, load_features
 from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
-from mifo.measures import check_background, crop, layout, objects_by_colour, reference_crops
+from mifo.measures import crop, layout, objects_by_colour, outside_of, reference_crops
 from mifo.models import BaseModel
 from mifo.synthesis import Scene, asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
@@ -184,7 +184,7 @@ def plan_cases(
                     f"there are {len(placed)} boxes and {len(assets)} assets in the prompt "
                     f"{prompt!r}; give one box for each"
                 )
-            check_background(placed)
+            outside_of(placed, (64, 64))  # there has to be some background
             full = replace(config, model_id=model_id, prompt=prompt)
             cases.append(Case(learned, full, instance, assets, placed))
     return cases
@@ -222,7 +222,7 @@ def evaluate(
     records = Records(output / RECORDS)
     keys = [[case.key(i, spaces) for i in range(case.config.num_images)] for case in cases]
     done = sum(key in records.found for row in keys for key in row)
-    learned = base = None
+    learned = scene = None
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
         for case, row in zip(cases, keys, strict=True):
@@ -230,9 +230,8 @@ def evaluate(
             if not missing:  # no model is loaded for none
                 continue
             if case.learned is not learned:  # its prompts follow each other
-                learned, base = case.learned, None
-            scene = _scene(case, device, base)
-            base = scene.base
+                learned, scene = case.learned, None  # one model in memory at a time
+            scene = _scene(case, device, scene and scene.base)
             references = {s.name: s.images(reference_crops(case.instance)) for s in spaces}
             for index, picture in _painted(scene, missing):
                 path = output / PICTURES / f"{case.config.model_id}-{row[index]}.png"

@@ -64,7 +64,9 @@ class _Run:
         if config.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # diffusers checkpoints in training mode only; SD's has no dropout
+        base.vae.to(plan.device)
         self.views = Views(base, plan.instance, self.ids, plan.device)
+        base.vae.to("cpu")  # learning itself does without it
         self.inputs = inputs_of(plan)
         self.scaler = torch.amp.GradScaler(
             plan.device.split(":")[0], enabled=plan.dtype == torch.float16
@@ -296,7 +298,10 @@ def _prior(run: _Run, after_batch: Callable[[], None]) -> Tensor | None:
         return None
     size = tuple(run.views.moments.shape[-2:])
     if run.plan.class_images:
-        return encode_class_images(base, run.plan.class_images, size, run.plan.device)
+        base.vae.to(run.plan.device)
+        latents = encode_class_images(base, run.plan.class_images, size)
+        base.vae.to("cpu")
+        return latents
     batch = 8 if run.plan.device.startswith("cuda") else 4
     cache = Path(config.output_dir) / ".class_images"
     count, seed = config.num_class_images, config.seed

@@ -43,21 +43,14 @@ def margins(own: Sequence[int], similarities: Sequence[Sequence[float]]) -> list
     return (mine - rows.max(axis=1)).tolist()
 
 
-def check_background(boxes: Sequence[Box]) -> None:
-    """Raises ValueError for boxes that leave (to 1/64 of a picture's side) nothing outside."""
-    if _union(boxes, (64, 64)).all():
-        raise ValueError("the boxes cover the whole picture; leave some background to compare with")
-
-
 def objects_by_colour(picture: Image.Image, boxes: Sequence[Box]) -> np.ndarray:
     """Bool [H, W], True where a colour is far from the background's.
 
     The background's colour is the median outside the boxes. Far is more than :data:`CLEAR` times
     the median distance from it out there, and more than :data:`LEAST_CONTRAST`.
     """
-    check_background(boxes)
     pixels = np.asarray(picture.convert("RGB"), dtype=float) / 255
-    outside = ~_union(boxes, pixels.shape[:2])
+    outside = outside_of(boxes, pixels.shape[:2])
     distance = np.linalg.norm(pixels - np.median(pixels[outside], axis=0), axis=-1)
     return distance > max(LEAST_CONTRAST, CLEAR * np.median(distance[outside]))
 
@@ -82,6 +75,14 @@ def layout(objects: np.ndarray, boxes: Sequence[Box]) -> tuple[list[float], floa
         ious.append(_iou(windows[counts.argmax() - 1], window))
     outside = objects & ~_union(boxes, objects.shape)
     return ious, float(outside.sum() / objects.sum()) if objects.any() else None
+
+
+def outside_of(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:
+    """Bool of this shape [H, W], True outside all boxes; a ValueError where nothing is."""
+    outside = ~_union(boxes, shape)
+    if not outside.any():
+        raise ValueError("the boxes cover the whole picture; leave some background to compare with")
+    return outside
 
 
 def _union(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:

@@ -131,14 +131,12 @@ class Views:
     def __init__(self, base: BaseModel, instance: Instance, asset_ids: Sequence[int], device: str):
         self.base, self.device, self.asset_ids = base, device, list(asset_ids)
         pixels = torch.from_numpy(instance.image).permute(2, 0, 1).float() / 127.5 - 1  # 3 H W
-        base.vae.to(device)
-        with torch.no_grad():
+        with torch.no_grad():  # one by one, to spare memory
             codes = [
-                base.vae.encode(way[None].to(device)).latent_dist
+                base.vae.encode(way[None].to(base.vae.device)).latent_dist
                 for way in (pixels, pixels.flip(-1))
             ]
             moments = [torch.cat([code.mean, code.std]).float().cpu() for code in codes]
-        base.vae.to("cpu")  # nobody needs it any more while learning
         self.moments = torch.stack(moments)  # flip, (mean, deviation), c, h, w
         self.masks = torch.from_numpy(instance.masks.astype(np.float32))  # N H W
         self.scale = base.vae.config.scaling_factor

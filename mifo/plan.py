@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def check_same(saved: Checkpoint, plan: Plan) -> None:
 
 
 def _check_same_settings(then: dict, config: LearningConfig) -> None:
-    if differ := _other_settings(then, config, FREE_SETTINGS):
+    if differ := _other_settings(then, config):
         raise ValueError(
             f"the unfinished run had other settings ({differ}); go on with those, or start anew "
             "with --overwrite in place of --resume"
@@ -271,20 +272,22 @@ def inputs_of(plan: Plan) -> dict:
     }
 
 
-def kept_settings(config: LearningConfig) -> dict:
-    """The settings that a resumed run has to share, in JSON's types."""
+def kept_settings(config: LearningConfig, free: Collection[str] = FREE_SETTINGS) -> dict:
+    """The settings that a resumed run has to share, all but the free ones, in JSON's types."""
     return {
         field.name: list(value)
         if isinstance(value := getattr(config, field.name), tuple)
         else value
         for field in fields(config)
-        if field.name not in FREE_SETTINGS
+        if field.name not in free
     }
 
 
-def _other_settings(then: dict, config: LearningConfig, free: set[str]) -> str:
+def _other_settings(
+    then: dict, config: LearningConfig, free: Collection[str] = FREE_SETTINGS
+) -> str:
     """The options of a run that went by other settings than a config's; empty if by the same."""
-    now = {**asdict(config), **kept_settings(config)}
+    now = kept_settings(config, free)
     kept = (name for name in then if name not in free)
     return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))
 
@@ -298,8 +301,7 @@ def learned_otherwise(config: LearningConfig) -> str:
     then = dict(manifest["settings"])
     if config.seed is None:
         then["seed"] = None
-    differ = _other_settings(then, config, FREE_SETTINGS - {"model_path"})
-    if differ:
+    if differ := _other_settings(then, config, FREE_SETTINGS - {"model_path"}):
         return f"with {differ}"
     files = [find_image(instance_folder(config)), *find_masks(instance_folder(config))]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]

@@ -101,17 +101,13 @@ def find_class_images(folder: str) -> list[Path]:
 
 
 @torch.no_grad()
-def encode_class_images(
-    base: BaseModel, paths: list[Path], size: tuple[int, int], device: str = "cpu"
-) -> Tensor:
+def encode_class_images(base: BaseModel, paths: list[Path], size: tuple[int, int]) -> Tensor:
     """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop."""
-    base.vae.to(device)
     latents = []
     pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)
     for path in tqdm(paths, "class images", unit="image"):
         picture = ImageOps.fit(read_picture(path), pixels)
         tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
-        tensor = (tensor.float() / 127.5 - 1).to(device)
+        tensor = (tensor.float() / 127.5 - 1).to(base.vae.device)
         latents.append(base.vae.encode(tensor).latent_dist.mean.float().cpu())
-    base.vae.to("cpu")
     return torch.cat(latents) * base.vae.config.scaling_factor

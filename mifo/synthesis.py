@@ -283,7 +283,7 @@ def save_sheet(scene: Scene, paths: Sequence[Path]) -> Path:
 
     Small pictures are enlarged, those of a sheet that would be too large are shrunk.
     """
-    columns = int(np.ceil(np.sqrt(len(paths))))
+    columns = _columns(len(paths))
 
     def tile(path: Path) -> Image.Image:
         with Image.open(path) as file:
@@ -363,9 +363,14 @@ def _move_new(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
+def _columns(count: int) -> int:
+    """Of a contact sheet: as near to a square as it goes."""
+    return int(np.ceil(np.sqrt(count)))
+
+
 def contact_sheet(pictures: Iterable[Image.Image], count: int, gap: int = 4) -> Image.Image:
-    """``count`` pictures of one size in a grid, as near to a square as it goes."""
-    columns = int(np.ceil(np.sqrt(count)))
+    """``count`` pictures of one size in a grid."""
+    columns = _columns(count)
     rows = -(-count // columns)
     for index, picture in enumerate(pictures):
         width, height = picture.width + gap, picture.height + gap

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ def fails(capsys):
         return told
 
     return run
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, as in a terminal; workers of pytest-xdist and background jobs ignore it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -385,14 +384,6 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-@pytest.fixture
-def interruptible():
-    """Commands hear Ctrl-C even where the tests are a background job, which ignores it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
 
 
 def test_one_command_runs_at_a_time_and_can_be_stopped(interruptible):

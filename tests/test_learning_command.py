@@ -409,12 +409,10 @@ def test_the_estimate_of_memory_is_near_what_was_measured(results, model):
 
 
 @pytest.fixture
-def ctrl_c(monkeypatch):
+def ctrl_c(monkeypatch, interruptible):
     """Press Ctrl-C in the middle of a step, so many times."""
 
     run_step = learning._Run.step
-    # A worker of pytest-xdist ignores SIGINT; a terminal's process does not.
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
     def press(stage, step, times=1):
@@ -428,8 +426,7 @@ def ctrl_c(monkeypatch):
             patch.setattr(learning._Run, "step", interrupted)
             yield
 
-    yield press
-    signal.signal(signal.SIGINT, former)
+    return press
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
