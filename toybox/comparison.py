@@ -123,7 +123,7 @@ def learning_config(work: Path, settings: Settings, variant: Variant, name: str)
         words = [f"{look.nearest_colour} {kind}" for look, kind in zip(looks, kinds, strict=True)]
     shown = " and ".join(f"{'an' if k[0] in 'aeiou' else 'a'} {k}" for k in sorted(set(kinds)))
     full = variant.learning.get("finetune") == "full"
-    return LearningConfig(
+    shared = LearningConfig(
         instance=name,
         folder_path=str(work / "folders"),
         model_path=settings.model_path,
@@ -138,8 +138,8 @@ def learning_config(work: Path, settings: Settings, variant: Variant, name: str)
         num_class_images=settings.num_class_images,
         initializer_tokens=tuple(words),
         mixed_precision=settings.mixed_precision,
-        **variant.learning,
     )
+    return replace(shared, **variant.learning)
 
 
 def learn_folder(work: Path, config: LearningConfig, device: str) -> None:

@@ -99,6 +99,8 @@ def _variants() -> dict[str, Variant]:
         ("rank64", "LoRA of rank 64", {"lora_rank": 64}),
         ("full", "whole model fine-tuned", {"finetune": "full"}),
         ("tokens", "tokens alone, no fine-tuning", {"finetune": "none"}),
+        ("random", "tokens drawn at random", {"initializer_tokens": ()}),
+        ("no_prior", "no class images", {"prior_weight": 0.0}),
     ):
         rows.append(Variant(name, text, name, learning))
     rows += [
