@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "--instance",
         nargs="+",
         default=[defaults.instance],
-        help="name of the instance folder, of several, or all; processes share them",
+        help="names of instance folders, or all; processes share them",
     )
     add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
     add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
@@ -49,13 +49,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
     stage = parser.add_argument_group("stage 1: the tokens")
     add("train_steps", "steps of stage 1", stage)
-    add("reward_steps", "the first of them, with the reward in place of the penalty", stage)
+    add(
+        "reward_steps",
+        "how many of the first train_steps use the reward in place of the penalty",
+        stage,
+    )
     add("learning_rate", "learning rate of stage 1", stage)
     add("warmup_steps", "steps over which the learning rate rises", stage)
     add(
         "attention_loss",
         "mifo: the reward, then the penalty; reward: the reward in stage 1, nothing in stage 2; "
-        "penalty: the penalty throughout",
+        "penalty: the penalty throughout; break_a_scene: that paper's loss throughout",
         stage,
         choices=("mifo", "break_a_scene", "reward", "penalty", "none"),
     )
@@ -71,7 +75,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
     stage = parser.add_argument_group("stage 2: fine-tuning")
     add(
-        "finetune", "what is trained along with the tokens", stage, choices=("lora", "full", "none")
+        "finetune",
+        "lora: a LoRA; full: the UNet and the text encoder; none: the tokens alone",
+        stage,
+        choices=("lora", "full", "none"),
     )
     add("finetune_steps", "steps of stage 2", stage)
     add(
@@ -98,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         choices=("adamw", "adamw8bit"),
     )
     add("weight_decay", "weight decay of AdamW", runtime)
-    add("max_grad_norm", "gradient clipping", runtime)
+    add("max_grad_norm", "largest norm of the gradient; a larger one is scaled down", runtime)
     add("checkpoint_steps", "steps between checkpoints", runtime)
     runtime.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory, more time"
@@ -106,7 +113,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     runtime.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an unfinished run; of several instances, with all that are not finished",
+        help="go on with an unfinished run; of several folders, with every one that is not "
+        "finished",
     )
     runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
     runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")

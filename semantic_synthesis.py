@@ -89,7 +89,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         type=token_indices,
         help="positions of each subject's tokens, such as [[4]]; None: found from the names",
     )
-    parser.add_argument("--boxes", help="a JSON list of boxes, in the order of the prompt")
+    parser.add_argument(
+        "--boxes",
+        help="a JSON list of boxes such as [[0.1,0.2,0.5,0.6]], in the order of the prompt",
+    )
     parser.add_argument(
         "--box",
         action="append",
@@ -120,10 +123,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     group = parser.add_argument_group("box control")
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")
     help_texts = {
-        "guidance_steps": "denoising steps with guidance",
-        "guidance_iterations": "updates of the latents, at most, in a step with guidance",
-        "step_size": "size of these updates at the first step",
-        "final_step_size": "size toward which they fall over the steps with guidance",
+        "guidance_steps": "first denoising steps, in which the boxes guide the latents",
+        "guidance_iterations": "updates of the latents, at most, in each of these steps",
+        "step_size": "size of the updates at the first step",
+        "final_step_size": "size toward which they fall over these steps",
         "cross_weight": "weight of the cross-attention terms",
         "self_weight": "weight of the self-attention terms",
         "loss_threshold": "loss per subject below which a step's guidance ends",

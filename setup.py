@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+NEEDED = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
 GRADIO = "gradio>=6.31,<7"  # the page of mifo.app
 BITSANDBYTES = "bitsandbytes>=0.50"  # --optimizer adamw8bit
 
@@ -27,10 +28,7 @@ setup(
         "toybox": ["sprites/*", "model/*", "model/*/*", "classifier.*"],
     },
     python_requires=">=3.11",
-    install_requires=[
-        *(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-        "mifo-lora",
-    ],
+    install_requires=["mifo-lora" if name == "./lora-master" else name for name in NEEDED],
     extras_require={
         "app": [GRADIO],
         "8bit": [BITSANDBYTES],

@@ -1,4 +1,4 @@
-"""Every option of the two commands and its default: the only home of both."""
+"""Every setting of learning and synthesis and its default: the only home of both."""
 
 from dataclasses import dataclass
 
@@ -49,6 +49,7 @@ class LearningConfig:
 
     @property
     def stage_two_learning_rate(self) -> float:
+        """The given one, or what suits the kind of fine-tuning."""
         default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
         return default if self.finetune_learning_rate is None else self.finetune_learning_rate
 

@@ -10,7 +10,7 @@ FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """What torch raises for want of memory becomes a MemoryError, one of the FAILURES."""
+    """Within, the RuntimeError of torch that is out of memory is a MemoryError, one of FAILURES."""
     try:
         yield
     except RuntimeError as error:
@@ -20,7 +20,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Is it what torch raises for want of memory, on a GPU or on the CPU?"""
+    """Whether torch ran out of memory, on a GPU or on the CPU."""
     signs = ("out of memory", "can't allocate memory", "alloc_failed")
     is_told = any(sign in str(error).lower() for sign in signs)
     return is_told or type(error).__name__ == "OutOfMemoryError"
@@ -31,7 +31,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return (
             "there is not enough memory; learning takes less with --gradient_checkpointing, "
-            "painting with a smaller --batch_size, --width and --height"
+            "painting with --batch_size 1 and a smaller --width and --height"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; nothing that was there before has been changed: free some space"

@@ -47,10 +47,12 @@ class LearnedFolder:
 
     @property
     def assets(self) -> list[int]:
+        """Numbers of the assets, from 0 on."""
         return list(range(len(self.tokens)))
 
     @property
     def tokens(self) -> list[str]:
+        """Names of the tokens, by asset: ``<asset0>`` and so on."""
         return self.manifest["tokens"]
 
     @property
@@ -60,6 +62,7 @@ class LearnedFolder:
 
     @property
     def base_source(self) -> str:
+        """The base model that it was learned with: a path, a hub id or ``toybox``."""
         return self.manifest["base_model"]["source"]
 
 
@@ -185,7 +188,7 @@ def write_pipeline(folder: Path, base: BaseModel) -> None:
 
 
 def learned_names(models_dir: Path) -> list[str]:
-    """Names of the learned folders in a folder; those aside, whose names begin with a dot, not."""
+    """Names of the learned folders in a folder; names that begin with a dot are skipped."""
     return sorted(path.parent.name for path in models_dir.glob(f"[!.]*/{MANIFEST}"))
 
 

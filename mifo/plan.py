@@ -52,10 +52,12 @@ class Plan:
 
     @property
     def target(self) -> Path:
+        """Where the finished folder goes."""
         return target_folder(self.config)
 
     @property
     def work(self) -> Path:
+        """Where an unfinished run keeps its checkpoint."""
         return work_folder(self.config)
 
     @property
@@ -68,6 +70,7 @@ class Plan:
 
     @property
     def has_prior(self) -> bool:
+        """Whether class images are needed."""
         return bool(self.config.prior_weight) and any(stage == 2 for stage, _ in self.stages)
 
 

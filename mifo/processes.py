@@ -42,6 +42,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes and prints for all."""
         return self.index == 0
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
@@ -49,7 +50,7 @@ class Processes:
         return work[self.index :: self.count]
 
     def agree(self, value: T) -> T:
-        """The first process's value, told to all."""
+        """The first process's value, sent to all."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list

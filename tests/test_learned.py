@@ -89,7 +89,7 @@ def test_what_a_picture_says_is_read_back(tmp_path_factory, prompt, facts):
     assert json.loads(path.with_suffix(".json").read_text()) == facts
 
 
-def test_what_travels_tells_nobody_s_home():
+def test_written_files_hold_no_absolute_paths():
     settings = {
         "prompt": "/home/ada is no path", "folder_path": "/home/ada/photos", "model_path": "toybox",
         "output_dir": "Model_ours", "class_images": None, "tokens": ("/tmp/asset0.safetensors",),

@@ -602,7 +602,7 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
     ],
 )
-def test_want_of_memory_in_one_instance(learn, folder, twins, capsys, caplog, monkeypatch, error):
+def test_out_of_memory_in_one_instance(learn, folder, twins, capsys, caplog, monkeypatch, error):
     run_step = learning._Run.step
 
     def step(run, stage, step, layers):

@@ -339,7 +339,7 @@ def test_models_of_another_kind(broken, settings, why):
         load_base(str(broken))
 
 
-def test_want_of_memory_is_not_told_as_a_broken_file(broken, monkeypatch):
+def test_out_of_memory_is_not_reported_as_a_broken_file(broken, monkeypatch):
     def load(*_, **__):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"

@@ -306,7 +306,7 @@ def test_failures_underway(paint, tmp_path, capsys, monkeypatch, error, words):
     assert names(tmp_path / "pictures/toys") == []
 
 
-def test_mistakes_of_ours_keep_their_traceback(paint, monkeypatch):
+def test_unexpected_errors_keep_their_traceback(paint, monkeypatch):
     def broken(*args):
         raise RuntimeError("shapes do not fit")
 
