@@ -20,7 +20,7 @@ from mifo.cli import (
     sentence,
     told_failures,
 )
-from mifo.config import LearningConfig
+from mifo.config import CHOICES, LearningConfig
 from mifo.instance import list_instances
 
 
@@ -41,11 +41,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
     add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
     add("output_dir", "where the learned folder goes")
-    add(
-        "resize",
-        "keep the picture's aspect, or squash it to a square",
-        choices=("aspect", "squash"),
-    )
+    add("resize", "keep the picture's aspect, or squash it to a square", choices=CHOICES["resize"])
 
     stage = parser.add_argument_group("stage 1: the tokens")
     add("train_steps", "steps of stage 1", stage)
@@ -61,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "mifo: the reward, then the penalty; reward: the reward in stage 1, nothing in stage 2; "
         "penalty: the penalty throughout; break_a_scene: that paper's loss throughout",
         stage,
-        choices=("mifo", "break_a_scene", "reward", "penalty", "none"),
+        choices=CHOICES["attention_loss"],
     )
     add("attention_weight", "factor on the weight of the attention loss, in both stages", stage)
     stage.add_argument(
@@ -78,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "finetune",
         "lora: a LoRA; full: the UNet and the text encoder; none: the tokens alone",
         stage,
-        choices=("lora", "full", "none"),
+        choices=CHOICES["finetune"],
     )
     add("finetune_steps", "steps of stage 2", stage)
     add(
@@ -89,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
     add("lora_rank", "rank of the LoRA", stage)
     add("class_prompt", "prompt of the class images", stage)
-    add("num_class_images", "how many class images are made", stage)
+    add("num_class_images", "how many class images are made; runs of one --seed share them", stage)
     add("class_images", "folder of your own class images, in place of made ones", stage)
     add("prior_weight", "weight of the class images' loss; 0: none are used", stage)
     stage.add_argument(
@@ -102,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "optimizer",
         "adamw8bit: its moments in 8 bits, by bitsandbytes",
         runtime,
-        choices=("adamw", "adamw8bit"),
+        choices=CHOICES["optimizer"],
     )
     add("weight_decay", "weight decay of AdamW", runtime)
     add("max_grad_norm", "largest norm of the gradient; a larger one is scaled down", runtime)
@@ -172,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         values = {f.name: getattr(options, f.name) for f in fields(LearningConfig)}
         values["initializer_tokens"] = tuple(options.initializer_tokens)
         configs = [LearningConfig(**{**values, "instance": name}) for name in names]
-        from mifo.models import choose_device
+        from mifo.models import choose_device, choose_model
         from mifo.processes import Processes
 
         processes = Processes(choose_device(options.device))
@@ -181,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(configs) == 1 and processes.count == 1:
             return learn_one(configs[0], options, device, seed, options.resume)
         ends, failures = {}, set()
+        model = choose_model(options.model_path, device)
+        configs = [replace(config, model_path=model) for config in configs]
         for config in processes.share(configs):
             try:
                 with memory_errors():

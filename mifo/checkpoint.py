@@ -28,7 +28,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, tensor by tensor; OSError when there is no room for it."""
+    """Write a checkpoint, by way of a copy in the CPU's memory; OSError when there is no room."""
     facts = {"stage": checkpoint.stage, "step": checkpoint.step, "facts": checkpoint.facts}
     tensors = _by_themselves(checkpoint.tensors)
     try:

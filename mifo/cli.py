@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mifo.config import CHOICES
 from mifo.errors import FAILURES, memory_errors, sentence
 
 
@@ -65,7 +66,7 @@ def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
     parser.add_argument(
         "--mixed_precision",
         default=defaults.mixed_precision,
-        choices=("auto", "no", "fp16", "bf16"),
+        choices=CHOICES["mixed_precision"],
         help="precision of the UNet; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs",
     )
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 DEFAULT_MODEL = "./stabilityai/stable-diffusion-2-1-base"
 DEFAULT_PROMPT = "a photo of <asset0>"
+#: What settings that are words may be.
+CHOICES = {
+    "attention_loss": ("mifo", "break_a_scene", "reward", "penalty", "none"),
+    "finetune": ("lora", "full", "none"),
+    "mixed_precision": ("auto", "no", "fp16", "bf16"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "resize": ("aspect", "squash"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class LearningConfig:
     warmup_steps: int = 10
 
     # stage 2: LoRA or the full model as well
-    finetune: str = "lora"  # lora, full, none
+    finetune: str = "lora"
     finetune_steps: int = 400
     finetune_learning_rate: float | None = None  # None: 1e-4 for lora, 2e-6 for full
     lora_rank: int = 16
@@ -32,16 +40,16 @@ class LearningConfig:
     num_class_images: int = 100
     class_images: str | None = None  # a folder of the user's own, in place of generated ones
 
-    attention_loss: str = "mifo"  # mifo, break_a_scene, reward, penalty, none
+    attention_loss: str = "mifo"
     attention_weight: float = 1.0  # times the method's own
     initializer_tokens: tuple[str, ...] = ()
-    resize: str = "aspect"  # aspect, squash
-    optimizer: str = "adamw"  # adamw, adamw8bit
+    resize: str = "aspect"
+    optimizer: str = "adamw"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
 
     device: str = "auto"  # auto, cuda, mps, cpu
-    mixed_precision: str = "auto"  # auto, no, fp16, bf16
+    mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     offline: bool = False
     checkpoint_steps: int = 100

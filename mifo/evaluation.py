@@ -30,7 +30,7 @@ from mifo.files import written_aside
 from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
 from mifo.measures import crop, layout, objects_by_colour, outside_of, reference_crops
-from mifo.models import BaseModel
+from mifo.models import BaseModel, choose_precision
 from mifo.synthesis import Scene, asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
 
@@ -49,10 +49,12 @@ class Case:
     assets: tuple[int, ...]  # of the prompt, in its order
     boxes: tuple[Box, ...]  # of these
 
-    def key(self, index: int, spaces: Sequence[FeatureSpace]) -> str:
+    def key(self, index: int, spaces: Sequence[FeatureSpace], device: str) -> str:
         """What a record of picture ``index`` depends on, in short."""
-        settings = asdict(self.config) | {"seed": self.config.seed + index}
-        for name in ("num_images", "batch_size", "models_dir", "output_path", "offline"):
+        precision = str(choose_precision(self.config.mixed_precision, device))
+        settings = asdict(self.config)
+        settings |= {"seed": self.config.seed + index, "mixed_precision": precision}
+        for name in ("num_images", "batch_size", "models_dir", "output_path", "offline", "device"):
             del settings[name]
         facts = [settings, self.boxes, self.learned.manifest, self.instance.image_hash]
         sources = [(space.name, space.source) for space in spaces]
@@ -220,7 +222,7 @@ def evaluate(
 ) -> list[list[dict]]:
     """Paint and measure every picture that has no record yet; the records of each case."""
     records = Records(output / RECORDS)
-    keys = [[case.key(i, spaces) for i in range(case.config.num_images)] for case in cases]
+    keys = [[case.key(i, spaces, device) for i in range(case.config.num_images)] for case in cases]
     done = sum(key in records.found for row in keys for key in row)
     learned = scene = None
     (output / PICTURES).mkdir(exist_ok=True)

@@ -5,19 +5,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mifo.boxes import color_of
 from mifo.instance import Instance, asset_token
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def learning_curves(
@@ -30,9 +22,9 @@ def learning_curves(
 
     A loss that no step had (NaN, as with ``--attention_loss none``) is left out.
     """
-    pyplot = _pyplot()
     losses = {name: values for name, values in losses.items() if np.isfinite(values).any()}
-    figure, axes = pyplot.subplots(1, len(losses), figsize=(4.2 * len(losses), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(losses), 3.2))
+    axes = figure.subplots(1, len(losses), squeeze=False)
     for axis, (name, values) in zip(axes[0], losses.items(), strict=True):
         values = np.asarray(values)
         steps = np.flatnonzero(np.isfinite(values))
@@ -52,14 +44,13 @@ def learning_curves(
     figure.suptitle("dotted: reward → penalty; solid: stage 1 → 2", fontsize=8, y=0.995)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def attention_figure(path: Path, instance: Instance, maps: Tensor, scores: Sequence[float]) -> None:
     """One row an asset: its mask over the picture, and its attention over the picture, as a PNG."""
-    pyplot = _pyplot()
     count = len(instance.masks)
-    figure, axes = pyplot.subplots(count, 2, figsize=(6, 3 * count + 0.2), squeeze=False)
+    figure = Figure(figsize=(6, 3 * count + 0.2))
+    axes = figure.subplots(count, 2, squeeze=False)
     grey = np.repeat(instance.image.mean(-1, keepdims=True), 3, -1) / 255
     for index, (left, right) in enumerate(axes):
         colour = np.asarray(color_of(index)) / 255
@@ -73,4 +64,3 @@ def attention_figure(path: Path, instance: Instance, maps: Tensor, scores: Seque
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -85,12 +85,7 @@ def read_instance(
     Raises ValueError, naming the file and what to do, for whatever cannot be learned from.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        found = ", ".join(list_instances(folder.parent)) or "none"
-        raise ValueError(
-            f"there is no instance folder {folder}; the instances in {folder.parent} are: {found}"
-        )
-    image_path, mask_paths = find_image(folder), find_masks(folder)
+    image_path, mask_paths = find_files(folder)
     picture = _load(image_path)
     source_size = picture.image.size
     if min(source_size) < MIN_SIDE:
@@ -204,11 +199,19 @@ def asset_token(i: int) -> str:
     return f"<asset{i}>"
 
 
-def view_prompt(assets: tuple[int, ...], template: str = "a photo of {}") -> str:
+def view_prompt(assets: tuple[int, ...]) -> str:
     """The prompt of a view: (2, 0) gives "a photo of <asset2> and <asset0>"."""
-    if template.count("{}") != 1:
-        raise ValueError(f"the prompt template {template!r} must hold {{}} once, for the assets")
-    return template.replace("{}", " and ".join(asset_token(i) for i in assets))
+    return f"a photo of {' and '.join(asset_token(i) for i in assets)}"
+
+
+def find_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The picture and the masks of an instance folder; a ValueError says what is missing."""
+    if not folder.is_dir():
+        found = ", ".join(list_instances(folder.parent)) or "none"
+        raise ValueError(
+            f"there is no instance folder {folder}; the instances in {folder.parent} are: {found}"
+        )
+    return find_image(folder), find_masks(folder)
 
 
 def find_image(folder: Path) -> Path:

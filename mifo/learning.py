@@ -57,16 +57,15 @@ class _Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.losses: dict[str, list[float]] = {"loss": [], "reconstruction": [], "attention": []}
         self.ids = plan.ids
-        self.rows = torch.nn.Parameter(plan.rows.to(plan.device))
+        self.rows = torch.nn.Parameter(plan.rows.to(plan.device, copy=True))
+        base.vae.to(plan.device)  # while it is alone there
+        self.views = Views(base, plan.instance, self.ids, plan.device)
+        base.vae.to("cpu")  # learning itself does without it
         base.text_encoder.to(plan.device)
         full = config.finetune == "full"
         base.unet.to(plan.device, torch.float32 if full else plan.dtype)
         if config.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
-            base.unet.train()  # diffusers checkpoints in training mode only; SD's has no dropout
-        base.vae.to(plan.device)
-        self.views = Views(base, plan.instance, self.ids, plan.device)
-        base.vae.to("cpu")  # learning itself does without it
         self.inputs = inputs_of(plan)
         self.scaler = torch.amp.GradScaler(
             plan.device.split(":")[0], enabled=plan.dtype == torch.float16
@@ -241,12 +240,11 @@ def learn(
     saved = read_checkpoint(path) if resume else None
     if saved:
         check_same(saved, plan)
-    run = _Run(plan)
-    if not resume:
-        shutil.rmtree(plan.work, ignore_errors=True)
     try:
         with memory_errors():
+            run = _Run(plan)
             if not resume:
+                shutil.rmtree(plan.work, ignore_errors=True)
                 run.begin()
             with _finish_step_on_interrupt() as stop:
                 for stage, steps in plan.stages:
@@ -302,7 +300,7 @@ def _prior(run: _Run, after_batch: Callable[[], None]) -> Tensor | None:
         latents = encode_class_images(base, run.plan.class_images, size)
         base.vae.to("cpu")
         return latents
-    batch = 8 if run.plan.device.startswith("cuda") else 4
+    batch = 8 if run.plan.device.startswith("cuda") and not config.gradient_checkpointing else 4
     cache = Path(config.output_dir) / ".class_images"
     count, seed = config.num_class_images, config.seed
     return class_latents(base, config.class_prompt, count, size, seed, batch, cache, after_batch)

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 STEPS = 300  # from each start
 STEP_SIZE = 0.8  # of the first step, in deviations of the embedding table
-SAID = 0.3  # squared distance from the wanted state, in its square: 0.05 is usual, a miss has 0.9
+SAID = 0.3  # squared distance from the wanted state, in its square; toybox: 0.05, 0.9 for a miss
 
 
 def fit_phrases(
@@ -44,24 +44,7 @@ def fit_phrases(
     moving = torch.tensor([len(tokens) > 1 for tokens in pieces], device=rows.device)
     if not moving.any():
         return rows
-    views = [(i,) for i in range(count)]
-    views += [(i, (i + 1) % count) for i in range(count if count > 1 else 0)]
-    prompts, spelled, pairs = [], [], []
-    for sample, view in enumerate(views):
-        prompt = encode_ids(tokenizer, view_prompt(view)).tolist()
-        prompt = prompt[: prompt.index(tokenizer.eos_token_id) + 1]
-        words = []
-        for position, token in enumerate(prompt):
-            words += pieces[ids.index(token)] if token in ids else [token]
-            if token in ids or (len(view) == 1 and token == tokenizer.eos_token_id):
-                pairs.append((sample, position, len(words) - 1))
-        prompts.append(torch.tensor(prompt, device=rows.device))
-        spelled.append(torch.tensor(words, device=rows.device))
-    samples, ours, theirs = torch.tensor(pairs, device=rows.device).unbind(-1)
-    prompts, spelled = (  # each state depends on what comes before it alone, so any padding will do
-        pad_sequence(some, batch_first=True, padding_value=tokenizer.eos_token_id)
-        for some in (prompts, spelled)
-    )
+    prompts, spelled, (samples, ours, theirs) = _said_twice(tokenizer, ids, pieces, rows.device)
     with torch.no_grad():
         goal = text_encoder(spelled).last_hidden_state[samples, theirs]
 
@@ -79,7 +62,7 @@ def fit_phrases(
         if not missing.any():
             break
         fitted = _descend(distances, torch.where(missing[:, None], start, best), step_size)
-        with torch.no_grad():  # the first pairs are of one asset each, its own state and the end's
+        with torch.no_grad():  # of what each asset says alone
             apart = distances(fitted)[: 2 * count].view(count, 2).amax(dim=1)
         best = torch.where((apart < least)[:, None], fitted, best)
         least = torch.minimum(least, apart)
@@ -90,6 +73,34 @@ def fit_phrases(
             phrases[index % len(phrases)],
         )
     return torch.where(moving[:, None], best, rows)
+
+
+def _said_twice(
+    tokenizer, ids: Sequence[int], pieces: Sequence[list[int]], device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with the assets, the same with their phrases, and what has to be equal in both.
+
+    Returns:
+        token ids [s, n] and [s, m], and pairs [3, p]: a sample, a position in each of the two.
+        First come two pairs an asset, its own position and the end of the prompt that it has alone.
+    """
+    count = len(ids)
+    views = [(i,) for i in range(count)]
+    views += [(i, (i + 1) % count) for i in range(count if count > 1 else 0)]
+    prompts, spelled, pairs = [], [], []
+    for sample, view in enumerate(views):
+        prompt = encode_ids(tokenizer, view_prompt(view)).tolist()
+        prompt = prompt[: prompt.index(tokenizer.eos_token_id) + 1]
+        words = []
+        for position, token in enumerate(prompt):
+            words += pieces[ids.index(token)] if token in ids else [token]
+            if token in ids or (len(view) == 1 and token == tokenizer.eos_token_id):
+                pairs.append((sample, position, len(words) - 1))
+        prompts.append(torch.tensor(prompt, device=device))
+        spelled.append(torch.tensor(words, device=device))
+    # Each state depends on what comes before it alone, so any padding will do.
+    padded = (pad_sequence(some, True, tokenizer.eos_token_id) for some in (prompts, spelled))
+    return *padded, torch.tensor(pairs, device=device).T
 
 
 def _descend(distances: Callable[[Tensor], Tensor], start: Tensor, step_size: float) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from mifo.checkpoint import Checkpoint, read_facts
-from mifo.config import LearningConfig
+from mifo.config import CHOICES, LearningConfig
 from mifo.instance import (
     Instance,
     coverage_report,
-    find_image,
-    find_masks,
+    find_files,
     read_instance,
     view_prompt,
 )
@@ -121,6 +120,9 @@ def check_settings(config: LearningConfig) -> None:
     """Raises ValueError for settings that make no sense."""
     if config.seed is None:
         raise ValueError("there is no seed; give one (only the command draws it)")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"--{name} is {getattr(config, name)!r}; give {', '.join(choices)}")
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         value, least = getattr(config, name), int(name in positive)
@@ -149,6 +151,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     check_settings(config)
     dtype = choose_precision(config.mixed_precision, device)
     folder = instance_folder(config)
+    find_files(folder)  # before a model is fetched
     source = choose_model(config.model_path, device)
     pictures = find_class_images(config.class_images) if config.class_images else None
     base, sizes = None, read_sizes(source, config.offline)
@@ -298,15 +301,15 @@ def _other_settings(
 def learned_otherwise(config: LearningConfig) -> str:
     """How what was learned differs from what a config asks for; empty if it does not.
 
-    A config without a seed goes with any.
+    A config without a seed goes with any. Its model_path is one that choose_model returned.
     """
     manifest = open_learned(target_folder(config)).manifest
-    then = dict(manifest["settings"])
+    then = manifest["settings"] | {"model_path": manifest["base_model"]["source"]}
     if config.seed is None:
         then["seed"] = None
-    if differ := _other_settings(then, config, FREE_SETTINGS - {"model_path"}):
+    if differ := _other_settings(then, config, FREE_SETTINGS - {"model_path", "class_images"}):
         return f"with {differ}"
-    files = [find_image(instance_folder(config)), *find_masks(instance_folder(config))]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    picture, masks = find_files(instance_folder(config))
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (picture, *masks)]
     same = hashes == [manifest["image_sha256"], *manifest["mask_sha256"]]
     return "" if same else "from another photo or other masks"

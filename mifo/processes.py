@@ -27,6 +27,8 @@ class Processes:
                     f"--device {device} is one GPU, and there are {self.count} processes; give "
                     "--device cuda, of which each process takes its own"
                 )
+            if device == "cuda":
+                _check_enough_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
             from accelerate import PartialState
 
             self._state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
@@ -79,3 +81,14 @@ class Processes:
         from accelerate.utils import gather_object
 
         return gather_object([value])
+
+
+def _check_enough_gpus(processes: int) -> None:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes were started on this machine, which has GPUs for {gpus}; start "
+            f"{gpus}, or give --device cpu"
+        )

@@ -318,6 +318,17 @@ def test_a_folder_is_replaced_only_when_told_so(places, draft):
     assert (folder / "img.png").is_file() and not (folder / "img.jpg").exists()
 
 
+def test_a_photo_that_the_page_has_shrunk_stays_in_its_folder(places, monkeypatch):
+    folder = Path(places.folder_path, "toys")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(drafts, "MAX_SIDE", 100)
+    shrunk = drafts.open_instance(places, "toys")
+    with pytest.raises(ValueError, match="holds the photo in its full size, .* give another name"):
+        save_instance(places, "toys", shrunk, True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_instance(places, "smaller", shrunk, False)
+
+
 def test_a_folder_with_other_things_is_never_replaced(places, draft):
     thesis = Path(places.folder_path, "toys", "thesis.txt")
     thesis.write_text("years of work")

@@ -444,6 +444,18 @@ def test_bad_options(more, sentence, finished, fails):
     assert told(finished) == before
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--mixed_precision", "fp32"], "--mixed_precision is 'fp32'; give auto, no, fp16, bf16"),
+        (["--train_steps", "-5"], "--train_steps is -5; give a whole number from 0 on"),
+    ],
+)
+def test_bad_settings_are_not_kept(more, sentence, tmp_path, fails):
+    assert sentence in fails(run, tmp_path / "work", *more).err
+    assert not (tmp_path / "work/settings.json").exists()
+
+
 if __name__ == "__main__":
     hurry(pytest.MonkeyPatch())
     comparison.main()

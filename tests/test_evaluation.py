@@ -420,6 +420,12 @@ def test_goes_on_where_it_was(learned_dir, finished, output, painted, capsys):
         assert capsys.readouterr().out == (finished / "evaluation.md").read_text()
 
 
+def test_another_name_of_the_same_device_paints_nothing(learned_dir, output, painted, monkeypatch):
+    monkeypatch.setattr("mifo.models.choose_device", lambda _: "cpu")
+    run(learned_dir, output, "--device", "auto")
+    assert painted == []
+
+
 def test_other_settings_are_painted_anew(learned_dir, output, painted):
     run(learned_dir, output, "--num_images", "1", "--no_box_control")
     assert painted == [(0, False)]

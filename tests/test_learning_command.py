@@ -21,7 +21,7 @@ from thin import contents
 import mifo.figures
 from mifo import learning, plan, priors
 from mifo.checkpoint import read_checkpoint, read_facts
-from mifo.config import LearningConfig
+from mifo.config import CHOICES, LearningConfig
 from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.models import load_base
 from mifo.phrases import fit_phrases
@@ -385,6 +385,18 @@ def test_infinite_loss_leaves_nothing(fails, folder, monkeypatch):
     assert tree(folder) == []
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_words_that_no_setting_knows(name):
+    config = replace(LearningConfig(seed=0), **{name: "LoRA"})
+    with pytest.raises(ValueError, match=f"--{name} is 'LoRA'; give {', '.join(CHOICES[name])}"):
+        make_plan(config)
+
+
+def test_the_instance_is_looked_at_before_a_model_is_fetched(folder, fails, monkeypatch):
+    monkeypatch.setattr("mifo.plan.read_sizes", lambda *_: pytest.fail("a model is fetched"))
+    assert "there is no instance folder" in fails(2, "--instance", "tyo_car")
+
+
 def test_a_folder_that_is_not_a_learned_one_is_never_replaced(fails, folder, examples):
     shutil.copytree(examples, folder / "out")
     before = contents(folder)
@@ -589,6 +601,9 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
     told = capsys.readouterr().out.splitlines()[-3:]
     assert told == ["a: learned already", "b: learned already", "c: learned"]
     assert contents(folder / "out/a") == before
+    learn(*twins, "--seed", "None", "--resume", "--model_path", "toybox")
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert all("learned already, with --model_path " in line for line in told)
     manifest = json.loads((folder / "out/b/manifest.json").read_text())
     assert manifest["settings"]["seed"] == seed
     assert not list((folder / "out").glob(".*"))

@@ -185,6 +185,8 @@ def test_a_device_that_is_not_there(cpu_only, name):
 class Started:
     """An accelerate.PartialState of so many processes, this one the last; keeps its options."""
 
+    device = "cuda:0"
+
     def __init__(self, count):
         self.num_processes, self.process_index = count, count - 1
 
@@ -206,6 +208,12 @@ def test_processes_want_a_gpu_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--device cuda:1 is one GPU, and there are 2 processes"):
         Processes("cuda:1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="which has GPUs for 1; start 1, or give --device cpu"):
+        Processes("cuda")
+    monkeypatch.setattr("accelerate.PartialState", Started(2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two machines, one each
+    assert Processes("cuda").count == 2
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch):

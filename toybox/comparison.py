@@ -85,6 +85,7 @@ def prepare(work: Path, settings: Settings) -> list[str]:
     """Check that ``work`` is this comparison's, and make its instance folders; their names."""
     from mifo.learned import check_writable
     from mifo.models import check_folder, locate_model, model_digest
+    from mifo.plan import check_settings
     from toybox.model import trained_kinds
 
     check_writable(work, "work")
@@ -102,6 +103,7 @@ def prepare(work: Path, settings: Settings) -> list[str]:
     names = [folder_name(index) for index in range(settings.folders)]
     for index, name in enumerate(names):
         make_folder(work / "folders" / name, settings.seed, index, kinds)
+    check_settings(learning_config(work, settings, VARIANTS["mifo"], names[0]))
     if not path.is_file():
         with written_aside(path) as aside:
             aside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

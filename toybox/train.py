@@ -239,7 +239,7 @@ def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
 
 def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
     """Twelve fixed prompts, guidance 5, 25 steps."""
-    from PIL import Image
+    from mifo.synthesis import contact_sheet
 
     prompts = [
         "a red car",
@@ -257,11 +257,7 @@ def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
     ]
     draw = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pictures = pipeline(prompts, num_inference_steps=25, guidance_scale=5.0, generator=draw).images
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (4 * width, 3 * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % 4 * width, i // 4 * height))
-    sheet.save(path)
+    contact_sheet(pictures, len(pictures), gap=0).save(path)
 
 
 def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> float:

@@ -38,11 +38,15 @@ MAX_SIDE = 2048  # pixels: larger photos are shrunk, with their masks
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """An instance folder in the making; `opened_size` is the photo's size before shrinking."""
+    """An instance folder in the making.
+
+    opened_size: the photo's size before shrinking; folder: the instance folder it was opened from.
+    """
 
     photo: Image.Image
     opened_size: tuple[int, int]
     masks: tuple[np.ndarray, ...] = ()
+    folder: Path | None = None
 
 
 def open_photo(path: str | Path) -> Draft:
@@ -101,7 +105,7 @@ def open_instance(places: Places, name: str) -> Draft:
     folder = folder_in(places.folder_path, name, "instance")
     if not folder.is_dir():
         raise ValueError(f"there is no instance folder {folder}; choose another or open a photo")
-    draft = open_photo(find_image(folder))
+    draft = replace(open_photo(find_image(folder)), folder=folder)
     for path in find_masks(folder):
         draft = add_mask_file(draft, path)
     return draft
@@ -156,6 +160,11 @@ def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) ->
         )
         if not known:
             raise ValueError(f"{target} holds other things than an instance; give another name")
+        if draft.folder == target and draft.photo.size != draft.opened_size:
+            raise ValueError(
+                f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
+                f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
+            )
     with replacing(target) as folder:
         _write(draft, folder)
         _read(draft, folder)
