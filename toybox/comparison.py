@@ -5,7 +5,7 @@ with fixed seeds and measures the pictures as semantic_evaluation.py does. Write
 comparison.json, sheet.png and confusion.png into {work}, anew after each variant. The same command
 goes on where it was stopped. Processes share the folders:
 
-    torchrun --nproc_per_node 2 -m toybox.comparison            # about an hour on two cores
+    torchrun --nproc_per_node 2 -m toybox.comparison            # about 70 minutes on two cores
     torchrun --nproc_per_node 2 -m toybox.comparison --short    # ten minutes
 """
 
