@@ -1,5 +1,6 @@
 """Training toybox, very small: it learns, and an interruption changes nothing."""
 
+import copy
 import os
 from dataclasses import replace
 
@@ -29,9 +30,10 @@ SHAPE = ToyboxConfig(
 )
 CONFIG = TrainConfig(
     vae_scenes=24, vae_steps=20, vae_batch=4, vae_crop=16, vae_lr=5e-3,
+    decoder_steps=20, decoder_batch=4, decoder_lr=5e-3,
     scenes=24, steps=20, batch=4, lr=5e-3, warmup=2,
 )  # fmt: skip
-SHORT = replace(CONFIG, vae_steps=5, steps=5)
+SHORT = replace(CONFIG, vae_steps=5, decoder_steps=5, steps=5)
 SHARED = replace(SHORT, grounding_weight=0.0)  # its mean is over the nouns of each process
 
 
@@ -77,6 +79,16 @@ def test_20_steps_lower_the_autoencoders_loss(data):
     assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
+def test_20_steps_of_the_decoder_lower_its_loss_and_leave_the_latents(data, tmp_path):
+    vae = copy.deepcopy(data[1])
+    trainer = train.train_decoder(vae, CONFIG, SHAPE, tmp_path)
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.9
+    assert_same(vae.encoder, data[1].encoder)
+    assert_same(vae.quant_conv, data[1].quant_conv)
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
 def test_20_steps_lower_the_unets_loss(data, tmp_path):
     _, vae, _, encoded, scale, tokenizer = data
     unet, text_encoder, trainer = train.train_unet(
@@ -106,6 +118,19 @@ def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path, monkeypatc
     state = torch.load(tmp_path / "broken" / "autoencoder.pt", weights_only=True)
     assert state["losses"] == whole.losses[:3]
     resumed, trainer = train.train_vae(SHORT, SHAPE, tmp_path / "broken")
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unbroken)
+
+
+def test_an_interrupted_decoder_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    unbroken, broken, resumed = (copy.deepcopy(data[1]) for _ in range(3))
+    whole = train.train_decoder(unbroken, SHORT, SHAPE, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_decoder(broken, SHORT, SHAPE, tmp_path / "broken")
+    trainer = train.train_decoder(resumed, SHORT, SHAPE, tmp_path / "broken")
     assert trainer.losses == whole.losses
     assert_same(resumed, unbroken)
 
@@ -163,6 +188,7 @@ def train_in_process(index, port, data_folder, folder):
     )  # fmt: skip
     processes = Processes("cpu")
     vae, _ = train.train_vae(SHORT, SHAPE, folder, processes=processes)
+    train.train_decoder(vae, SHORT, SHAPE, folder, processes)
     encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt")  # reads them
     scale = 1 / encoded["latents"].float().std().item()
     tokenizer = build_tokenizer([], data_folder)
@@ -176,9 +202,10 @@ def test_two_processes_train_as_one(data, tmp_path):
     one.mkdir()
     two.mkdir()
     torch.multiprocessing.spawn(train_in_process, (free_port(), data_folder, two), nprocs=2)
-    train.train_vae(SHORT, SHAPE, one)
+    vae, _ = train.train_vae(SHORT, SHAPE, one)
+    train.train_decoder(vae, SHORT, SHAPE, one)
     train.train_unet(SHARED, SHAPE, one, encoded, scale, tokenizer)
-    for name in ("autoencoder.pt", "unet.pt"):
+    for name in ("autoencoder.pt", "decoder.pt", "unet.pt"):
         alone, shared = (torch.load(folder / name, weights_only=True) for folder in (one, two))
         assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 

@@ -16,6 +16,9 @@ class TrainConfig:
     vae_crop: int = 32
     vae_lr: float = 5e-4
     kl_weight: float = 1e-6
+    decoder_steps: int = 1500
+    decoder_batch: int = 4
+    decoder_lr: float = 1e-3
     kinds: tuple[str, ...] = KINDS
     count_odds: tuple[float, ...] = COUNT_ODDS
     scenes: int = 20_000
@@ -42,6 +45,9 @@ HELP = {
     "vae_crop": "side of a crop, in pixels",
     "vae_lr": "learning rate of the autoencoder",
     "kl_weight": "weight of the posterior's divergence from a normal one",
+    "decoder_steps": "steps of the decoder alone, on whole scenes",
+    "decoder_batch": "scenes in each of them",
+    "decoder_lr": "their learning rate",
     "kinds": "kinds of toys; fewer are learned sooner",
     "count_odds": "odds of scenes with one toy, two and three",
     "scenes": "scenes that the UNet and the text encoder learn from",

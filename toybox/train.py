@@ -64,12 +64,7 @@ def train_vae(
     trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr, processes)
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
-        drawn = [
-            render(scene_of(replace(config, seed=config.seed + 1), i), shape.resolution)
-            for i in tqdm(range(config.vae_scenes), "scenes")
-        ]
-        pixels = np.stack([np.asarray(picture) for picture, _ in drawn])
-        toys = np.stack([masks.any(axis=0) for _, masks in drawn])
+        pixels, toys = vae_scenes(config, shape)
 
     def crops(index: int) -> Tensor:
         """Half of the crops are centred on a toy."""
@@ -100,6 +95,50 @@ def train_vae(
     trainer.run(config.vae_steps, step)
     trainer.ema.swap()
     return vae.eval().requires_grad_(False), trainer
+
+
+def vae_scenes(config: TrainConfig, shape: ToyboxConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What the autoencoder learns from: pictures, uint8 [n, h, w, 3], and where toys are, bool."""
+    drawn = [
+        render(scene_of(replace(config, seed=config.seed + 1), i), shape.resolution)
+        for i in tqdm(range(config.vae_scenes), "scenes")
+    ]
+    pixels = np.stack([np.asarray(picture) for picture, _ in drawn])
+    return pixels, np.stack([masks.any(axis=0) for _, masks in drawn])
+
+
+def train_decoder(
+    vae, config: TrainConfig, shape: ToyboxConfig, folder: Path, processes: Processes | None = None
+) -> Trainer:
+    """Teach the decoder alone on whole scenes; the latents stay what they are.
+
+    Its group norms average over all that they see, and crops have other means than scenes.
+    """
+    processes = processes or Processes("cpu")
+    parts = [vae.decoder, vae.post_quant_conv]
+    trainer = Trainer("decoder", folder, parts, config, config.decoder_lr, processes)
+    if len(trainer.losses) < config.decoder_steps:
+        pixels, _ = vae_scenes(config, shape)
+
+    def step(index: int) -> Tensor:
+        chosen = np.random.default_rng((config.seed, index)).integers(
+            len(pixels), size=config.decoder_batch
+        )
+        images = processes.share(to_tensor(pixels[chosen])).to(processes.device)
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+        draw = torch.randn(
+            config.decoder_batch, *posterior.mean.shape[1:], generator=generator(config.seed, index)
+        )
+        latents = posterior.mean + posterior.std * processes.share(draw).to(processes.device)
+        return F.mse_loss(vae.decode(latents).sample, images)
+
+    for part in parts:
+        part.requires_grad_(True)
+    trainer.run(config.decoder_steps, step)
+    trainer.ema.swap()
+    vae.requires_grad_(False)
+    return trainer
 
 
 def grounding_loss(
@@ -302,7 +341,9 @@ def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise ValueError("--count_odds takes three numbers from 0 on, not all of them 0")
     config = TrainConfig(**given)
-    if config.batch % processes.count or config.vae_batch % processes.count:
+    if any(
+        size % processes.count for size in (config.batch, config.vae_batch, config.decoder_batch)
+    ):
         raise ValueError(f"the batches must divide by {processes.count}, the processes")
     return config
 
@@ -330,6 +371,7 @@ def train(
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(start / "tokenizer" / name, work / name)
     vae, vae_trainer = train_vae(config, shape, work, start, processes)
+    decoder_trainer = train_decoder(vae, config, shape, work, processes)
     quality = psnr(vae, config, shape)
     log.info("autoencoder: %.1f dB on held-out scenes", quality)
     with processes.first_alone():
@@ -358,13 +400,17 @@ def train(
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / name, output / "tokenizer" / name)
-    curves = {one.name: one.losses for one in (vae_trainer, trainer) if one.losses}
+    curves = {one.name: one.losses for one in (vae_trainer, decoder_trainer, trainer) if one.losses}
     draw_curves(output / "training.png", curves)
     record = {
         "train": asdict(config),
         "shape": asdict(shape),
         "psnr_db": quality,
-        "seconds": {"autoencoder": vae_trainer.seconds, "unet": trainer.seconds},
+        "seconds": {
+            "autoencoder": vae_trainer.seconds,
+            "decoder": decoder_trainer.seconds,
+            "unet": trainer.seconds,
+        },
         "processes": processes.count,
         "began_from": began_from,
     }
