@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image, ImageFont
 
 EDGES = ("left", "top", "right", "bottom")
@@ -201,6 +202,15 @@ def raster(box: Box, rows: int, columns: int) -> tuple[slice, slice]:
         slice(round(box.y0 * rows), round(box.y1 * rows)),
         slice(round(box.x0 * columns), round(box.x1 * columns)),
     )
+
+
+def box_mask(box: Box, rows: int, columns: int) -> np.ndarray:
+    """A boolean array [rows, columns], true inside the box."""
+    import numpy as np
+
+    mask = np.zeros((rows, columns), dtype=bool)
+    mask[raster(box, rows, columns)] = True
+    return mask
 
 
 def color_of(index: int) -> tuple[int, int, int]:

@@ -14,6 +14,12 @@ CHOICES = {
 }
 
 
+def check_choice(name: str, value: str) -> None:
+    """Raises ValueError unless a setting is one of its :data:`CHOICES`."""
+    if value not in CHOICES[name]:
+        raise ValueError(f"--{name} is {value!r}; give {', '.join(CHOICES[name])}")
+
+
 @dataclass(frozen=True)
 class LearningConfig:
     """Settings of semantic learning (method: arXiv 2511.00542, section 3)."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from mifo.boxes import Box, raster
+from mifo.boxes import Box, box_mask, raster
 from mifo.instance import Instance, mask_window
 
 LEAST_CONTRAST = 0.1  # of an object to the background, as a distance of RGB colours in [0, 1]
@@ -88,7 +88,7 @@ def outside_of(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:
 def _union(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:
     inside = np.zeros(shape, dtype=bool)
     for box in boxes:
-        inside[raster(box, *shape)] = True
+        inside |= box_mask(box, *shape)
     return inside
 
 

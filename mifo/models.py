@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mifo.config import CHOICES, DEFAULT_MODEL
+from mifo.config import DEFAULT_MODEL, check_choice
 from mifo.errors import memory_errors
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,7 @@ def choose_precision(name: str, device: str):
     """
     import torch
 
-    if name not in CHOICES["mixed_precision"]:
-        raise ValueError(
-            f"--mixed_precision is {name!r}; give {', '.join(CHOICES['mixed_precision'])}"
-        )
+    check_choice("mixed_precision", name)
     if name == "auto":
         if device.startswith("cuda"):
             in_hardware = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8

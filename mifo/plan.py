@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mifo.checkpoint import Checkpoint, read_facts
-from mifo.config import CHOICES, LearningConfig
+from mifo.config import CHOICES, LearningConfig, check_choice
 from mifo.instance import (
     Instance,
     coverage_report,
@@ -120,9 +120,8 @@ def check_settings(config: LearningConfig) -> None:
     """Raises ValueError for settings that make no sense."""
     if config.seed is None:
         raise ValueError("there is no seed; give one (only the command draws it)")
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"--{name} is {getattr(config, name)!r}; give {', '.join(choices)}")
+    for name in CHOICES:
+        check_choice(name, getattr(config, name))
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         value, least = getattr(config, name), int(name in positive)

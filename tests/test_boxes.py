@@ -13,6 +13,7 @@ from mifo.boxes import (
     PALETTE,
     Box,
     UnknownSize,
+    box_mask,
     check_box,
     color_of,
     draw_boxes,
@@ -221,13 +222,6 @@ def test_check_refuses_a_box_that_rounds_to_nothing():
         check_box(thin, rows=8, columns=16, name="box 3")
 
 
-def inside(box: Box, rows: int, columns: int) -> np.ndarray:
-    """Bool [rows, columns], True inside the box."""
-    mask = np.zeros((rows, columns), dtype=bool)
-    mask[raster(box, rows, columns)] = True
-    return mask
-
-
 @pytest.mark.parametrize(
     "box, rows, columns, expected",
     [
@@ -242,6 +236,12 @@ def test_rasters_worked_by_hand(box, rows, columns, expected):
     assert raster(box, rows, columns) == expected
 
 
+def test_a_mask_worked_by_hand():
+    mask = box_mask(Box(0.25, 0, 0.75, 0.5), rows=2, columns=4)
+    assert mask.dtype == bool
+    assert mask.tolist() == [[False, True, True, False], [False, False, False, False]]
+
+
 @given(boxes(), st.integers(1, 200), st.integers(1, 200))
 def test_rasters_stay_in_the_grid_and_keep_the_area(box, rows, columns):
     down, across = raster(box, rows, columns)
@@ -249,11 +249,14 @@ def test_rasters_stay_in_the_grid_and_keep_the_area(box, rows, columns):
     assert 0 <= across.start <= across.stop <= columns
     assert abs((down.stop - down.start) - (box.y1 - box.y0) * rows) <= 1 + 1e-9
     assert abs((across.stop - across.start) - (box.x1 - box.x0) * columns) <= 1 + 1e-9
+    mask = box_mask(box, rows, columns)
+    assert mask.shape == (rows, columns)
+    assert mask.sum() == (down.stop - down.start) * (across.stop - across.start)
 
 
 @given(boxes(), st.integers(1, 200), st.integers(1, 200))
 def test_check_accepts_exactly_the_boxes_that_cover_something(box, rows, columns):
-    if inside(box, rows, columns).any():
+    if box_mask(box, rows, columns).any():
         check_box(box, rows, columns)
     else:
         with pytest.raises(ValueError, match="covers nothing"):
@@ -263,7 +266,7 @@ def test_check_accepts_exactly_the_boxes_that_cover_something(box, rows, columns
 @given(boxes(), st.integers(1, 200))
 def test_a_box_larger_than_one_cell_covers_something(box, size):
     larger = min(box.x1 - box.x0, box.y1 - box.y0) * size > 1 + 1e-9
-    assert not larger or inside(box, size, size).any()
+    assert not larger or box_mask(box, size, size).any()
 
 
 # --- drawing ---------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ def test_an_outline_lies_on_the_first_and_last_pixels_of_its_box():
     picture = draw_boxes(white, [Box(0.1, 0.25, 0.5, 0.75)], [""])
     pixels = np.array(picture)
     assert changed(white, picture) == (10, 20, 50, 60)
-    outline = inside(Box(0.1, 0.25, 0.5, 0.75), 80, 100)
+    outline = box_mask(Box(0.1, 0.25, 0.5, 0.75), 80, 100)
     outline[21:59, 11:49] = False
     assert (pixels[outline] == color_of(0)).all()
     assert (pixels[20:60, 10:50][2:-2, 2:-2] == 255).all()

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,8 @@ def train_vae(
     def step(index: int) -> Tensor:
         images = processes.share(crops(index)).to(processes.device)
         posterior = vae.encode(images).latent_dist
-        draw = torch.randn(
-            config.vae_batch, *posterior.mean.shape[1:], generator=generator(config.seed, index)
-        )
-        latents = posterior.mean + posterior.std * processes.share(draw).to(processes.device)
-        restored = vae.decode(latents).sample
+        draw = generator(config.seed, index)
+        restored = vae.decode(drawn_latents(posterior, config.vae_batch, draw, processes)).sample
         return F.mse_loss(restored, images) + config.kl_weight * posterior.kl().mean()
 
     trainer.run(config.vae_steps, step)
@@ -97,6 +95,13 @@ def train_vae(
     return vae.eval().requires_grad_(False), trainer
 
 
+def drawn_latents(posterior, batch: int, draw: torch.Generator, processes: Processes) -> Tensor:
+    """This process's latents [b, c, h, w] of a batch, from the noise that the whole batch draws."""
+    noise = torch.randn(batch, *posterior.mean.shape[1:], generator=draw)
+    return posterior.mean + posterior.std * processes.share(noise).to(processes.device)
+
+
+@lru_cache(maxsize=1)  # the decoder learns from what the autoencoder has just seen
 def vae_scenes(config: TrainConfig, shape: ToyboxConfig) -> tuple[np.ndarray, np.ndarray]:
     """What the autoencoder learns from: pictures, uint8 [n, h, w, 3], and where toys are, bool."""
     drawn = [
@@ -127,10 +132,8 @@ def train_decoder(
         images = processes.share(to_tensor(pixels[chosen])).to(processes.device)
         with torch.no_grad():
             posterior = vae.encode(images).latent_dist
-        draw = torch.randn(
-            config.decoder_batch, *posterior.mean.shape[1:], generator=generator(config.seed, index)
-        )
-        latents = posterior.mean + posterior.std * processes.share(draw).to(processes.device)
+        draw = generator(config.seed, index)
+        latents = drawn_latents(posterior, config.decoder_batch, draw, processes)
         return F.mse_loss(vae.decode(latents).sample, images)
 
     for part in parts:
@@ -341,9 +344,8 @@ def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise ValueError("--count_odds takes three numbers from 0 on, not all of them 0")
     config = TrainConfig(**given)
-    if any(
-        size % processes.count for size in (config.batch, config.vae_batch, config.decoder_batch)
-    ):
+    batches = config.batch, config.vae_batch, config.decoder_batch
+    if any(size % processes.count for size in batches):
         raise ValueError(f"the batches must divide by {processes.count}, the processes")
     return config
 
