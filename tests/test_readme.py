@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import semantic_evaluation
 import semantic_export
@@ -40,6 +41,13 @@ def parser_of(command) -> argparse.ArgumentParser:
 # options
 
 
+def default_of(action: argparse.Action) -> str:
+    """A cell of the table: nothing for flags and empty defaults."""
+    value = "" if action.nargs == 0 else action.default
+    text = " ".join(value) if isinstance(value, list | tuple) else str(value)
+    return f"`{text}`" if text else ""
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -60,10 +68,11 @@ def test_every_option_is_told_with_its_default_and_its_help(command):
     assert told.keys() == actions.keys()
     for option, action in actions.items():
         default, meaning = told[option]
-        if isinstance(action.default, str | int | float) and action.nargs != 0 and action.default:
-            assert default == f"`{action.default}`", option
+        assert default == default_of(action), option
         plain = action.help.removesuffix(" (default: %(default)s)").replace("%%", "%")
         assert plain in meaning.replace("`", ""), option
+        if action.choices:
+            assert f"({', '.join(action.choices)})" in meaning, option
 
 
 # ----------------------------------------------------------------------------------------------
@@ -114,6 +123,17 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "mine/toy_car/asset2.safetensors").is_file()
     assert {"0000.png", "0000.json"} <= {p.name for p in (tmp_path / "output/mine").iterdir()}
+
+
+def test_the_toybox_example_draws(tmp_path, monkeypatch):
+    text = TEXTS["toybox/README.md"]
+    code = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+    assert code.count('"toybox/model"') == code.count("num_inference_steps=25") == 1
+    code = code.replace("toybox/model", str(ROOT / "toybox/model"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("steps=25", "steps=2"), "README.md", "exec"), {})
+    with Image.open(tmp_path / "toys.png") as picture:
+        assert picture.size == (128, 128)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from mifo.models import load_base, toybox_folder
 from toybox.classifier import SCENE, hue_names, load_classifier, to_input
 from toybox.config import TrainConfig
-from toybox.evaluate import grounding, load_pipeline
+from toybox.evaluate import grounding
 from toybox.model import ToyboxConfig
 from toybox.scenes import HUES, KINDS
 from toybox.train import psnr
@@ -18,7 +19,7 @@ RECORD = json.loads((toybox_folder() / "record.json").read_text())
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_pipeline(toybox_folder())
+    return StableDiffusionPipeline.from_pretrained(toybox_folder())
 
 
 def test_it_fits_in_the_repository():

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mifo.cli import HelpFormatter, Parser
+from mifo.cli import HelpFormatter, Parser, told_failures
 from mifo.files import written_aside
+from mifo.learned import check_writable
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
@@ -157,7 +158,10 @@ class Classifier(nn.Module):
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
     """The trained classifier, float32, on the CPU."""
     if not path.is_file():
-        raise ValueError(f"there are no weights at {path}; train them: python -m toybox.classifier")
+        raise ValueError(
+            f"there are no weights at {path}; train them: "
+            f"python -m toybox.classifier --output {path}"
+        )
     weights = {name: tensor.float() for name, tensor in load_file(path).items()}
     classifier = Classifier(weights["kinds.weight"].shape[1])
     classifier.load_state_dict(weights)
@@ -310,14 +314,19 @@ def main(argv: list[str] | None = None) -> None:
             )
     arguments = vars(parser.parse_args(argv))
     output = arguments.pop("output")
-    config = ClassifierConfig(**arguments)
-    classifier = train(config)
-    with written_aside(output) as aside:
-        save_file({name: tensor.half() for name, tensor in classifier.state_dict().items()}, aside)
-    held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
-    record = {"train": asdict(config), "held_out": held_out}
-    output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(held_out, indent=2))
+    with told_failures(parser):
+        check_writable(output.parent, "output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        config = ClassifierConfig(**arguments)
+        classifier = train(config)
+        weights = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
+        with written_aside(output) as aside:
+            save_file(weights, aside)
+        held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
+        record = {"train": asdict(config), "held_out": held_out}
+        with written_aside(output.with_suffix(".json")) as aside:
+            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(held_out, indent=2))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class TrainConfig:
     count_odds: tuple[float, ...] = COUNT_ODDS
     scenes: int = 20_000
     steps: int = 9000
+    sample_steps: int = 1000
     skip: int = 0
     batch: int = 16
     lr: float = 1e-3
@@ -52,6 +53,7 @@ HELP = {
     "count_odds": "odds of scenes with one toy, two and three",
     "scenes": "scenes that the UNet and the text encoder learn from",
     "steps": "steps of the UNet and the text encoder",
+    "sample_steps": "how many of them lie between sample grids",
     "skip": "steps whose draws are passed over, those of the run that --begin_from comes from",
     "batch": "scenes a step",
     "lr": "their learning rate",

@@ -168,6 +168,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense."""
     if args.count is None and (args.seed or args.instances or args.alike or args.kinds):
         raise ValueError("the five examples are fixed; add --count to write new folders")
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count {args.count} writes nothing; give 1 or more")
     if args.size < 32:
         raise ValueError(f"--size {args.size} is too small to see a toy; use 32 or more")
 

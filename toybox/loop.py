@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ class Ema:
         """Exchange the average with the live weights (twice: as before)."""
         for parameter, average in zip(self.live, self.average, strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+    @contextmanager
+    def shown(self):
+        """With the average in place of the live weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 
 class Trainer:

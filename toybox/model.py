@@ -86,7 +86,7 @@ def trained_kinds(model: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{model / 'record.json'} does not tell which kinds of toys the model was trained on "
-            f"({type(error).__name__}); give a model that toybox.train wrote with --model_path"
+            f"({type(error).__name__}); give a folder that toybox.train wrote"
         ) from error
 
 
@@ -171,3 +171,15 @@ def build_pipeline(vae, text_encoder, tokenizer, unet):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_half(pipeline, folder: Path) -> None:
+    """Write a pipeline in half precision, so that it is read in float32 again.
+
+    diffusers reads in float32 unless told otherwise, transformers in what the config names: a text
+    encoder in half precision beside a UNet in float32 could not draw.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    path = folder / "text_encoder" / "config.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -244,13 +244,11 @@ def train_unet(
         return loss
 
     def show(done: int) -> None:
-        if report:
-            trainer.ema.swap()
+        with trainer.ema.shown():
             report(unet, text_encoder, done)
-            trainer.ema.swap()
 
     with processors(unet, {name: recorder.processor(name) for name in watched}):
-        trainer.run(config.steps, step, report=show)
+        trainer.run(config.steps, step, report=report and show, report_every=config.sample_steps)
     trainer.ema.swap()
     return unet.eval(), text_encoder.eval(), trainer
 
@@ -262,9 +260,10 @@ def train_unet(
 def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
     """Make the work folder, or raise ValueError where it holds a training of another kind.
 
-    The number of the UNet's steps may change: more of them, or an earlier cool-down.
+    The number of the UNet's steps may change, for more of them or an earlier cool-down, and how
+    often it draws samples.
     """
-    facts = {k: v for k, v in asdict(config).items() if k != "steps"}
+    facts = {k: v for k, v in asdict(config).items() if k not in ("steps", "sample_steps")}
     facts = json.loads(json.dumps(facts | {"begin_from": str(start)}))
     path = work / "settings.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -324,7 +323,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespac
         "--output", type=Path, help="pipeline folder; None: the folder model in --work"
     )
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
-    parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16) or cpu")
+    parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16), mps or cpu")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     for name, value in asdict(TrainConfig()).items():
         more = {"type": type(value)}
@@ -343,6 +342,11 @@ def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
     given["count_odds"] = odds = tuple(given["count_odds"])
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise ValueError("--count_odds takes three numbers from 0 on, not all of them 0")
+    for name in ("vae_scenes", "vae_batch", "decoder_batch", "scenes", "batch", "sample_steps"):
+        if given[name] < 1:
+            raise ValueError(f"--{name} is {given[name]}; give 1 or more")
+    if options.begin_from is None and not given["vae_steps"]:
+        raise ValueError("--vae_steps 0 keeps the latents of --begin_from; give that or more steps")
     config = TrainConfig(**given)
     batches = config.batch, config.vae_batch, config.decoder_batch
     if any(size % processes.count for size in batches):
@@ -399,11 +403,12 @@ def train(
     if not processes.is_first:
         return
     pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
-    pipeline.to(dtype=torch.float16).save_pretrained(output)
+    toybox_model.save_half(pipeline, output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / name, output / "tokenizer" / name)
-    curves = {one.name: one.losses for one in (vae_trainer, decoder_trainer, trainer) if one.losses}
-    draw_curves(output / "training.png", curves)
+    trainers = (vae_trainer, decoder_trainer, trainer)
+    if curves := {one.name: one.losses for one in trainers if one.losses}:
+        draw_curves(output / "training.png", curves)
     record = {
         "train": asdict(config),
         "shape": asdict(shape),
