@@ -17,6 +17,8 @@ from mifo.regions import PixelGroups, Refiner, RegionSet, TokenRoles
 #: twice as fast at 4096 on a CPU, slower at 256 (benchmarks/README.md).
 GROUPED_PIXELS = 1024
 
+Masses = tuple[Tensor, Tensor]  # F and B of each subject, [b, s]
+
 
 def attention_layers(unet, kind: str | None = None) -> dict[str, torch.nn.Module]:
     """All attention modules of a diffusers UNet by dotted name, in module order.
@@ -183,7 +185,7 @@ class BoxControl:
         self.loss_layers = [n for n in self.layers if n.startswith("mid_block.")] + self.map_layers
         self.map_grid = layer_grid(unet, size, decoder)
         self.refiner: Refiner | None = None
-        self._masses: dict[str, tuple[Tensor, Tensor]] = {}
+        self._masses: dict[str, Masses] = {}
         context = torch.zeros(1, len(tokens.subjects), tokens.length, dtype=torch.bool)
         for row, positions in zip(context[0], tokens.subjects, strict=True):
             row[[*positions, tokens.end]] = True
@@ -206,12 +208,21 @@ class BoxControl:
             self.unet, {name: self._denoising_processor(name) for name in self.layers}
         )
 
-    def masses(self, kind: str) -> tuple[Tensor, Tensor]:
-        """F and B of the last guidance pass, each [b, s], means over the loss layers of a kind."""
-        ending = {"cross": "attn2", "self": "attn1"}[kind]
-        found = [mass for name, mass in self._masses.items() if name.endswith(ending)]
-        foreground, background = zip(*found, strict=True)
-        return torch.stack(foreground).mean(0), torch.stack(background).mean(0)
+    def take_masses(self) -> tuple[Masses, Masses]:
+        """Of the cross- and of the self-attention, F and B of the last guidance pass, each [b, s].
+
+        They are means over the loss layers of a kind. They are handed over: what is kept here would
+        keep the graph of the pass alive.
+        """
+
+        def mean(ending: str) -> Masses:
+            found = [mass for name, mass in self._masses.items() if name.endswith(ending)]
+            foreground, background = zip(*found, strict=True)
+            return torch.stack(foreground).mean(0), torch.stack(background).mean(0)
+
+        taken = mean("attn2"), mean("attn1")
+        self._masses.clear()
+        return taken
 
     def _self_bounds(
         self, hidden_states: Tensor, probabilities: bool

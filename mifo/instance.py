@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def read_instance(
     for path in mask_paths:
         mask = _load(path)
         _check_mask_size(mask, picture)
-        masks.append(_resize_mask(_inside(mask), size))
+        masks.append(resize_mask(_inside(mask), size))
         mask_hashes.append(mask.sha256)
     _check_distinct(masks, mask_paths)
 
@@ -108,7 +108,7 @@ def read_instance(
     return Instance(
         name=folder.absolute().name,
         folder=folder,
-        image=np.array(_to_rgb(picture.image).resize(size, Image.Resampling.LANCZOS)),
+        image=np.array(_to_rgb(picture).resize(size, Image.Resampling.LANCZOS)),
         masks=np.stack(masks),
         source_size=source_size,
         mask_hashes=tuple(mask_hashes),
@@ -257,8 +257,8 @@ def mask_window(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture file as viewers show it, in 8-bit RGB: upright, its pixels and no metadata."""
-    return Image.fromarray(np.array(_to_rgb(_load(path).image)))
+    """A picture file as viewers show it, in 8-bit sRGB: upright, its pixels and no metadata."""
+    return Image.fromarray(np.array(_to_rgb(_load(path))))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -345,8 +345,9 @@ def _has_alpha(image: Image.Image) -> bool:
     return "A" in image.getbands() or "transparency" in image.info
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB, with white behind transparent places."""
+def _to_rgb(picture: _Picture) -> Image.Image:
+    """Any picture as 8-bit sRGB, with white behind transparent places."""
+    image = _in_srgb(picture)
     if image.mode.startswith("I"):  # 16-bit greys
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif _has_alpha(image):
@@ -355,7 +356,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize_mask(inside: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _in_srgb(picture: _Picture) -> Image.Image:
+    """A picture with an embedded colour profile, as of phones and cameras, in sRGB's colours."""
+    image, profile = picture.image, picture.image.info.get("icc_profile")
+    if not profile:
+        return image
+    mode = "RGBA" if _has_alpha(image) else "RGB"
+    if image.mode == "P":
+        image = image.convert(mode)
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(
+            image, given, ImageCms.createProfile("sRGB"), outputMode=mode
+        )
+    except (OSError, ImageCms.PyCMSError) as error:
+        logger.warning("%s: its colour profile cannot be used (%s)", picture.path.name, error)
+        return image
+
+
+def resize_mask(inside: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a bool mask [h, w] to [H, W].
 
     A pixel is inside when the mask covers it at least half as much as it covers the pixel it
@@ -388,7 +407,7 @@ def _notes(
         )
     change = (size[0] / size[1]) / (width / height)
     long_over_short = max(width, height) / min(width, height)
-    if long_over_short > MAX_ASPECT or abs(change - 1) > VISIBLE_DISTORTION:
+    if long_over_short > 1.01 * MAX_ASPECT or abs(change - 1) > VISIBLE_DISTORTION:
         notes.append(
             f"{name} is {_size((width, height))} and is squeezed to {_size(size)}, nothing is "
             f"cropped: crop it and its masks together if that distorts too much"

@@ -1,5 +1,6 @@
 """Semantic learning: the two stages, from a plan to a learned folder."""
 
+import gc
 import logging
 import shutil
 import signal
@@ -260,6 +261,7 @@ def learn(
             log.warning("saved in %s: go on with the same command and --resume", plan.work)
         raise
     shutil.rmtree(plan.work, ignore_errors=True)
+    gc.collect()  # matplotlib's errors hold the frames of their callers, and so the model
     return plan.target
 
 
@@ -287,7 +289,7 @@ def _run_stage(
         if stop.is_set() or done % run.config.checkpoint_steps == 0 or done == steps:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(path, run.checkpoint(stage, done))
-        interrupt(f"after step {done} of stage {stage}")
+            interrupt(f"after step {done} of stage {stage}")
 
 
 def _prior(run: _Run, after_batch: Callable[[], None]) -> Tensor | None:

@@ -90,9 +90,10 @@ def guide(
         with torch.enable_grad():
             with control.guidance(), leave_early():
                 unet(chosen.to(text.dtype), timestep, text.expand(len(active), -1, -1))
-            cross, self_ = control.masses("cross"), control.masses("self")
+            cross, self_ = control.take_masses()
             loss = box_loss(cross, self_, box_alpha(step), config.cross_weight, config.self_weight)
             gradient = scaled_gradient(loss.sum(), chosen, text.dtype)
+        cross, self_, loss = _detached(cross), _detached(self_), loss.detach()  # the graph can go
         if not gradient.isfinite().all():
             raise FloatingPointError(
                 f"the box loss has no finite gradient at step {step}; "
@@ -100,8 +101,8 @@ def guide(
             )
         latents[active] = chosen.detach() - size * gradient
         if watch:
-            watch(Guided(step, active, _detached(cross), _detached(self_), loss.detach()))
-        active = active[loss.detach() / len(control.tokens.subjects) >= config.loss_threshold]
+            watch(Guided(step, active, cross, self_, loss))
+        active = active[loss / len(control.tokens.subjects) >= config.loss_threshold]
         if not len(active):
             break
     return latents

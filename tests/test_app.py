@@ -232,6 +232,12 @@ def test_large_photos_are_shrunk_with_their_masks(tmp_path):
     assert opened.photo.size == (2048, 1024)
     assert opened.masks[0].shape == (1024, 2048)
     assert opened.masks[0][:, :1024].all() and not opened.masks[0][:, 1024:].any()
+    for column in range(1000, 1003):
+        Image.fromarray(np.uint8(255 * (np.indices(mask.shape)[1] == column))).save(
+            tmp_path / "line.png"
+        )
+        thin = add_mask_file(opened, tmp_path / "line.png").masks[-1]
+        assert thin.all(axis=0).any() and thin.any(axis=0).sum() <= 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import struct
 import subprocess
 import sys
 import zlib
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from mifo.instance import (
     View,
@@ -177,6 +178,44 @@ def test_16_bit_and_transparent_pictures(tmp_path):
     assert len(instance.notes) == 1 and "alpha" in instance.notes[0]
 
 
+def profile_with_primaries(**primaries) -> bytes:
+    """sRGB's ICC profile with other colorants, ``rXYZ`` and so on: (X, Y, Z) under D50."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for index in range(struct.unpack(">I", profile[128:132])[0]):
+        tag, offset, _ = struct.unpack_from(">4sII", profile, 132 + 12 * index)
+        if xyz := primaries.get(tag.decode()):
+            struct.pack_into(">3i", profile, offset + 8, *(round(65536 * v) for v in xyz))
+    return bytes(profile)
+
+
+DISPLAY_P3 = profile_with_primaries(
+    rXYZ=(0.51512, 0.24120, -0.00105),
+    gXYZ=(0.29198, 0.69225, 0.04189),
+    bXYZ=(0.15710, 0.06657, 0.78407),
+)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_applied(mode, tmp_path, caplog):
+    """Display P3's (120, 200, 90) by hand: linear light through P3's matrix and back by sRGB's."""
+    folder = make_folder(tmp_path, [disc()])
+    (folder / "img.jpg").unlink()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture = Image.new("RGB", (SIDE, SIDE), (120, 200, 90))
+    picture = picture.quantize(2) if mode == "P" else picture.convert(mode)
+    picture.save(folder / "img.png", icc_profile=DISPLAY_P3, exif=exif)
+    assert np.abs(read(folder).image.astype(int) - (89, 203, 71)).max() <= 1
+    assert "profile" not in caplog.text
+
+
+def test_a_colour_profile_that_cannot_be_used_is_told(tmp_path, caplog):
+    folder = make_folder(tmp_path, [disc()])
+    Image.new("RGB", (SIDE, SIDE), "teal").save(folder / "img.jpg", icc_profile=b"none")
+    assert np.abs(read(folder).image.astype(int) - (0, 128, 128)).max() <= 4  # JPEG
+    assert "img.jpg: its colour profile cannot be used" in caplog.text
+
+
 def rotated_folder(root, mask_size):
     """A photo stored as 96 x 64 whose EXIF (6) has viewers show it as 64 x 96, red at the top."""
     shown = np.zeros((96, 64, 3), np.uint8)
@@ -263,7 +302,7 @@ def test_squash_and_aspect_of_one_folder(tmp_path):
     assert squash.image.shape == (64, 64, 3) and "squeezed to 64 x 64" in squash.notes[0]
 
 
-@pytest.mark.parametrize(("width", "noted"), [(192, False), (196, True)])
+@pytest.mark.parametrize(("width", "noted"), [(192, False), (193, False), (196, True)])
 def test_any_squeeze_from_beyond_the_longest_aspect_is_noted(tmp_path, width, noted):
     instance = read(make_folder(tmp_path, [disc(width, 128)]))
     assert instance.image.shape == (64, 96, 3)

@@ -1,11 +1,13 @@
 """semantic_learning.py end to end, on a thin random model of 128 px pictures."""
 
 import errno
+import gc
 import json
 import os
 import re
 import shutil
 import signal
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -193,11 +195,38 @@ def test_tokens_start_as_phrases(learn, small_sd):
     assert (found[0] - means[0]).norm() > 0.01 * means[0].norm()
 
 
-def test_gradient_checkpointing_learns_the_same(learn, learned_dir):
+def test_gradient_checkpointing_learns_the_same(learn, learned_dir, monkeypatch):
+    real, blocks = torch.utils.checkpoint.checkpoint, set()
+
+    def checkpoint(block, *args, **options):
+        blocks.add(block)
+        return real(block, *args, **options)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", checkpoint)
     folder = learn("--gradient_checkpointing")
+    assert len(blocks) > 8
     ours = read_lora(folder / LORA)[0]
     for key, tensor in read_lora(learned_dir / "toys" / LORA)[0].items():
         torch.testing.assert_close(ours[key], tensor, atol=1e-4, rtol=0)
+
+
+def test_the_model_of_a_finished_run_is_freed(learn, monkeypatch):
+    """Else every further instance would need the memory of one more model."""
+    models, run = [], learning._Run
+
+    def begin(plan):
+        models.append(weakref.ref(plan.base.unet))
+        return run(plan)
+
+    monkeypatch.setattr(learning, "_Run", begin)
+    for name, draw in FIGURES.items():
+        monkeypatch.setattr(mifo.figures, name, draw)
+    gc.disable()  # else it depends on when it runs
+    try:
+        learn()
+        assert models[0]() is None
+    finally:
+        gc.enable()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The sampler: equal to diffusers where boxes play no part, and no image depends on another."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from thin import BOXES, TOKENS, thin_pipeline, thin_scheduler, thin_unet
 
+from mifo import sampling
 from mifo.attention import attention_layers
 from mifo.config import GuidanceConfig
 from mifo.regions import TokenRoles
@@ -55,6 +58,33 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 # --- pieces ----------------------------------------------------------------------------------
+
+
+class Kept:
+    """What autograd saves for a backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()  # else an output would keep its own graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_graph_outlives_its_update(unet, text, dtype, monkeypatch):
+    """In fp16, whose backward may be done again with another scale, neither."""
+    alive, counts = WeakSet(), []
+
+    def pack(tensor):
+        alive.add(kept := Kept(tensor))
+        return kept
+
+    def backward(loss, latents, _):
+        counts.append(len(alive))
+        return scaled_gradient(loss, latents, dtype)
+
+    monkeypatch.setattr(sampling, "scaled_gradient", backward)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        paint(unet, text, [0], watch=lambda _: counts.append(len(alive)))
+    assert len(counts) == 8  # before and after two updates in each of two steps
+    assert counts[0] > 100 and counts == [counts[0], 0] * 4
 
 
 def test_noise_of_an_image_is_its_seeds_alone():

@@ -30,6 +30,7 @@ from mifo.instance import (
     read_instance,
     read_mask,
     read_picture,
+    resize_mask,
 )
 from mifo.learned import replacing
 
@@ -96,8 +97,7 @@ def add_painted_mask(draft: Draft, sent: dict) -> Draft:
 
 
 def _with_mask(draft: Draft, mask: np.ndarray) -> Draft:
-    mask = np.asarray(Image.fromarray(mask).resize(draft.photo.size, Image.Resampling.NEAREST))
-    return replace(draft, masks=(*draft.masks, mask))
+    return replace(draft, masks=(*draft.masks, resize_mask(mask, draft.photo.size)))
 
 
 def open_instance(places: Places, name: str) -> Draft:
