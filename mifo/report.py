@@ -24,7 +24,7 @@ class Mean(NamedTuple):
     half: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+        return f"{self.mean:z.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 def mean_interval(values: Sequence[float]) -> Mean | None:
