@@ -406,7 +406,7 @@ def _notes(
             f"as viewers show it"
         )
     change = (size[0] / size[1]) / (width / height)
-    long_over_short = max(width, height) / min(width, height)
+    long_over_short = max(width, height) / min(width, height)  # 1280 x 853 is a hair over 3 : 2
     if long_over_short > 1.01 * MAX_ASPECT or abs(change - 1) > VISIBLE_DISTORTION:
         notes.append(
             f"{name} is {_size((width, height))} and is squeezed to {_size(size)}, nothing is "
