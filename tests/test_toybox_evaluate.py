@@ -1,10 +1,13 @@
 """The evaluation's parts by hand, and the shipped classifier on renders."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from toybox import classifier as toybox_classifier
 from toybox import evaluate
 from toybox.classifier import (
     SCENE,
@@ -118,6 +121,44 @@ def test_the_classifier_learns():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_classifiers_command_trains_writes_and_measures(tmp_path, monkeypatch):
+    accuracy = toybox_classifier.accuracy
+    monkeypatch.setattr(
+        toybox_classifier, "accuracy", lambda trained, seed, _: accuracy(trained, seed, 60)
+    )
+    options = "--scenes 100 --steps 60 --batch 16 --width 16".split()
+    toybox_classifier.main(["--output", str(tmp_path / "new/small.safetensors"), *options])
+    record = json.loads((tmp_path / "new/small.json").read_text())
+    assert record["train"]["width"] == 16
+    assert record["held_out"]["crop_hue_error_degrees"] < 60  # a guess has 90
+    again = accuracy(load_classifier(tmp_path / "new/small.safetensors"), 999, 60)
+    assert again == record["held_out"]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_training(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        toybox_classifier.main(["--output", str(tmp_path / "file/small.safetensors")])
+    assert "is a file, not a folder; give another --output" in capsys.readouterr().err
+
+
+def test_the_command_measures_the_shipped_model(tmp_path, capsys):
+    """Two pictures a measure: every number is there, and counts what it should."""
+    evaluate.main(["--images", "2", "--output", str(tmp_path / "out"), "--device", "cpu"])
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    shipped = json.loads((WEIGHTS.parent / "results/evaluation.json").read_text())
+    assert found.keys() == shipped.keys()
+    assert found["autoencoder"]["psnr_db"] == pytest.approx(shipped["autoencoder"]["psnr_db"])
+    for section in ("one", "two", "one_of_asked", "two_of_asked", "renders"):
+        assert found[section].keys() == shipped[section].keys()
+        shares = {k: v for k, v in found[section].items() if k != "kind_by_kind"}
+        assert set(shares.values()) <= {0, 0.5, 1}, section
+    assert found["settings"] == shipped["settings"] | {"images": 2}
+    assert f"PSNR in dB | {found['autoencoder']['psnr_db']:.1f} | ≥ 28.0" in capsys.readouterr().out
+    with Image.open(tmp_path / "out/samples.png") as sheet:
+        assert min(sheet.size) >= 128
 
 
 def test_missing_weights_are_an_error_that_says_what_to_run(tmp_path):
