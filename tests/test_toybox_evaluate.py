@@ -128,7 +128,7 @@ def test_the_classifiers_command_trains_writes_and_measures(tmp_path, monkeypatc
     monkeypatch.setattr(
         toybox_classifier, "accuracy", lambda trained, seed, _: accuracy(trained, seed, 60)
     )
-    options = "--scenes 100 --steps 60 --batch 16 --width 16".split()
+    options = ["--scenes", "100", "--steps", "60", "--batch", "16", "--width", "16"]
     toybox_classifier.main(["--output", str(tmp_path / "new/small.safetensors"), *options])
     record = json.loads((tmp_path / "new/small.json").read_text())
     assert record["train"]["width"] == 16
