@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from mifo.boxes import color_of
@@ -35,6 +36,9 @@ def learning_curves(
         axis.plot(steps[window - 1 :], mean, color="tab:blue")
         if (finite > 0).all():
             axis.set_yscale("log")
+            # plain numbers: the errors that mathtext keeps hold our callers' frames, with the model
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         if len(stages) > 1:
             axis.axvline(stages[0][1], color="black", linewidth=0.8)
         if stages[0][0] == 1 and 0 < reward_steps < stages[0][1]:

@@ -1,6 +1,5 @@
 """Semantic learning: the two stages, from a plan to a learned folder."""
 
-import gc
 import logging
 import shutil
 import signal
@@ -261,7 +260,6 @@ def learn(
             log.warning("saved in %s: go on with the same command and --resume", plan.work)
         raise
     shutil.rmtree(plan.work, ignore_errors=True)
-    gc.collect()  # matplotlib's errors hold the frames of their callers, and so the model
     return plan.target
 
 
