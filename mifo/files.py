@@ -1,5 +1,6 @@
 """Files that appear only when they are whole."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, facts: dict) -> None:
+    """Write facts as indented JSON, aside until they are whole."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mifo.cli import HelpFormatter, Parser, told_failures
-from mifo.files import written_aside
+from mifo.files import write_json, written_aside
 from mifo.learned import check_writable
 from toybox.scenes import HUES, KINDS, draw_scene, render
 
@@ -324,8 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             save_file(weights, aside)
         held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
         record = {"train": asdict(config), "held_out": held_out}
-        with written_aside(output.with_suffix(".json")) as aside:
-            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(output.with_suffix(".json"), record)
         print(json.dumps(held_out, indent=2))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from mifo.cli import HelpFormatter, Parser, told_failures
 from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
 from mifo.errors import FAILURES, memory_errors, sentence
-from mifo.files import written_aside
+from mifo.files import write_json
 from toybox.comparison_settings import (
     FREE_SETTINGS,
     HELP,
@@ -105,8 +105,7 @@ def prepare(work: Path, settings: Settings) -> list[str]:
         make_folder(work / "folders" / name, settings.seed, index, kinds)
     check_settings(learning_config(work, settings, VARIANTS["mifo"], names[0]))
     if not path.is_file():
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write_json(path, now)
     return names
 
 

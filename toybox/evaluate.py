@@ -8,7 +8,6 @@ among all kinds there are; "of the kinds asked for", among those that prompts na
 Axes: b batch, n pixels of a map, t tokens.
 """
 
-import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
 from mifo.cli import HelpFormatter, Parser, told_failures
+from mifo.files import write_json
 from mifo.learned import check_writable
 from mifo.models import check_folder, choose_device, quiet_libraries
 from toybox.classifier import (
@@ -324,8 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             "steps": STEPS, "guidance": GUIDANCE, "timestep": NOISED_TO,
         }  # fmt: skip
         args.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2) + "\n"
-        (args.output / "evaluation.json").write_text(text, encoding="utf-8")
+        write_json(args.output / "evaluation.json", result)
         contact_sheet(rows).save(args.output / "samples.png")
         print(table(result))
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mifo.cli import HelpFormatter, Parser, told_failures
-from mifo.files import written_aside
+from mifo.files import write_json, written_aside
 from toybox.scenes import HUES, KINDS, Look, Scene, draw_scene, render
 
 #: Hues halfway between neighbouring named ones, in degrees.
@@ -133,8 +133,7 @@ def write_folder(
     for index, mask in enumerate(masks):
         image = Image.fromarray(mask.astype(np.uint8) * 255)
         put(f"mask{index}.png", lambda path, image=image: image.save(path, "PNG", optimize=True))
-    text = json.dumps(description, indent=2) + "\n"
-    put("instance.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(folder / "instance.json", description)
     for path in folder.glob("mask*.png"):
         if path.stem[4:].isdigit() and int(path.stem[4:]) >= len(masks):
             path.unlink()

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mifo.files import write_json
 from mifo.models import quiet_libraries
 
 FOLDER = Path(__file__).parent / "model"
@@ -182,4 +183,4 @@ def save_half(pipeline, folder: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     path = folder / "text_encoder" / "config.json"
     facts = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(path, facts)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mifo.attention import Recorder, attention_layers, processors
 from mifo.cli import HelpFormatter, Parser, told_failures
-from mifo.files import written_aside
+from mifo.files import write_json
 from mifo.models import choose_device
 from mifo.processes import Processes
 from toybox import model as toybox_model
@@ -268,8 +268,7 @@ def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
     path = work / "settings.json"
     work.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(path, facts)
         return
     then = json.loads(path.read_text(encoding="utf-8"))
     if differ := ", ".join(key for key in facts if then.get(key) != facts[key]):
@@ -421,7 +420,7 @@ def train(
         "processes": processes.count,
         "began_from": began_from,
     }
-    (output / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output / "record.json", record)
 
 
 def main(argv: list[str] | None = None) -> None:
