@@ -11,8 +11,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from mifo.boxes import parse_boxes
-from mifo.cli import HelpFormatter, Parser, add_runtime_options, add_setting, told_failures
+from imagelab.boxes import parse_boxes
+from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, told_failures
 from mifo.config import GuidanceConfig, SynthesisConfig
 from semantic_synthesis import get_boxes
 
@@ -68,10 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with told_failures(parser, options.debug):
         boxes = parse_boxes(options.boxes) if options.boxes is not None else None
+        from imagelab.evaluation.report import write_report
+        from imagelab.models.stable_diffusion import choose_device
         from mifo.evaluation import choose_spaces, evaluate, list_learned, plan_cases
         from mifo.learned import check_writable
-        from mifo.models import choose_device
-        from mifo.report import write_report
 
         output = Path(options.output_path)
         check_writable(output, "output_path")

@@ -16,7 +16,7 @@ A1111 and ComfyUI name an embedding after its file: write asset0 there, <asset0>
 import argparse
 from pathlib import Path
 
-from mifo.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, told_failures
 from mifo.config import SynthesisConfig
 
 FORMATS = ("kohya", "diffusers", "embeddings", "pipeline")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mifo.cli import (
+from imagelab.cli import (
     FAILURES,
     HelpFormatter,
     Parser,
@@ -21,7 +21,7 @@ from mifo.cli import (
     told_failures,
 )
 from mifo.config import CHOICES, LearningConfig
-from mifo.instance import list_instances
+from mifo.learning.instance import list_instances
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -124,8 +124,8 @@ def learn_one(
 
     ``seed`` is for a config without one; an unfinished run that goes on keeps its own.
     """
-    from mifo.learning import learn
-    from mifo.plan import check_target, describe, estimate_seconds, make_plan, resumed
+    from mifo.learning.plan import check_target, describe, estimate_seconds, make_plan, resumed
+    from mifo.learning.run import learn
 
     check_target(config, resume, options.overwrite or options.dry_run)
     if resume:
@@ -148,7 +148,7 @@ def learn_of_several(
     With --resume one that is unfinished goes on, one that is learned stays (unless it was learned
     otherwise, and --overwrite is given), any other begins.
     """
-    from mifo.plan import is_begun, is_learned, learned_otherwise
+    from mifo.learning.plan import is_begun, is_learned, learned_otherwise
 
     resume = options.resume and is_begun(config)
     if options.resume and not resume and is_learned(config):
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         values = {f.name: getattr(options, f.name) for f in fields(LearningConfig)}
         values["initializer_tokens"] = tuple(options.initializer_tokens)
         configs = [LearningConfig(**{**values, "instance": name}) for name in names]
-        from mifo.models import choose_device, choose_model
-        from mifo.processes import Processes
+        from imagelab.models.stable_diffusion import choose_device, choose_model
+        from imagelab.processes import Processes
 
         processes = Processes(choose_device(options.device))
         device = processes.device

@@ -11,8 +11,8 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mifo.boxes import Box, UnknownSize, parse_boxes, parse_named_box
-from mifo.cli import (
+from imagelab.boxes import Box, UnknownSize, parse_boxes, parse_named_box
+from imagelab.cli import (
     HelpFormatter,
     Parser,
     add_runtime_options,
@@ -172,10 +172,10 @@ def main(argv: list[str] | None = None) -> None:
         config = SynthesisConfig(
             **{f.name: getattr(options, f.name) for f in fields(SynthesisConfig)}
         )
-        from mifo import synthesis
+        from imagelab.models.stable_diffusion import choose_device
+        from imagelab.processes import Processes
         from mifo.learned import check_name, check_writable
-        from mifo.models import choose_device
-        from mifo.processes import Processes
+        from mifo.synthesis import paint as synthesis
 
         check_name(config.model_id, "model_id")
         folder = Path(config.output_path) / config.model_id

@@ -1,12 +1,13 @@
-"""Package definition: `pip install ./lora-master .` installs MIFO, its commands and toybox."""
+"""Package definition: `pip install .` installs MIFO, its commands, mifo_lora and toybox."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+PACKAGES = ("imagelab", "mifo", "mifo_page", "toybox", "experiments")
 NEEDED = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
-GRADIO = "gradio>=6.31,<7"  # the page of mifo.app
+GRADIO = "gradio>=6.31,<7"  # the page
 BITSANDBYTES = "bitsandbytes>=0.50"  # --optimizer adamw8bit
 
 setup(
@@ -15,7 +16,11 @@ setup(
     description="Learn several instances from one image and paint them inside boxes (MIFO)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=["mifo", "mifo.app", "toybox"],
+    packages=[
+        *find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
+        "mifo_lora",
+    ],
+    package_dir={"mifo_lora": "lora-master/mifo_lora"},
     py_modules=[
         "semantic_learning",
         "semantic_synthesis",
@@ -24,11 +29,13 @@ setup(
         "visual_box_mask",
     ],
     package_data={
-        "mifo.app": ["*.css", "*.html", "*.js"],
-        "toybox": ["sprites/*", "model/*", "model/*/*", "classifier.*"],
+        "mifo_page": ["*.css", "*.html", "*.js"],
+        "toybox.scenes": ["sprites/*"],
+        "toybox.stable_diffusion": ["weights/*", "weights/*/*"],
+        "toybox.classifier": ["classifier.*"],
     },
     python_requires=">=3.11",
-    install_requires=["mifo-lora" if name == "./lora-master" else name for name in NEEDED],
+    install_requires=NEEDED,
     extras_require={
         "app": [GRADIO],
         "8bit": [BITSANDBYTES],
@@ -37,6 +44,7 @@ setup(
             "hypothesis>=6",
             "peft>=0.21",
             "pytest-xdist>=3.8",
+            "import-linter>=2.1",
             GRADIO,
             BITSANDBYTES,
             "playwright>=1.65",
@@ -49,6 +57,8 @@ setup(
             "mifo-evaluate = semantic_evaluation:main",
             "mifo-export = semantic_export:main",
             "mifo-boxes = visual_box_mask:main",
-        ]
+        ],
+        "imagelab.models": ["toybox = toybox.stable_diffusion:FOLDER"],
+        "imagelab.features": ["toybox = toybox.classifier.features:feature_space"],
     },
 )

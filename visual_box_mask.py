@@ -17,9 +17,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mifo.boxes import Box, check_box, draw_boxes, parse_box, parse_boxes, parse_named_box, raster
-from mifo.cli import Parser
-from mifo.files import written_aside
+from imagelab.boxes import (
+    Box,
+    check_box,
+    draw_boxes,
+    parse_box,
+    parse_boxes,
+    parse_named_box,
+    raster,
+)
+from imagelab.cli import Parser
+from imagelab.io.atomic import written_aside
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
-from mifo.boxes import Box, raster
+from imagelab.boxes import Box, raster
+from imagelab.models.stable_diffusion import BaseModel, load_base
 from mifo.config import GuidanceConfig, LearningConfig
-from mifo.instance import Instance
-from mifo.learning import TEXT_TARGETS, UNET_TARGETS
-from mifo.models import BaseModel, load_base
-from mifo.objective import Batch, Views, step_loss, supervised_layers
-from mifo.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
+from mifo.learning.instance import Instance
+from mifo.learning.objective import Batch, Views, step_loss, supervised_layers
+from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
+from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
 from mifo.tokens import (
     add_asset_tokens,
     encode_ids,

@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.attention import attention_layers, decoder_block, layer_grid, pixel_grids, processors
-from mifo.boxes import Box
+from imagelab.attention import attention_layers, decoder_block, layer_grid, pixel_grids, processors
+from imagelab.boxes import Box
+from imagelab.models.stable_diffusion import BaseModel
 from mifo.config import GuidanceConfig
-from mifo.losses import ATTENTION_LOSSES, REGULARISED_TIMESTEPS, box_alpha, box_loss, box_mass
-from mifo.models import BaseModel
-from mifo.objective import Batch
-from mifo.regions import Refiner, RegionSet, TokenRoles
-from mifo.sampling import step_size
+from mifo.learning.objective import Batch
+from mifo.method.losses import (
+    ATTENTION_LOSSES,
+    REGULARISED_TIMESTEPS,
+    box_alpha,
+    box_loss,
+    box_mass,
+)
+from mifo.method.regions import Refiner, RegionSet, TokenRoles
+from mifo.method.sampling import step_size
 
 
 def require_gradients(base: BaseModel) -> None:
@@ -114,7 +120,7 @@ def guide(
     step: int,
     config: GuidanceConfig,
 ) -> Tensor:
-    """:func:`mifo.sampling.guide`, with ``text`` [2, k, d] for both halves."""
+    """:func:`mifo.method.sampling.guide`, with ``text`` [2, k, d] for both halves."""
     active = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
     both = text.repeat_interleave(len(latents), dim=0)
     read = control.layers("mid_block.", decoder_block(control.unet))
@@ -162,7 +168,7 @@ def denoise(
     config: GuidanceConfig,
     seeds: Sequence[int],
 ) -> Tensor:
-    """:func:`mifo.sampling.denoise`; ``control`` starts with boxes and is left refined."""
+    """:func:`mifo.method.sampling.denoise`; ``control`` starts with boxes and is left refined."""
     scheduler.set_timesteps(steps, device=latents.device)
     both = text.repeat_interleave(len(latents), dim=0)
     decoder = decoder_block(control.unet)
@@ -215,7 +221,7 @@ def learning_loss(
     attention_loss: str,
     prior_weight: float = 1.0,
 ) -> Tensor:
-    """The total of :func:`mifo.objective.step_loss`, of a model that predicts the noise."""
+    """The total of :func:`mifo.learning.objective.step_loss`, of a model that predicts the noise."""
     noisy = base.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     text = base.text_encoder(batch.input_ids).last_hidden_state
     with plain_layers(base.unet, layers) as maps:

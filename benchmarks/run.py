@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.cases import LEARNING, MODELS, PRECISIONS, SYNTHESIS, Row, make_work
 from benchmarks.measure import CLOCKS, operations, peak_bytes, peak_rate, seconds, weight_bytes
 from benchmarks.report import write_report
-from mifo.cli import HelpFormatter
+from imagelab.cli import HelpFormatter
 
 RESULTS = Path(__file__).parent / "results"
 

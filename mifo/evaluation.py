@@ -23,15 +23,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mifo.boxes import Box
+from imagelab.boxes import Box
+from imagelab.evaluation.features import FeatureSpace, load_features
+from imagelab.evaluation.measures import (
+    crop,
+    layout,
+    objects_by_colour,
+    outside_of,
+    reference_crops,
+)
+from imagelab.io.atomic import written_aside
+from imagelab.models.stable_diffusion import BaseModel, choose_precision
 from mifo.config import SynthesisConfig
-from mifo.features import FeatureSpace, load_features
-from mifo.files import written_aside
-from mifo.instance import Instance, read_instance, view_prompt
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
-from mifo.measures import crop, layout, objects_by_colour, outside_of, reference_crops
-from mifo.models import BaseModel, choose_precision
-from mifo.synthesis import Scene, asset_names, check_numbers, make_scene, paint, prepare
+from mifo.learning.instance import Instance, read_instance, view_prompt
+from mifo.synthesis.paint import Scene, asset_names, check_numbers, make_scene, paint, prepare
 from mifo.tokens import ASSET
 
 RECORDS = "records.jsonl"

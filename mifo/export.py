@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mifo.instance import view_prompt
+from imagelab.models.stable_diffusion import BaseModel, load_base
 from mifo.learned import (
     LORA,
     MANIFEST,
@@ -26,7 +26,7 @@ from mifo.learned import (
     replacing,
     write_pipeline,
 )
-from mifo.models import BaseModel, load_base
+from mifo.learning.instance import view_prompt
 from mifo.tokens import encode_ids
 from mifo_lora import kohya_metadata, lora_state_dict, save_lora, to_kohya
 

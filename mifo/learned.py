@@ -18,8 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mifo.instance import asset_token
-from mifo.models import BaseModel, check_folder, load_base, locate_model, model_digest
+from imagelab.models.stable_diffusion import (
+    BaseModel,
+    check_folder,
+    load_base,
+    locate_model,
+    model_digest,
+)
+from mifo.learning.instance import asset_token
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import (
     from_diffusers,

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mifo.instance import asset_token
-from mifo.models import BaseModel, load_base
+from imagelab.models.stable_diffusion import BaseModel, load_base
+from mifo.learning.instance import asset_token
 from mifo.tokens import add_tokens, write_rows
 from mifo_lora import from_file, inject_from, read_lora
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mifo.instance import asset_token
-from mifo.regions import TokenRoles
+from mifo.learning.instance import asset_token
+from mifo.method.regions import TokenRoles
 
 ASSET = re.compile(r"<asset\d+>")
 #: Words that no pixel can show: hidden from every pixel while boxes are in control.
@@ -64,7 +64,7 @@ def initial_rows(
 
     Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
     channel, fixed by the seed; with words (for all, or for each asset) they start from the mean
-    of these words' rows (where :func:`mifo.phrases.fit_phrases` begins if they are several).
+    of these words' rows (where :func:`mifo.learning.phrases.fit_phrases` begins if they are several).
     """
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
     if not words:

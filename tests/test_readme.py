@@ -15,10 +15,10 @@ import semantic_export
 import semantic_learning
 import semantic_synthesis
 import visual_box_mask
-from mifo.app import __main__ as app
+from mifo_page import __main__ as app
 
 ROOT = Path(__file__).parent.parent
-READMES = ("README.md", "toybox/README.md", "benchmarks/README.md")
+READMES = ("README.md", "toybox/stable_diffusion/README.md", "benchmarks/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
 README = TEXTS["README.md"]
 
@@ -60,7 +60,7 @@ def default_of(action: argparse.Action) -> str:
     ],
 )
 def test_every_option_is_told_with_its_default_and_its_help(command):
-    name = "python -m mifo.app" if command is app else f"{command.__name__}.py"
+    name = "python -m mifo_page" if command is app else f"{command.__name__}.py"
     section = README.split(f"<code>{name}</code>")[1].split("</details>")[0]
     rows = re.findall(r"^\| `(--\w+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
     told = {option: (default, meaning) for option, default, meaning in rows}
@@ -106,7 +106,7 @@ def test_every_command_parses(name):
     found = of_ours(TEXTS[name])
     assert len(found) >= 4
     for module, arguments in found:
-        module = "mifo.app.__main__" if module == "mifo.app" else module
+        module = "mifo_page.__main__" if module == "mifo_page" else module
         parser_of(importlib.import_module(module)).parse_args(arguments)
 
 
@@ -126,10 +126,14 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_toybox_example_draws(tmp_path, monkeypatch):
-    text = TEXTS["toybox/README.md"]
+    text = TEXTS["toybox/stable_diffusion/README.md"]
     code = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
-    assert code.count('"toybox/model"') == code.count("num_inference_steps=25") == 1
-    code = code.replace("toybox/model", str(ROOT / "toybox/model"))
+    assert (
+        code.count('"toybox/stable_diffusion/weights"') == code.count("num_inference_steps=25") == 1
+    )
+    code = code.replace(
+        "toybox/stable_diffusion/weights", str(ROOT / "toybox/stable_diffusion/weights")
+    )
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("steps=25", "steps=2"), "README.md", "exec"), {})
     with Image.open(tmp_path / "toys.png") as picture:

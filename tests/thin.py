@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mifo.boxes import Box
-from mifo.regions import TokenRoles
-from toybox.model import build_scheduler
+from imagelab.boxes import Box
+from mifo.method.regions import TokenRoles
+from toybox.stable_diffusion.architecture import build_scheduler
 
 #: start, a function word, subject 0, a function word, subject 1 in two tokens, end, padding
 TOKENS = TokenRoles(subjects=((2,), (4, 5)), filtered=(1, 3), end=6, length=8, leading=(2, 5))

@@ -1,0 +1,1 @@
+"""The papers' comparisons, re-run by one command each."""

@@ -1,0 +1,119 @@
+"""Feature spaces in which pictures are compared: CLIP, DINOv2, and those of installed packages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Spaces of transformers' models, and where their weights come from unless a source is given.
+SOURCES = {
+    "clip": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "dinov2": "facebook/dinov2-small",
+}
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """Unit vectors of pictures, to be compared by their cosine.
+
+    source: what tells these weights from others of the name.
+    images: [b, d] of crops, pictures of any size with one thing in them.
+    scenes: the same of whole pictures, where those are read in another way.
+    text: [d] of a text in the same space, where there is such a thing.
+    """
+
+    name: str
+    source: str
+    images: Callable[[Sequence[Image.Image]], Tensor]
+    text: Callable[[str], Tensor] | None = None
+    scenes: Callable[[Sequence[Image.Image]], Tensor] | None = None
+
+
+def load_features(spec: str, offline: bool = False) -> FeatureSpace:
+    """The feature space that ``name`` or ``name=source`` asks for; source: a folder or hub id.
+
+    Raises ValueError for an unknown name or weights that cannot be loaded.
+    """
+    name, _, source = spec.partition("=")
+    embedded = {found.name: found for found in entry_points(group="imagelab.features")}
+    if spec in embedded:
+        return embedded[spec].load()()
+    if name not in SOURCES:
+        raise ValueError(
+            f"--features {spec!r} is unknown; give some of {', '.join([*embedded, *SOURCES])}, the "
+            "last two with a folder or hub id if you like: clip=<folder>"
+        )
+    source = source or SOURCES[name]
+    try:
+        return {"clip": _clip, "dinov2": _dinov2}[name](source, offline)
+    except Exception as error:  # transformers raises almost anything for what it cannot load
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--features {spec}: {source} could not be loaded ({reason[:160]}); give a folder of "
+            f"transformers' with safetensors in it: {name}=<folder>"
+        ) from error
+
+
+def squared(picture: Image.Image) -> Image.Image:
+    """RGB, padded to a square with the median colour of its border: nothing is cut or squeezed."""
+    picture = picture.convert("RGB")
+    pixels = np.asarray(picture)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colour = tuple(np.median(border, axis=0).astype(int).tolist())
+    return ImageOps.pad(picture, (max(picture.size),) * 2, color=colour)
+
+
+def _clip(source: str, offline: bool) -> FeatureSpace:
+    from transformers import AutoTokenizer, CLIPModel
+
+    where = {"local_files_only": offline}
+    model = CLIPModel.from_pretrained(source, use_safetensors=True, **where).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    prepare = _preparation(source, model.config.vision_config.image_size, where)
+
+    @torch.inference_mode()
+    def images(pictures: Sequence[Image.Image]) -> Tensor:
+        pooled = model.vision_model(prepare(pictures)).pooler_output
+        return F.normalize(model.visual_projection(pooled), dim=1)
+
+    @torch.inference_mode()
+    def text(prompt: str) -> Tensor:
+        ids = tokenizer(prompt, truncation=True, return_tensors="pt").input_ids
+        return F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=1)[0]
+
+    return FeatureSpace("clip", source, images, text)
+
+
+def _dinov2(source: str, offline: bool) -> FeatureSpace:
+    from transformers import AutoModel
+
+    where = {"local_files_only": offline}
+    model = AutoModel.from_pretrained(source, use_safetensors=True, **where).eval()
+    prepare = _preparation(source, None, where)
+
+    @torch.inference_mode()
+    def images(pictures: Sequence[Image.Image]) -> Tensor:
+        return F.normalize(model(prepare(pictures)).last_hidden_state[:, 0], dim=1)  # class token
+
+    return FeatureSpace("dinov2", source, images)
+
+
+def _preparation(source: str, side: int | None, where: dict) -> Callable:
+    """A function from pictures to a model's input [b, 3, side, side], as its config asks."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    config, _ = ImageProcessingMixin.get_image_processor_dict(source, **where)
+    side = side or config["crop_size"]["height"]
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))
+
+    def prepare(pictures: Sequence[Image.Image]) -> Tensor:
+        resized = [squared(p).resize((side, side), Image.BICUBIC) for p in pictures]
+        pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in resized])
+        return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
+
+    return prepare

@@ -1,0 +1,1 @@
+"""Pictures, masks and tensors: read with care, written whole."""

@@ -1,0 +1,1 @@
+"""Base models: found, checked and loaded; one module a family."""

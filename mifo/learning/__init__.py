@@ -1,0 +1,1 @@
+"""Semantic learning: from one photo with masks to a learned folder."""

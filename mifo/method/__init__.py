@@ -1,0 +1,1 @@
+"""The paper's equations: losses, regions, control of the attention, sampling."""

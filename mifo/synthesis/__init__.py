@@ -1,0 +1,1 @@
+"""Semantic synthesis: from a learned folder, a prompt and boxes to pictures."""

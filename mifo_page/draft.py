@@ -1,0 +1,192 @@
+"""An instance folder in the making: a photo, its masks, what is to be said of them, saving.
+
+Sizes are (width, height) in pixels, masks bool [height, width].
+"""
+
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+
+from imagelab.boxes import Box, color_of, draw_boxes
+from mifo.learned import replacing
+from mifo.learning.instance import (
+    IMAGE_NAMES,
+    MASK_NAME,
+    Instance,
+    asset_token,
+    coverage_report,
+    find_image,
+    find_masks,
+    mask_window,
+    read_instance,
+    read_mask,
+    read_picture,
+    resize_mask,
+)
+from mifo_page import MAX_FILE, MAX_SENT
+from mifo_page.places import Places, folder_in
+
+MAX_SIDE = 2048  # pixels: larger photos are shrunk, with their masks
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """An instance folder in the making.
+
+    opened_size: the photo's size before shrinking; folder: the instance folder it was opened from.
+    """
+
+    photo: Image.Image
+    opened_size: tuple[int, int]
+    masks: tuple[np.ndarray, ...] = ()
+    folder: Path | None = None
+
+
+def open_photo(path: str | Path) -> Draft:
+    """A photo as viewers show it, at most MAX_SIDE a side: its pixels and nothing else."""
+    path = Path(path)
+    with _files_named_alone(path.parent):
+        photo = read_picture(path)
+    size = photo.size
+    photo.thumbnail((MAX_SIDE, MAX_SIDE))
+    return Draft(photo, size)
+
+
+def add_mask_file(draft: Draft, path: str | Path) -> Draft:
+    """The draft with a mask from a file of the size of the photo."""
+    path = Path(path)
+    with _files_named_alone(path.parent):
+        mask = read_mask(path)
+    size = mask.shape[1], mask.shape[0]
+    if size not in (draft.opened_size, draft.photo.size):
+        raise ValueError(
+            f"{path.name} is {size[0]} x {size[1]} pixels, the photo "
+            f"{draft.opened_size[0]} x {draft.opened_size[1]}; make the mask the size of the photo"
+        )
+    return _with_mask(draft, mask)
+
+
+def add_painted_mask(draft: Draft, sent: dict) -> Draft:
+    """The draft with a mask from what the brush sends as "mask".
+
+    That is a PNG as a data URL, opaque where painted, or nothing where nothing is. It is read as
+    an uploaded one is, with the same limits.
+    """
+    strokes = sent.get("mask") if isinstance(sent, dict) else None
+    if not isinstance(strokes, str):
+        raise ValueError("the page sent no mask; load it again and paint the mask anew")
+    if not strokes:
+        raise ValueError("nothing is painted; brush over one thing in the photo first")
+    if len(strokes) > MAX_SENT:
+        raise ValueError(
+            f"the painted mask is larger than {MAX_FILE // 2**20} MiB; upload a smaller file"
+        )
+    data = strokes.removeprefix("data:image/png;base64,")
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "the painted mask")
+        path.write_bytes(b64decode(data, validate=True))
+        return add_mask_file(draft, path)
+
+
+def _with_mask(draft: Draft, mask: np.ndarray) -> Draft:
+    return replace(draft, masks=(*draft.masks, resize_mask(mask, draft.photo.size)))
+
+
+def open_instance(places: Places, name: str) -> Draft:
+    """The photo and the masks of an instance folder."""
+    folder = folder_in(places.folder_path, name, "instance")
+    if not folder.is_dir():
+        raise ValueError(f"there is no instance folder {folder}; choose another or open a photo")
+    draft = replace(open_photo(find_image(folder)), folder=folder)
+    for path in find_masks(folder):
+        draft = add_mask_file(draft, path)
+    return draft
+
+
+def report(draft: Draft) -> str:
+    """Coverage and overlaps of the masks and what is worth knowing, by the library's reader."""
+    if not draft.masks:
+        return "no mask yet"
+    with TemporaryDirectory() as folder:
+        _write(draft, Path(folder))
+        instance = _read(draft, Path(folder))
+    return "\n".join([*coverage_report(instance).splitlines()[1:], *instance.notes])
+
+
+def overlay(draft: Draft) -> Image.Image:
+    """The photo with each mask in its colour, framed and named."""
+    pixels = np.array(draft.photo, dtype=np.float32)
+    frames = []
+    for index, mask in enumerate(draft.masks):
+        pixels[mask] = 0.45 * pixels[mask] + 0.55 * np.array(color_of(index), np.float32)
+        down, across = mask_window(mask)
+        width, height = draft.photo.size
+        frames.append(
+            Box(across.start / width, down.start / height, across.stop / width, down.stop / height)
+        )
+    names = [asset_token(index) for index in range(len(frames))]
+    return draw_boxes(Image.fromarray(pixels.astype(np.uint8)), frames, names)
+
+
+def as_data(picture: Image.Image) -> str:
+    """A picture as a data URL, to look at."""
+    data = BytesIO()
+    picture.save(data, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"
+
+
+def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) -> Path:
+    """Write the instance folder aside, read it as learning will, and move it into place.
+
+    A folder that is there is replaced only when told so and when it is an instance folder alone.
+    """
+    target = folder_in(places.folder_path, name, "instance")
+    if not draft.masks:
+        raise ValueError("there is no mask yet; paint or upload one for each thing in the photo")
+    if target.exists():
+        if not may_replace:
+            raise ValueError(f"{target} is there already; give another name, or say to replace it")
+        known = target.is_dir() and all(
+            path.is_file() and (path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name))
+            for path in target.iterdir()
+        )
+        if not known:
+            raise ValueError(f"{target} holds other things than an instance; give another name")
+        if draft.folder == target and draft.photo.size != draft.opened_size:
+            raise ValueError(
+                f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
+                f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
+            )
+    with replacing(target) as folder:
+        _write(draft, folder)
+        _read(draft, folder)
+    return target
+
+
+def _write(draft: Draft, folder: Path) -> None:
+    """Pixels alone are written: no EXIF, no place, no name of a camera."""
+    draft.photo.save(folder / "img.png", compress_level=1)
+    for index, mask in enumerate(draft.masks):
+        Image.fromarray(mask).save(folder / f"mask{index}.png")
+
+
+def _read(draft: Draft, folder: Path) -> Instance:
+    with _files_named_alone(folder):
+        return read_instance(folder, resolution=min(draft.photo.size), multiple=1)
+
+
+@contextmanager
+def _files_named_alone(folder: Path) -> Iterator[None]:
+    """What is wrong with a file is told without the temporary folder that it lies in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error

@@ -1,0 +1,100 @@
+"""The whole page, in gradio: its tabs, the command that runs, and what keeps it up to date."""
+
+import html
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import gradio as gr
+
+from imagelab.errors import FAILURES, sentence
+from mifo_page import places as folders
+from mifo_page.job import LINES, Job
+from mifo_page.places import Places
+from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset, told
+
+logger = logging.getLogger(__name__)
+
+CSS = read_asset("page.css")
+
+
+def theme() -> gr.Theme:
+    """Fonts of the system: none is fetched."""
+    plain, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    return gr.themes.Default(primary_hue="blue", font=plain, font_mono=code)
+
+
+def build_page(places: Places, job: Job) -> gr.Blocks:
+    """The whole page; ``job`` runs its commands."""
+    with gr.Blocks(title="MIFO", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# MIFO\nMask the things in a photo, learn them, paint each inside its box.")
+        with gr.Tab("1  Masks"):
+            masks_tab(places)
+        with gr.Tab("2  Learn"):
+            instance, curves, maps = learning_tab(places, job)
+        with gr.Tab("3  Paint"):
+            model_id, gallery = painting_tab(places, job)
+        with gr.Row(equal_height=True):
+            status = gr.Textbox(label="Now", scale=5, elem_id="status")
+            stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
+        log = gr.Textbox(
+            label="What the command says",
+            info="Stop lets learning finish its step and saves it, to go on from there later; "
+            "a second press ends it at once.",
+            lines=LINES,
+            max_lines=LINES,
+            elem_id="log",
+            elem_classes="code",
+        )
+        stop.click(told(job.stop))
+        _watch(places, job, instance, model_id, [status, log, curves, maps, gallery])
+    return page
+
+
+def _watch(places: Places, job: Job, instance, model_id, shown: list) -> None:
+    """Every second or two: what the command says, and what has become new in the folders."""
+    seen = gr.State({})
+    inputs = [instance, model_id, seen]
+    outputs = [seen, instance, model_id, *shown]
+    gr.Timer(1.5).tick(partial(look, places, job), inputs, outputs, show_progress="hidden")
+
+
+def look(places: Places, job: Job, instance: str | None, model_id: str | None, before: dict):
+    """What has changed since the stamps ``before``: the stamps of now, and what to show.
+
+    A part that fails is told once and left empty; the others are shown all the same.
+    """
+    now = folders.stamps(places, instance, model_id)
+    new = {key for key in now if now[key] != before.get(key)}
+    choices, figures, pictures = [gr.skip()] * 2, [gr.skip()] * 2, gr.skip()
+    if "names" in new:
+        choices = [
+            _choose(_found(folders.instances, places), instance),
+            _choose(_found(folders.learned, places), model_id),
+        ]
+    if "learning" in new:
+        figures = [
+            _found(folders.curves, places, instance),
+            _found(folders.attention_maps, places, instance),
+        ]
+    if "pictures" in new:
+        pictures = _found(folders.pictures, places, model_id)
+    return now, *choices, job.status(), job.output(), *figures, pictures
+
+
+def _found(function: Callable, *where):
+    """What a function finds; where it fails, that is told, and nothing is found."""
+    try:
+        return function(*where)
+    except Exception as error:  # in one part of the page
+        logger.warning("%s", sentence(error), exc_info=not isinstance(error, FAILURES))
+        gr.Warning(html.escape(sentence(error)))
+        return None
+
+
+def _choose(names: Sequence[str] | None, chosen: str | None) -> dict:
+    """The names to choose from, the first one where the chosen one has gone; None: as it was."""
+    if names is None:
+        return gr.skip()
+    value = chosen if chosen in names else next(iter(names), None)
+    return gr.update(choices=names, value=value)

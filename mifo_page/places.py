@@ -1,0 +1,155 @@
+"""The folders that the page may use, and what is in them to choose and to see.
+
+Every name that comes from the page is checked to be that of a folder right below one of them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from imagelab.figures import learning_curves
+from mifo.config import LearningConfig, SynthesisConfig
+from mifo.learned import check_name, learned_names
+from mifo.learning.instance import list_instances, read_picture
+from mifo.learning.plan import CHECKPOINT, work_folder
+
+LOSSES = ("loss", "reconstruction", "attention")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders that the page may read and write, and what its commands run on."""
+
+    folder_path: str = LearningConfig.folder_path
+    models_dir: str = LearningConfig.output_dir
+    output_path: str = SynthesisConfig.output_path
+    model_path: str = LearningConfig.model_path
+    device: str = LearningConfig.device
+    offline: bool = LearningConfig.offline
+
+
+def folder_in(root: str | Path, name: str | None, option: str) -> Path:
+    """The folder of a plain name right below ``root``, there or not; ValueError for another."""
+    if not name or not name.strip():
+        raise ValueError("no name is given; choose one, or write one such as my_things")
+    if name == "all" or not name.isprintable():
+        raise ValueError(f"{name!r} is no name for a folder; give one such as my_things")
+    check_name(name, option)
+    path = Path(root) / name
+    if path.resolve() != Path(root).resolve() / name:
+        raise ValueError(f"{path} leads out of {root}; move the folder itself there")
+    return path
+
+
+def instances(places: Places) -> list[str]:
+    """Names of the instance folders that the page takes."""
+    root = Path(places.folder_path)
+    return _taken(root, list_instances(root), "instance") if root.is_dir() else []
+
+
+def learned(places: Places) -> list[str]:
+    """Names of the learned folders that the page takes."""
+    root = Path(places.models_dir)
+    return _taken(root, learned_names(root), "model_id")
+
+
+def _taken(root: Path, names: list[str], option: str) -> list[str]:
+    """The names that :func:`folder_in` takes.
+
+    A folder called `all` is left out: to the commands that name means every folder there is.
+    """
+
+    def is_taken(name: str) -> bool:
+        try:
+            folder_in(root, name, option)
+        except ValueError:
+            return False
+        return True
+
+    return list(filter(is_taken, names))
+
+
+def curves(places: Places, instance: str) -> Image.Image | None:
+    """Loss curves of the unfinished run as of its last checkpoint, else those of the result."""
+    target = folder_in(places.models_dir, instance, "instance")
+    config = LearningConfig(instance=instance, output_dir=places.models_dir)
+    try:
+        with safe_open(work_folder(config) / CHECKPOINT, framework="np") as file:
+            losses = {name: file.get_tensor(f"losses.{name}").tolist() for name in LOSSES}
+            settings = json.loads(file.metadata()["mifo"])["facts"]["settings"]
+    except (OSError, SafetensorError):  # there is none, or it has just become the result
+        path = target / "learning.png"
+        return read_picture(path) if path.is_file() else None
+    steps = {1: settings["train_steps"], 2: settings["finetune_steps"]}
+    stages = [(stage, count) for stage, count in steps.items() if count]
+    picture = BytesIO()
+    learning_curves(picture, losses, stages, settings["reward_steps"])
+    return Image.open(picture)
+
+
+def attention_maps(places: Places, instance: str) -> Image.Image | None:
+    """Each asset's attention beside its mask, once the instance is learned."""
+    path = folder_in(places.models_dir, instance, "instance") / "attention.png"
+    return read_picture(path) if path.is_file() else None
+
+
+def pictures(places: Places, model_id: str, most: int = 40) -> list[tuple[str, str]]:
+    """(path, caption with its seed) of the latest pictures of a learned folder, newest first."""
+    paths = _output(places, model_id).glob("*.png")
+    paths = [path for path in paths if path.is_file() and not path.is_symlink()]
+    paths.sort(key=lambda path: (-_modified(path), path.name))
+    return [(str(path), _caption(path)) for path in paths[:most]]
+
+
+def _output(places: Places, model_id: str) -> Path:
+    return folder_in(places.output_path, model_id, "model_id")
+
+
+def _caption(path: Path) -> str:
+    """The name of a picture, and its seed where the picture itself tells it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            seed = json.loads(picture.info["mifo"])["settings"]["seed"]
+    except Exception:  # a picture of another making or a damaged one, at which Pillow raises much
+        return path.name
+    return f"{path.name}, seed {seed}"
+
+
+def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[str, object]:
+    """What changes when there is something new to choose ("names"), of learning, of pictures.
+
+    Where one cannot be told, it is what was raised, in words: that is new too.
+    """
+    found = {"names": lambda: (instances(places), learned(places))}
+    if instance:
+        found["learning"] = lambda: (instance, *map(_modified, _traces(places, instance)))
+    if model_id:
+        found["pictures"] = lambda: (model_id, _modified(_output(places, model_id)))
+    return {key: _or_failure(part) for key, part in found.items()}
+
+
+def _or_failure(part: Callable[[], tuple]) -> tuple | str:
+    try:
+        return part()
+    except Exception as error:  # whoever shows this part meets it again
+        return repr(error)
+
+
+def _traces(places: Places, instance: str) -> tuple[Path, Path]:
+    """The files that tell of learning: of an unfinished run, of a result."""
+    result = folder_in(places.models_dir, instance, "instance")
+    config = LearningConfig(instance=instance, output_dir=places.models_dir)
+    return work_folder(config) / CHECKPOINT, result / "learning.png"
+
+
+def _modified(path: Path) -> int:
+    """When it was written, in nanoseconds; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,356 @@
+"""Training toybox, very small: it learns, and an interruption changes nothing."""
+
+import copy
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from thin import free_port
+
+from imagelab.processes import Processes
+from toybox.scenes.scenes import caption
+from toybox.stable_diffusion import data as toybox_data
+from toybox.stable_diffusion import loop, train
+from toybox.stable_diffusion.architecture import ToyboxConfig, build_pipeline, build_tokenizer
+from toybox.stable_diffusion.config import TrainConfig
+from toybox.stable_diffusion.data import MAX_TOYS, encode_scenes, scene_of
+from toybox.stable_diffusion.loop import lr_factor
+from toybox.stable_diffusion.train import grounding_loss, timestep_weights
+
+SHAPE = ToyboxConfig(
+    resolution=32,
+    latent_channels=4,
+    vae_channels=(8, 8, 8),
+    unet_channels=(16, 32),
+    head_channels=16,
+    text_width=32,
+    text_layers=1,
+)
+CONFIG = TrainConfig(
+    vae_scenes=24, vae_steps=20, vae_batch=4, vae_crop=16, vae_lr=5e-3,
+    decoder_steps=20, decoder_batch=4, decoder_lr=5e-3,
+    scenes=24, steps=20, batch=4, lr=5e-3, warmup=2,
+)  # fmt: skip
+SHORT = replace(CONFIG, vae_steps=5, decoder_steps=5, steps=5)
+SHARED = replace(SHORT, grounding_weight=0.0)  # its mean is over the nouns of each process
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """What the UNet learns from: latents, their scale, a tokenizer and the autoencoder."""
+    folder = tmp_path_factory.mktemp("data")
+    vae, trainer = train.train_vae(CONFIG, SHAPE, folder)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
+    rng = np.random.default_rng(0)
+    texts = [caption(scene_of(CONFIG, index), rng).text for index in range(400)]
+    tokenizer = build_tokenizer(texts, folder)
+    return folder, vae, trainer, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
+
+
+def fall(losses: list[float]) -> float:
+    """The mean of the last five losses over that of the first five."""
+    return float(np.mean(losses[-5:]) / np.mean(losses[:5]))
+
+
+def interrupt_at(monkeypatch, at: int) -> None:
+    """Press Ctrl-C when step ``at`` begins."""
+
+    def interrupted(step, *args):
+        if step == at:
+            raise KeyboardInterrupt
+        return lr_factor(step, *args)
+
+    monkeypatch.setattr(loop, "lr_factor", interrupted)
+
+
+def assert_same(first, second) -> None:
+    """Modules with the same weights, bit for bit."""
+    weights, others = first.state_dict(), second.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_20_steps_lower_the_autoencoders_loss(data):
+    _, vae, trainer, *_ = data
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.8
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_20_steps_of_the_decoder_lower_its_loss_and_leave_the_latents(data, tmp_path):
+    vae = copy.deepcopy(data[1])
+    trainer = train.train_decoder(vae, CONFIG, SHAPE, tmp_path)
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.9
+    assert_same(vae.encoder, data[1].encoder)
+    assert_same(vae.quant_conv, data[1].quant_conv)
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_20_steps_lower_the_unets_loss(data, tmp_path):
+    _, vae, _, encoded, scale, tokenizer = data
+    unet, text_encoder, trainer = train.train_unet(
+        CONFIG, SHAPE, tmp_path, encoded, scale, tokenizer
+    )
+    assert len(trainer.losses) == 20
+    assert fall(trainer.losses) < 0.8
+    pipeline = build_pipeline(vae, text_encoder, tokenizer, unet)
+    [picture] = pipeline("a red car", num_inference_steps=2, output_type="np").images
+    assert picture.shape == (32, 32, 3)
+    assert np.isfinite(picture).all()
+
+
+def test_timestep_weights_are_min_snr_s_and_spare_the_noisiest_steps():
+    weights = timestep_weights(torch.tensor([20.0, 5.0, 2.0, 1.0, 0.25, 0.01]), most=5.0)
+    expected = torch.tensor([0.25, 1, 1, 1, 2, 10])
+    assert torch.allclose(weights, expected / expected.mean())
+
+
+def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    unbroken, whole = train.train_vae(SHORT, SHAPE, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_vae(SHORT, SHAPE, tmp_path / "broken")
+    state = torch.load(tmp_path / "broken" / "autoencoder.pt", weights_only=True)
+    assert state["losses"] == whole.losses[:3]
+    resumed, trainer = train.train_vae(SHORT, SHAPE, tmp_path / "broken")
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unbroken)
+
+
+def test_an_interrupted_decoder_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    unbroken, broken, resumed = (copy.deepcopy(data[1]) for _ in range(3))
+    whole = train.train_decoder(unbroken, SHORT, SHAPE, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_decoder(broken, SHORT, SHAPE, tmp_path / "broken")
+    trainer = train.train_decoder(resumed, SHORT, SHAPE, tmp_path / "broken")
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unbroken)
+
+
+def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    *_, encoded, scale, tokenizer = data
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    arguments = (encoded, scale, tokenizer)
+    unet, text_encoder, whole = train.train_unet(SHORT, SHAPE, tmp_path / "unbroken", *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
+    resumed, text, trainer = train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
+    assert trainer.losses == whole.losses
+    assert_same(resumed, unet)
+    assert_same(text, text_encoder)
+    assert not list((tmp_path / "broken").glob("*.part"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_spoils_nothing(tmp_path):
+    train.train_vae(replace(SHORT, vae_steps=3), SHAPE, tmp_path)
+    before = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    with pytest.raises(ValueError, match="autoencoder: .* not finite at step 3.*learning rate"):
+        train.train_vae(replace(SHORT, kl_weight=float("nan")), SHAPE, tmp_path)
+    after = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    assert after["losses"] == before["losses"]
+    for kept, there in zip(before["modules"], after["modules"], strict=True):
+        assert all(torch.equal(kept[name], there[name]) for name in kept)
+
+
+def test_a_work_folder_keeps_to_its_settings(tmp_path):
+    train.check_work(tmp_path / "work", CONFIG, None)
+    train.check_work(tmp_path / "work", replace(CONFIG, steps=40), None)
+    with pytest.raises(ValueError, match=r"other settings \(lr\); give another --work"):
+        train.check_work(tmp_path / "work", replace(CONFIG, lr=1e-4), None)
+    with pytest.raises(ValueError, match="begin_from"):
+        train.check_work(tmp_path / "work", CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("odds", [("1", "-1", "1"), ("0", "0", "0"), ("nan", "1", "1"), ("1", "2")])
+def test_odds_that_are_none_are_refused(odds, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--work", str(tmp_path / "work"), "--count_odds", *odds])
+    assert "--count_odds" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# the whole command
+
+OPTIONS = (
+    "--device", "cpu", "--seed", "3", "--vae_scenes", "24", "--vae_batch", "4", "--vae_crop", "16",
+    "--decoder_batch", "4", "--scenes", "24", "--batch", "4", "--warmup", "2",
+)  # fmt: skip
+STEPS = ("--vae_steps", "4", "--decoder_steps", "3", "--steps", "6", "--sample_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Runs ``toybox.stable_diffusion.train`` on the tiny shape; the pipeline that it writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ToyboxConfig", lambda: SHAPE)
+
+        def run(work, *options):
+            train.main(["--work", str(work), *OPTIONS, *options])
+            return work / "model"
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def model(command, tmp_path_factory):
+    """A pipeline that the command has trained without a break."""
+    return command(tmp_path_factory.mktemp("trained") / "work", *STEPS)
+
+
+def record_of(folder) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_the_command_writes_a_pipeline_its_record_samples_and_curves(model):
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    [picture] = pipeline("a red car", num_inference_steps=1, output_type="np").images
+    assert picture.shape == (32, 32, 3)
+    latents = torch.load(model.parent / "latents.pt", weights_only=True)["latents"].float()
+    assert pipeline.vae.config.scaling_factor == pytest.approx(1 / latents.std().item())
+    record = record_of(model)
+    assert (record["train"]["steps"], record["processes"], record["began_from"]) == (6, 1, None)
+    assert record["psnr_db"] == pytest.approx(
+        train.psnr(pipeline.vae, replace(CONFIG, seed=3), SHAPE), abs=0.1
+    )
+    assert (model / "training.png").is_file()
+    assert [path.name for path in model.parent.glob("samples_*")] == ["samples_000004.png"]
+
+
+def test_ctrl_c_while_samples_are_drawn_changes_nothing(command, model, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(train, "sample_grid", interrupted)
+        command(tmp_path, *STEPS)
+    assert len(torch.load(tmp_path / "unet.pt", weights_only=True)["losses"]) == 4
+    again = StableDiffusionPipeline.from_pretrained(command(tmp_path, *STEPS))
+    unbroken = StableDiffusionPipeline.from_pretrained(model)
+    assert_same(again.unet, unbroken.unet)
+    assert_same(again.text_encoder, unbroken.text_encoder)
+
+
+def test_training_goes_on_from_a_model_and_keeps_its_latents(command, model, tmp_path):
+    keep = ("--begin_from", str(model), "--vae_steps", "0")
+    folder = command(tmp_path / "more", *keep, "--decoder_steps", "2", "--steps", "2")
+    then, now = (StableDiffusionPipeline.from_pretrained(path) for path in (model, folder))
+    assert_same(now.vae.encoder, then.vae.encoder)
+    assert now.vae.config.scaling_factor == then.vae.config.scaling_factor
+    assert now.tokenizer.get_vocab() == then.tokenizer.get_vocab()
+    for part in ("unet", "text_encoder"):
+        weights = getattr(now, part).state_dict()
+        change = [(weights[k] - v).abs().max() for k, v in getattr(then, part).state_dict().items()]
+        assert 0 < max(change) < 0.05, part  # near where it began, not anew
+    assert record_of(folder)["began_from"] == record_of(model)
+
+    folder = command(tmp_path / "same", *keep, "--decoder_steps", "0", "--steps", "0")
+    same = StableDiffusionPipeline.from_pretrained(folder)
+    for part in ("vae", "unet", "text_encoder"):
+        assert_same(getattr(same, part), getattr(then, part))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--vae_steps", "0"), "--begin_from"),
+        (("--sample_steps", "0"), "--sample_steps is 0"),
+        (("--begin_from", "nowhere"), "nowhere has no readable record.json"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--work", str(tmp_path / "work"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# two processes
+
+
+def train_in_process(index, port, data_folder, folder):
+    """One of two processes that train together."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        WORLD_SIZE="2", RANK=str(index), LOCAL_RANK=str(index),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port),
+    )  # fmt: skip
+    processes = Processes("cpu")
+    vae, _ = train.train_vae(SHORT, SHAPE, folder, processes=processes)
+    train.train_decoder(vae, SHORT, SHAPE, folder, processes)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt")  # reads them
+    scale = 1 / encoded["latents"].float().std().item()
+    tokenizer = build_tokenizer([], data_folder)
+    train.train_unet(SHARED, SHAPE, folder, encoded, scale, tokenizer, processes=processes)
+    processes.leave()
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    data_folder, *_, encoded, scale, tokenizer = data
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    torch.multiprocessing.spawn(train_in_process, (free_port(), data_folder, two), nprocs=2)
+    vae, _ = train.train_vae(SHORT, SHAPE, one)
+    train.train_decoder(vae, SHORT, SHAPE, one)
+    train.train_unet(SHARED, SHAPE, one, encoded, scale, tokenizer)
+    for name in ("autoencoder.pt", "decoder.pt", "unet.pt"):
+        alone, shared = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+        assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------
+# its pieces
+
+
+def test_latents_are_encoded_once(data, monkeypatch):
+    folder, vae, _, encoded, *_ = data
+    assert encoded["latents"].shape == (24, 4, 8, 8)
+    assert encoded["coverage"].shape == (24, MAX_TOYS, 8, 8)
+    monkeypatch.setattr(toybox_data, "render", None)
+    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
+    assert all(torch.equal(again[key], encoded[key]) for key in encoded)
+
+
+def test_every_word_of_a_caption_is_one_token(data):
+    tokenizer = data[-1]
+    told = caption(scene_of(CONFIG, 3), np.random.default_rng(0))
+    ids = tokenizer(told.text, padding="max_length").input_ids
+    words = told.text.split()
+    assert tokenizer.convert_ids_to_tokens(ids)[1 : 1 + len(words)] == [w + "</w>" for w in words]
+    assert len(ids) == 77
+    assert ids[-1] == 0
+
+
+def test_grounding_loss_by_hand():
+    maps = torch.tensor([[[0.0, 0.6], [0.0, 0.2], [0.0, 0.1], [0.0, 0.1]]])  # [1, 4 pixels, 2]
+    coverage = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])  # [1, 1 toy, 2, 2]
+    # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy, which covers 1.5 pixels
+    expected = -np.log(0.65) - np.log(2 * 0.65 / 1.5)
+    assert grounding_loss([maps], coverage, [(0, 0, 1)]).item() == pytest.approx(expected)
+    # token 0 reigns on the second pixel; more than half is not asked for
+    maps[0, 1, 0] = 0.9
+    coverage = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+    assert grounding_loss([maps], coverage, [(0, 0, 0)]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_learning_rate_warms_up_and_cools_down():
+    factors = [lr_factor(step, 100, 10, 0.25) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:76] == pytest.approx([1.0] * 66)
+    assert factors[87] == pytest.approx(0.01 + 0.99 * (0.5 - 0.5 * np.cos(np.pi * 13 / 25)))
+    assert factors[76:] == sorted(factors[76:], reverse=True)
+    assert factors[-1] < 0.02

@@ -1,0 +1,1 @@
+"""A small classifier that tells kinds and hues of toys in pictures."""

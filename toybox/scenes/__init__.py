@@ -1,0 +1,1 @@
+"""Rendered toy scenes with exact masks and true captions, from a seed."""

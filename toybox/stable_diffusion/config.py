@@ -1,0 +1,69 @@
+"""Every number of toybox's training, and what it means: their only home."""
+
+from dataclasses import dataclass
+
+from toybox.scenes.scenes import COUNT_ODDS, KINDS
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every number of the training."""
+
+    seed: int = 0
+    vae_scenes: int = 1500
+    vae_steps: int = 9000
+    vae_batch: int = 16
+    vae_crop: int = 32
+    vae_lr: float = 5e-4
+    kl_weight: float = 1e-6
+    decoder_steps: int = 1500
+    decoder_batch: int = 4
+    decoder_lr: float = 1e-3
+    kinds: tuple[str, ...] = KINDS
+    count_odds: tuple[float, ...] = COUNT_ODDS
+    scenes: int = 20_000
+    steps: int = 9000
+    sample_steps: int = 1000
+    skip: int = 0
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 200
+    cooldown: float = 0.25
+    ema: float = 0.999
+    caption_dropout: float = 0.1
+    bare_captions: float = 1 / 3
+    min_snr: float = 5.0
+    grounding_weight: float = 0.02
+    grounding_timesteps: int = 1000
+
+
+HELP = {
+    "seed": "fixes the scenes and every draw",
+    "vae_scenes": "scenes that the autoencoder learns from",
+    "vae_steps": "steps of the autoencoder; 0: the latents stay as --begin_from has them",
+    "vae_batch": "crops a step",
+    "vae_crop": "side of a crop, in pixels",
+    "vae_lr": "learning rate of the autoencoder",
+    "kl_weight": "weight of the posterior's divergence from a normal one",
+    "decoder_steps": "steps of the decoder alone, on whole scenes, after those of the autoencoder",
+    "decoder_batch": "scenes in each of them",
+    "decoder_lr": "their learning rate",
+    "kinds": "kinds of toys; fewer are learned sooner",
+    "count_odds": "odds of scenes with one toy, two and three",
+    "scenes": "scenes that the UNet and the text encoder learn from",
+    "steps": "steps of the UNet and the text encoder",
+    "sample_steps": "how many of them lie between sample grids",
+    "skip": "steps whose draws are passed over, those of the run that --begin_from comes from",
+    "batch": "scenes a step",
+    "lr": "their learning rate",
+    "weight_decay": "AdamW's, of all parts",
+    "warmup": "steps over which the learning rate rises",
+    "cooldown": "share of the steps over which it falls at the end, as a cosine, to a hundredth",
+    "ema": "decay of the average over the weights",
+    "caption_dropout": "share of scenes without a caption",
+    "bare_captions": "share of captions without articles",
+    "min_snr": "cap of the signal-to-noise ratio in the weights of the loss",
+    "grounding_weight": "weight of the loss that lays nouns' attention on their toys",
+    "grounding_timesteps": "below which it is asked for",
+}
