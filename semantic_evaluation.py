@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     with told_failures(parser, options.debug):
         boxes = parse_boxes(options.boxes) if options.boxes is not None else None
         from imagelab.evaluation.report import write_report
-        from imagelab.models.stable_diffusion import choose_device
+        from imagelab.models.device import choose_device
         from mifo.evaluation import choose_spaces, evaluate, list_learned, plan_cases
         from mifo.learned import check_writable
 

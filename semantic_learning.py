@@ -20,6 +20,7 @@ from imagelab.cli import (
     sentence,
     told_failures,
 )
+from imagelab.errors import UserError
 from mifo.config import CHOICES, LearningConfig
 from mifo.learning.instance import list_instances
 
@@ -168,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         values = {f.name: getattr(options, f.name) for f in fields(LearningConfig)}
         values["initializer_tokens"] = tuple(options.initializer_tokens)
         configs = [LearningConfig(**{**values, "instance": name}) for name in names]
-        from imagelab.models.stable_diffusion import choose_device, choose_model
+        from imagelab.models.device import choose_device
+        from imagelab.models.sources import choose_model
         from imagelab.processes import Processes
 
         processes = Processes(choose_device(options.device))
@@ -202,7 +204,7 @@ def instance_names(folder_path: str, names: list[str]) -> list[str]:
         return list(dict.fromkeys(names))
     if found := list_instances(Path(folder_path)):
         return found
-    raise ValueError(f"--instance all: {folder_path} holds no instance folder; give --folder_path")
+    raise UserError(f"--instance all: {folder_path} holds no instance folder; give --folder_path")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from imagelab.cli import (
     seed_option,
     told_failures,
 )
+from imagelab.errors import UserError
 from mifo.config import GuidanceConfig, SynthesisConfig
 
 
@@ -57,7 +58,7 @@ def token_indices(text: str) -> list[list[int]]:
     """A JSON list with, for each subject, the list of its tokens' positions: [[4], [6]]."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     fits = isinstance(value, list) and all(
         isinstance(group, list) and group and all(type(at) is int for at in group)
@@ -141,13 +142,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] | None:
     """The boxes that --boxes or --box give; None where neither is given."""
     if options.no_box_control and options.subject_token_indices is not None:
-        raise ValueError(
+        raise UserError(
             "--subject_token_indices and --no_box_control are both given; give one of them"
         )
     given = [name for name in ("boxes", "box") if getattr(options, name) is not None]
     given += ["no_box_control"] if options.no_box_control else []
     if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} are both given; give one of them")
+        raise UserError(f"--{given[0]} and --{given[1]} are both given; give one of them")
     size = (options.width, options.height) if options.width and options.height else None
     named: dict[str, list[Box]] = {}
     try:
@@ -157,7 +158,7 @@ def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] 
             name, box = parse_named_box(text, size)
             named.setdefault(name, []).append(box)
     except UnknownSize as error:
-        raise ValueError(f"{error}, or give --width and --height") from None
+        raise UserError(f"{error}, or give --width and --height") from None
     return named or None
 
 
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         config = SynthesisConfig(
             **{f.name: getattr(options, f.name) for f in fields(SynthesisConfig)}
         )
-        from imagelab.models.stable_diffusion import choose_device
+        from imagelab.models.device import choose_device
         from imagelab.processes import Processes
         from mifo.learned import check_name, check_writable
         from mifo.synthesis import paint as synthesis

@@ -27,6 +27,7 @@ from imagelab.boxes import (
     raster,
 )
 from imagelab.cli import Parser
+from imagelab.errors import UserError
 from imagelab.io.atomic import written_aside
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read `512` or `768x512` into (width, height)."""
     match = re.fullmatch(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?", text.strip())
     if not match:
-        raise ValueError(f"--size {text!r} is not a size; write 512 or 768x512, in pixels")
+        raise UserError(f"--size {text!r} is not a size; write 512 or 768x512, in pixels")
     size = int(match[1]), int(match[2] or match[1])
     if not 1 <= min(size) <= max(size) <= MAX_SIDE:
-        raise ValueError(f"--size {text!r} is out of range; use 1 to {MAX_SIDE} pixels a side")
+        raise UserError(f"--size {text!r} is out of range; use 1 to {MAX_SIDE} pixels a side")
     return size
 
 
@@ -109,11 +110,11 @@ def read_picture(path: Path) -> Image.Image:
         too_large = True
     except Exception as error:  # Pillow raises many kinds on damaged files
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise UserError(
             f"--image {path} cannot be read ({reason}); give a PNG, JPEG or WebP picture"
         ) from None
     if too_large:
-        raise ValueError(
+        raise UserError(
             f"--image {path} is too large; give one of at most {MAX_SIDE} pixels a side"
         )
     picture.info.clear()
@@ -155,7 +156,7 @@ def save(picture: Image.Image, output: Path) -> None:
         with written_aside(output) as aside:
             picture.save(aside, format="PNG")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--output {output} cannot be written ({error.strerror or error}); name another file"
         ) from None
 
@@ -166,11 +167,11 @@ def preview(args: argparse.Namespace) -> None:
 
     output, image = args.output, args.image
     if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {str(output)!r} does not end in .png; name a PNG file")
+        raise UserError(f"--output {str(output)!r} does not end in .png; name a PNG file")
     if image and all(map(os.path.exists, (image, output))) and output.samefile(image):
-        raise ValueError(f"--output {output} is the picture of --image; name another file")
+        raise UserError(f"--output {output} is the picture of --image; name another file")
     if image and args.size is not None:
-        raise ValueError(f"--size {args.size!r} cannot be combined with --image; leave one out")
+        raise UserError(f"--size {args.size!r} cannot be combined with --image; leave one out")
     picture = read_picture(image) if image else None
     size = picture.size if image else parse_size(SIZE if args.size is None else args.size)
     boxes, labels = read_boxes(args, size)
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         preview(args)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
 
 

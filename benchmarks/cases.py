@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from imagelab.boxes import Box, raster
-from imagelab.models.stable_diffusion import BaseModel, load_base
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.config import GuidanceConfig, LearningConfig
 from mifo.learning.instance import Instance
 from mifo.learning.objective import Batch, Views, step_loss, supervised_layers
@@ -47,7 +47,7 @@ class Row:
     precision: str  # of MIFO's UNet; the plain path is float32
 
 
-def load_model(name: str, device: str) -> BaseModel:
+def load_model(name: str, device: str) -> StableDiffusion:
     """Frozen, float32, on the device."""
     if name == "sd21":
         base = full_size_model(device)
@@ -58,7 +58,7 @@ def load_model(name: str, device: str) -> BaseModel:
     return base
 
 
-def full_size_model(device: str) -> BaseModel:
+def full_size_model(device: str) -> StableDiffusion:
     """Stable Diffusion 2.1 base with random weights; the tokenizer is the tiny model's."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -107,7 +107,9 @@ def layout(subjects: int) -> list[Box]:
     ]
 
 
-def make_work(row: Row, is_plain: bool, device: str, steps: int) -> tuple[BaseModel, Callable]:
+def make_work(
+    row: Row, is_plain: bool, device: str, steps: int
+) -> tuple[StableDiffusion, Callable]:
     """The model of one side and its work, which takes the same effort whenever it is called."""
     base = load_model(row.model, device)
     ids = add_asset_tokens(base.tokenizer, base.text_encoder, row.subjects)
@@ -132,7 +134,9 @@ def make_work(row: Row, is_plain: bool, device: str, steps: int) -> tuple[BaseMo
 # synthesis
 
 
-def synthesis_work(base: BaseModel, row: Row, is_plain: bool, device: str, steps: int) -> Callable:
+def synthesis_work(
+    base: StableDiffusion, row: Row, is_plain: bool, device: str, steps: int
+) -> Callable:
     """A guidance iteration, a denoising step or a whole synthesis of ``row.batch`` latents.
 
     The threshold of the box loss is 0, so that guidance never stops early: all rows do all of it.
@@ -179,7 +183,9 @@ def synthesis_work(base: BaseModel, row: Row, is_plain: bool, device: str, steps
 class Learner:
     """Steps of both stages over a random picture, LoRA in stage 2."""
 
-    def __init__(self, base: BaseModel, ids: list[int], rows: Tensor, is_plain: bool, device: str):
+    def __init__(
+        self, base: StableDiffusion, ids: list[int], rows: Tensor, is_plain: bool, device: str
+    ):
         self.base, self.ids, self.is_plain = base, ids, is_plain
         self.rows = rows.clone().requires_grad_()
         side = base.resolution

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from imagelab.attention import attention_layers, decoder_block, layer_grid, pixel_grids, processors
 from imagelab.boxes import Box
-from imagelab.models.stable_diffusion import BaseModel
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.config import GuidanceConfig
 from mifo.learning.objective import Batch
 from mifo.method.losses import (
@@ -36,7 +36,7 @@ from mifo.method.regions import Refiner, RegionSet, TokenRoles
 from mifo.method.sampling import step_size
 
 
-def require_gradients(base: BaseModel) -> None:
+def require_gradients(base: StableDiffusion) -> None:
     """All weights of the UNet and the text encoder, trained or not."""
     base.unet.requires_grad_(True)
     base.text_encoder.requires_grad_(True)
@@ -203,7 +203,7 @@ def denoise(
 class FreshMoments:
     """In the place of ``Views.moments``: encodes the picture, or its mirror, when it is asked."""
 
-    def __init__(self, base: BaseModel, image: np.ndarray):
+    def __init__(self, base: StableDiffusion, image: np.ndarray):
         self.vae = base.vae
         self.pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1  # 1 3 H W
 
@@ -215,7 +215,7 @@ class FreshMoments:
 
 
 def learning_loss(
-    base: BaseModel,
+    base: StableDiffusion,
     batch: Batch,
     layers: Sequence[str],
     attention_loss: str,

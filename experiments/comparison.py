@@ -34,7 +34,7 @@ from experiments.comparison_settings import (
     Variant,
 )
 from imagelab.cli import HelpFormatter, Parser, told_failures
-from imagelab.errors import FAILURES, memory_errors, sentence
+from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from imagelab.io.atomic import write_json
 from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
 
@@ -64,7 +64,7 @@ def folder_seed(seed: int, name: str) -> int:
 def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> None:
     """Write instance folder ``index``, unless it is there.
 
-    Raises ValueError for one that is there and shows other toys.
+    Raises UserError for one that is there and shows other toys.
     """
     import numpy as np
 
@@ -78,12 +78,12 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
         scene = with_looks(draw_scene(rng, count), looks)
         write_folder(folder, scene, seed, overwrite=True)
     elif read_looks(folder) != list(looks):
-        raise ValueError(f"{folder} holds other toys than --seed {seed} makes; give another --work")
+        raise UserError(f"{folder} holds other toys than --seed {seed} makes; give another --work")
 
 
 def prepare(work: Path, settings: Settings) -> list[str]:
     """Check that ``work`` is this comparison's, and make its instance folders; their names."""
-    from imagelab.models.stable_diffusion import check_folder, locate_model, model_digest
+    from imagelab.models.sources import check_folder, locate_model, model_digest
     from mifo.learned import check_writable
     from mifo.learning.plan import check_settings
     from toybox.stable_diffusion.architecture import trained_kinds
@@ -96,7 +96,7 @@ def prepare(work: Path, settings: Settings) -> list[str]:
     path = work / "settings.json"
     then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
     if differ := ", ".join(f"{key} {then.get(key)}" for key in now if then.get(key) != now[key]):
-        raise ValueError(
+        raise UserError(
             f"{work} holds a comparison with other settings ({differ}); go on with those, or give "
             "another --work"
         )
@@ -316,13 +316,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 
 def chosen(options: argparse.Namespace) -> tuple[Settings, list[Variant], Path]:
-    """What the options ask for; a ValueError for what makes no sense."""
+    """What the options ask for; a UserError for what makes no sense."""
     given = vars(options)
     names = {one.name for one in fields(Settings)} & given.keys()
     settings = replace(SHORT if options.short else LONG, **{name: given[name] for name in names})
     if settings.folders < 1 or settings.seeds < 1:
         name = "folders" if settings.folders < 1 else "seeds"
-        raise ValueError(f"--{name} is {getattr(settings, name)}; give a whole number from 1 on")
+        raise UserError(f"--{name} is {getattr(settings, name)}; give a whole number from 1 on")
     wanted = given.get("only", SHORT_VARIANTS if options.short else VARIANTS)
     work = given.get("work", Path("comparison_short" if options.short else "comparison"))
     return settings, [VARIANTS[name] for name in VARIANTS if name in wanted], work
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with told_failures(parser, options.debug):
         settings, variants, work = chosen(options)
-        from imagelab.models.stable_diffusion import choose_device
+        from imagelab.models.device import choose_device
         from imagelab.processes import Processes
 
         processes = Processes(choose_device(settings.device))

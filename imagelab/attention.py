@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from imagelab.errors import UserError
 from mifo.method.losses import box_mass
 from mifo.method.regions import PixelGroups, Refiner, RegionSet, TokenRoles
 
@@ -33,7 +34,7 @@ def decoder_block(unet) -> str:
     """Name prefix of decoder-1, the block whose maps tell instances apart: ``up_blocks.1.``."""
     prefix = "up_blocks.1."
     if not any(name.startswith(prefix) for name in attention_layers(unet, "cross")):
-        raise ValueError(
+        raise UserError(
             "the UNet has no attention in up_blocks.1, whose maps MIFO reads; "
             "use a Stable Diffusion 1 or 2 model"
         )

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from imagelab.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image, ImageFont
@@ -33,7 +35,7 @@ PALETTE = (
 )
 
 
-class UnknownSize(ValueError):
+class UnknownSize(UserError):
     """A box is in pixels, and the size of the picture is not given."""
 
 
@@ -62,19 +64,19 @@ def parse_box(
 
     Raises:
         UnknownSize: the box is in pixels, and there is no `size`.
-        ValueError: the text is not a box, or the box is reversed, empty or outside the picture.
+        UserError: the text is not a box, or the box is reversed, empty or outside the picture.
     """
     text, parts = _split(value)
     name = f"the box {_quote(text)}"
     if len(parts) != 4:
-        raise ValueError(
+        raise UserError(
             f"{name} does not hold four numbers; write left, top, right, bottom, "
             "such as 0.1,0.2,0.5,0.6"
         )
     matches = [NUMBER_AND_UNIT.fullmatch(part) for part in parts]
     if None in matches:
         culprit = _quote(parts[matches.index(None)])
-        raise ValueError(
+        raise UserError(
             f"{name} holds {culprit}, which is not a number; "
             "write fractions (0.25), percent (25%) or pixels (128px)"
         )
@@ -114,7 +116,7 @@ def _fractions(
     fractions = []
     for axis, (number, unit) in enumerate(zip(numbers, units, strict=True)):
         if not unit and number > 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} holds {number:g}, which is more than the whole picture; "
                 "append px for pixels or % for percent"
             )
@@ -129,23 +131,23 @@ def parse_boxes(json_text: str, size: tuple[int, int] | None = None) -> list[Box
     Numbers may be strings with a unit, as in `["10%", "20%", "50%", "60%"]`; see `parse_box`.
 
     Raises:
-        ValueError: the text is not such a list, or one of its boxes is not valid.
+        UserError: the text is not such a list, or one of its boxes is not valid.
     """
     form = "write a list of boxes, [[x0, y0, x1, y1], ...]"
     try:
         boxes = json.loads(json_text)
     except (ValueError, RecursionError) as error:
         reason = str(error).split(":")[0]
-        raise ValueError(
+        raise UserError(
             f"the boxes {_quote(json_text)} are not valid JSON ({reason}); {form}"
         ) from None
     if not isinstance(boxes, list) or not boxes:
-        raise ValueError(f"the boxes {_quote(json_text)} are not a list with boxes in it; {form}")
+        raise UserError(f"the boxes {_quote(json_text)} are not a list with boxes in it; {form}")
     if not any(isinstance(box, list) for box in boxes):
         boxes = [boxes]
     for box in boxes:
         if not isinstance(box, list):
-            raise ValueError(
+            raise UserError(
                 f"the boxes {_quote(json_text)} hold {_quote(str(box))}, which is not a box; {form}"
             )
     return [parse_box(box, size) for box in boxes]
@@ -155,11 +157,11 @@ def parse_named_box(text: str, size: tuple[int, int] | None = None) -> tuple[str
     """Read `<asset0>=x0,y0,x1,y1` into the name and the box; see `parse_box`.
 
     Raises:
-        ValueError: there is no name, or the box is not valid.
+        UserError: there is no name, or the box is not valid.
     """
     name, equals, box = text.partition("=")
     if not equals or not name.strip():
-        raise ValueError(
+        raise UserError(
             f"the box {_quote(text)} does not name its asset; write '<asset0>=0.1,0.2,0.5,0.6'"
         )
     return name.strip(), parse_box(box, size)
@@ -168,21 +170,21 @@ def parse_named_box(text: str, size: tuple[int, int] | None = None) -> tuple[str
 def check_box(
     box: Box, rows: int | None = None, columns: int | None = None, name: str = "box 1"
 ) -> None:
-    """Raise a ValueError unless the box lies in the picture and its corners are in order.
+    """Raise a UserError unless the box lies in the picture and its corners are in order.
 
     With `rows` and `columns` given, the box also has to cover some cell of that grid.
     `name` opens the message.
     """
     for edge, value in zip(EDGES, box, strict=True):
         if not 0 <= value <= 1:  # true of NaN, too
-            raise ValueError(
+            raise UserError(
                 f"{name} has its {edge} edge at {value} of the picture; "
                 "keep it between 0 and 1 (0% and 100%)"
             )
     for low, high in ((0, 2), (1, 3)):
         if box[low] >= box[high]:
             relation = "at" if box[low] == box[high] else "beyond"
-            raise ValueError(
+            raise UserError(
                 f"{name} has its {EDGES[low]} edge ({box[low]}) {relation} its {EDGES[high]} edge "
                 f"({box[high]}); write left, top, right, bottom"
             )
@@ -190,7 +192,7 @@ def check_box(
         return
     down, across = raster(box, rows, columns)
     if down.start == down.stop or across.start == across.stop:
-        raise ValueError(
+        raise UserError(
             f"{name} ({', '.join(map(str, box))}) covers nothing of a grid of {columns} columns "
             f"and {rows} rows; make it larger than one cell ({1 / columns:.4g} by {1 / rows:.4g})"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from imagelab.errors import FAILURES, memory_errors, sentence
-from mifo.config import CHOICES
+from imagelab.models.device import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +66,7 @@ def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
     parser.add_argument(
         "--mixed_precision",
         default=defaults.mixed_precision,
-        choices=CHOICES["mixed_precision"],
+        choices=PRECISIONS,
         help="precision of the UNet; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs",
     )
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")

@@ -4,8 +4,13 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What is told in a sentence; anything else is a mistake of ours and keeps its traceback.
-FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+
+class UserError(ValueError):
+    """What a user did wrong: one sentence with the value and what to do. Exit code 2."""
+
+
+#: What is told in a sentence; anything else is a fault of the program and keeps its traceback.
+FAILURES = (UserError, OSError, FloatingPointError, MemoryError)
 
 
 @contextmanager

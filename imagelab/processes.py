@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+from imagelab.errors import UserError
+
 T = TypeVar("T")
 #: How long a process that is done waits for the others, who may learn for hours.
 PATIENCE = timedelta(days=30)
@@ -14,7 +16,7 @@ PATIENCE = timedelta(days=30)
 class Processes:
     """This process among all: ``index`` of ``count``.
 
-    Raises ValueError where several processes are announced, and they do not find each other.
+    Raises UserError where several processes are announced, and they do not find each other.
     """
 
     def __init__(self, device: str):
@@ -23,7 +25,7 @@ class Processes:
         self.device = device
         if self.count > 1:
             if device.startswith("cuda:"):
-                raise ValueError(
+                raise UserError(
                     f"--device {device} is one GPU, and there are {self.count} processes; give "
                     "--device cuda, of which each process takes its own"
                 )
@@ -33,7 +35,7 @@ class Processes:
 
             self._state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
             if self._state.num_processes != self.count:
-                raise ValueError(
+                raise UserError(
                     f"WORLD_SIZE says {self.count} processes but accelerate started "
                     f"{self._state.num_processes}; use `accelerate launch` on CUDA devices or with "
                     "--device cpu, or unset WORLD_SIZE for a single process"
@@ -88,7 +90,7 @@ def _check_enough_gpus(processes: int) -> None:
 
     gpus = torch.cuda.device_count()
     if processes > gpus:
-        raise ValueError(
+        raise UserError(
             f"{processes} processes were started on this machine, which has GPUs for {gpus}; start "
             f"{gpus}, or give --device cpu"
         )

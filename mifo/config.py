@@ -2,22 +2,25 @@
 
 from dataclasses import dataclass
 
-DEFAULT_MODEL = "./stabilityai/stable-diffusion-2-1-base"
+from imagelab.errors import UserError
+from imagelab.models.device import PRECISIONS
+from imagelab.models.sources import DEFAULT_MODEL
+
 DEFAULT_PROMPT = "a photo of <asset0>"
 #: What settings that are words may be.
 CHOICES = {
     "attention_loss": ("mifo", "break_a_scene", "reward", "penalty", "none"),
     "finetune": ("lora", "full", "none"),
-    "mixed_precision": ("auto", "no", "fp16", "bf16"),
+    "mixed_precision": PRECISIONS,
     "optimizer": ("adamw", "adamw8bit"),
     "resize": ("aspect", "squash"),
 }
 
 
 def check_choice(name: str, value: str) -> None:
-    """Raises ValueError unless a setting is one of its :data:`CHOICES`."""
+    """Raises UserError unless a setting is one of its :data:`CHOICES`."""
     if value not in CHOICES[name]:
-        raise ValueError(f"--{name} is {value!r}; give {', '.join(CHOICES[name])}")
+        raise UserError(f"--{name} is {value!r}; give {', '.join(CHOICES[name])}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imagelab.boxes import Box
+from imagelab.errors import UserError
 from imagelab.evaluation.features import FeatureSpace, load_features
 from imagelab.evaluation.measures import (
     crop,
@@ -33,7 +34,8 @@ from imagelab.evaluation.measures import (
     reference_crops,
 )
 from imagelab.io.atomic import written_aside
-from imagelab.models.stable_diffusion import BaseModel, choose_precision
+from imagelab.models.device import choose_precision
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
 from mifo.learning.instance import Instance, read_instance, view_prompt
@@ -115,7 +117,7 @@ class Records:
             lines = [json.loads(line) for line in whole.splitlines()]
             self.found = {line["key"]: line for line in lines}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no record of an evaluation; move it away or give another --output_path"
             ) from error
 
@@ -140,7 +142,7 @@ def list_learned(models_dir: Path, names: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(names))
     found = learned_names(models_dir)
     if not found:
-        raise ValueError(f"--model_id all: {models_dir} holds no learned folder; give --models_dir")
+        raise UserError(f"--model_id all: {models_dir} holds no learned folder; give --models_dir")
     return found
 
 
@@ -151,13 +153,13 @@ def choose_spaces(
     if not specs and {case.learned.base_source for case in cases} == {"toybox"}:
         specs = ["toybox"]
     if not specs:
-        raise ValueError(
+        raise UserError(
             "not all of these were learned with toybox itself: give --features, such as clip "
             "dinov2, or toybox for another model of toys"
         )
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
-        raise ValueError(f"--features {' '.join(specs)} names one twice; give each once")
+        raise UserError(f"--features {' '.join(specs)} names one twice; give each once")
     return [load_features(spec, offline) for spec in specs]
 
 
@@ -177,7 +179,7 @@ def plan_cases(
         get_boxes: preset layout for so many assets, where ``boxes`` is None.
 
     Raises:
-        ValueError: something is not there, or a photo is not the one that was learned from.
+        UserError: something is not there, or a photo is not the one that was learned from.
     """
     check_numbers(config)
     cases = []
@@ -188,7 +190,7 @@ def plan_cases(
             assets = _prompt_assets(prompt, learned)
             placed = tuple(boxes or get_boxes(len(assets)))
             if len(placed) != len(assets):
-                raise ValueError(
+                raise UserError(
                     f"there are {len(placed)} boxes and {len(assets)} assets in the prompt "
                     f"{prompt!r}; give one box for each"
                 )
@@ -205,7 +207,7 @@ def _instance(learned: LearnedFolder, folder_path: str | None) -> Instance:
     instance = read_instance(folder, REFERENCE_SIDE, 1)
     hashes = learned.manifest["image_sha256"], tuple(learned.manifest["mask_sha256"])
     if hashes != (instance.image_hash, instance.mask_hashes):
-        raise ValueError(
+        raise UserError(
             f"{learned.path} was learned from another photo or other masks than {folder} holds; "
             "give the folder of its instance folder with --folder_path"
         )
@@ -216,7 +218,7 @@ def _prompt_assets(prompt: str, learned: LearnedFolder) -> tuple[int, ...]:
     """The assets that a prompt names, in its order."""
     names = asset_names(prompt, learned)
     if not names:
-        raise ValueError(
+        raise UserError(
             f"the prompt {prompt!r} must name assets of {learned.where}: "
             f"{', '.join(learned.tokens)}"
         )
@@ -252,7 +254,7 @@ def evaluate(
     return [[records.found[key] for key in row] for row in keys]
 
 
-def _scene(case: Case, device: str, base: BaseModel | None) -> Scene:
+def _scene(case: Case, device: str, base: StableDiffusion | None) -> Scene:
     """What is painted of a case; ``base``: the model with what was learned, if it is there."""
     boxed = replace(case.config, box_control=True)
     scene = make_scene(boxed, None, case.boxes, device=device, base=base)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagelab.models.stable_diffusion import BaseModel, load_base
+from imagelab.errors import UserError
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.learned import (
     LORA,
     MANIFEST,
@@ -60,7 +61,7 @@ def export(
     """Write a learned folder in some formats to ``output_path/<its name>``: all of them or none.
 
     Raises:
-        ValueError: a format that this folder cannot have, or an export that is there already.
+        UserError: a format that this folder cannot have, or an export that is there already.
         FloatingPointError: diffusers reads an export and predicts another noise than the learned
             model does; everything is as it was before.
     """
@@ -73,7 +74,7 @@ def export(
     for target in targets.values():
         recover(target)
         if target.exists() and not overwrite:
-            raise ValueError(f"{target} is there already; give --overwrite to replace it")
+            raise UserError(f"{target} is there already; give --overwrite to replace it")
     base, _ = load_learned(learned, model_path, offline)
     prompt = view_prompt(tuple(learned.assets))
     wanted = predict_noise(base, prompt)
@@ -93,7 +94,7 @@ def export(
 
 
 def check_formats(learned: LearnedFolder, formats: Sequence[str]) -> None:
-    """Raises ValueError for a format that a learned folder cannot have, or that peft is lacking."""
+    """Raises UserError for a format that a learned folder cannot have, or that peft is lacking."""
     finetune = learned.manifest["settings"]["finetune"]
     if finetune == "lora" and not (learned.path / LORA).is_file():
         finetune = "none"  # learned with no step of stage 2
@@ -101,12 +102,12 @@ def check_formats(learned: LearnedFolder, formats: Sequence[str]) -> None:
         if finetune not in LEARNED_AS[form]:
             fitting = [name for name, ways in LEARNED_AS.items() if finetune in ways]
             reason = {"none": "has no LoRA", "full": "is a whole fine-tuned model"}[finetune]
-            raise ValueError(
+            raise UserError(
                 f"{learned.path} {reason}, so there is no {form} export of it; "
                 f"give --format {' '.join(fitting)}"
             )
     if finetune == "lora" and set(formats) != {"pipeline"} and find_spec("peft") is None:
-        raise ValueError(
+        raise UserError(
             f"diffusers needs peft to read the {formats[0]} export back; install it: "
             "pip install peft"
         )
@@ -147,7 +148,7 @@ def _place(fresh: Path, target: Path) -> None:
 # writing
 
 
-def _write_kohya(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
+def _write_kohya(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
     tensors = {
         **to_kohya(lora_state_dict(base.unet), "unet"),
         **to_kohya(lora_state_dict(base.text_encoder), "text_encoder"),
@@ -156,12 +157,12 @@ def _write_kohya(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
     save_lora(path, tensors, {**metadata, "mifo": json.dumps(portable(learned.manifest))})
 
 
-def _write_diffusers(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
+def _write_diffusers(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
     """A learned folder keeps its LoRA in this format."""
     shutil.copyfile(learned.path / LORA, path)
 
 
-def _write_embeddings(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
+def _write_embeddings(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
     """A learned folder keeps its tokens in this format."""
     path.mkdir()
     for asset in learned.assets:
@@ -170,7 +171,7 @@ def _write_embeddings(path: Path, learned: LearnedFolder, base: BaseModel) -> No
         )
 
 
-def _write_pipeline(path: Path, learned: LearnedFolder, base: BaseModel) -> None:
+def _write_pipeline(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
     """The LoRA is merged into ``base`` for good."""
     write_pipeline(path, base)
     text = json.dumps(portable(learned.manifest), indent=2) + "\n"
@@ -178,7 +179,7 @@ def _write_pipeline(path: Path, learned: LearnedFolder, base: BaseModel) -> None
 
 
 #: The formats in the order of writing: the pipeline comes last, as it changes the model.
-WRITERS: dict[str, Callable[[Path, LearnedFolder, BaseModel], None]] = {
+WRITERS: dict[str, Callable[[Path, LearnedFolder, StableDiffusion], None]] = {
     "kohya": _write_kohya,
     "diffusers": _write_diffusers,
     "embeddings": _write_embeddings,
@@ -186,7 +187,7 @@ WRITERS: dict[str, Callable[[Path, LearnedFolder, BaseModel], None]] = {
 }
 
 
-def architecture(base: BaseModel) -> str:
+def architecture(base: StableDiffusion) -> str:
     """The base model's kind in the words of the modelspec, told from its configs."""
     if not base.unet.config.use_linear_projection:
         return "stable-diffusion-v1"
@@ -202,7 +203,7 @@ def architecture(base: BaseModel) -> str:
 def predict_noise(model, prompt: str) -> Tensor:
     """The UNet's output [1, c, h, w] for a fixed latent and a prompt.
 
-    ``model`` is a :class:`BaseModel` or a pipeline of diffusers, in float32 on the CPU.
+    ``model`` is a :class:`StableDiffusion` or a pipeline of diffusers, in float32 on the CPU.
     """
     config = model.unet.config
     size = config.sample_size

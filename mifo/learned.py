@@ -18,16 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from imagelab.models.stable_diffusion import (
-    BaseModel,
-    check_folder,
-    load_base,
-    locate_model,
-    model_digest,
-)
+from imagelab.errors import UserError
+from imagelab.models.sources import check_folder, locate_model, model_digest
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.learning.instance import asset_token
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import (
+    LoraError,
     from_diffusers,
     has_lora,
     inject_from,
@@ -73,21 +70,21 @@ class LearnedFolder:
 
 
 def check_name(name: str, option: str) -> None:
-    """Raises ValueError unless a name is that of a folder right below another."""
+    """Raises UserError unless a name is that of a folder right below another."""
     if Path(name).name != name or name.startswith("."):
-        raise ValueError(
+        raise UserError(
             f"--{option} {name!r} is not the plain name of a folder; give the name alone, such as "
             "toy_car, and the folder above it by its own option"
         )
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises ValueError where a folder is not there and cannot be made, or cannot be written to."""
+    """Raises UserError where a folder is not there and cannot be made, or cannot be written to."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
-        raise ValueError(f"{there} is a file, not a folder; give another --{option}")
+        raise UserError(f"{there} is a file, not a folder; give another --{option}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"the folder {there} cannot be written to; give another --{option}")
+        raise UserError(f"the folder {there} cannot be written to; give another --{option}")
 
 
 #: Settings that are paths, apart from the base model's, which is needed to find it again.
@@ -142,7 +139,9 @@ def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manifest: dict) -> None:
+def write_learned(
+    folder: Path, base: StableDiffusion, rows: Tensor, lora: bool, manifest: dict
+) -> None:
     """Write asset rows [assets, width], the LoRA of the base's modules if any, the manifest."""
     words = {"mifo": json.dumps(portable(manifest))}
     for index, row in enumerate(rows):
@@ -157,14 +156,14 @@ def write_learned(folder: Path, base: BaseModel, rows: Tensor, lora: bool, manif
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def merge_lora(base: BaseModel) -> None:
+def merge_lora(base: StableDiffusion) -> None:
     """Merge a LoRA, if there is one, into the base model's weights for good."""
     for module in (base.unet, base.text_encoder):
         if has_lora(module):
             remove(module, keep_merged=True)
 
 
-def write_pipeline(folder: Path, base: BaseModel) -> None:
+def write_pipeline(folder: Path, base: StableDiffusion) -> None:
     """Save the base model as it is now, as a pipeline that plain diffusers loads.
 
     A LoRA in it is merged into its weights for good.
@@ -199,11 +198,11 @@ def learned_names(models_dir: Path) -> list[str]:
 
 
 def open_learned(path: Path) -> LearnedFolder:
-    """Check a learned folder and read its manifest; a ValueError says what is wrong with it."""
+    """Check a learned folder and read its manifest; a UserError says what is wrong with it."""
     recover(path)
     if not path.is_dir():
         there = learned_names(path.parent)
-        raise ValueError(
+        raise UserError(
             f"there is no learned folder {path}; learned so far: {', '.join(there) or 'none'} "
             "(semantic_learning.py makes them)"
         )
@@ -211,17 +210,17 @@ def open_learned(path: Path) -> LearnedFolder:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         tokens, settings = manifest["tokens"], manifest["settings"]
         if not tokens or tokens != [asset_token(i) for i in range(len(tokens))]:
-            raise ValueError("tokens")
+            raise UserError("tokens")
         has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
         manifest["base_model"]["source"], manifest["base_model"]["sha256"]
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path / MANIFEST} is missing or not what semantic_learning.py writes "
             f"({type(error).__name__}); learn the instance again with --overwrite"
         ) from error
     if version != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} has format {version}, and this version of mifo reads format {FORMAT}; use the "
             "version that wrote it, or learn the instance again with --overwrite"
         )
@@ -230,16 +229,16 @@ def open_learned(path: Path) -> LearnedFolder:
     wanted += [PIPELINE] if settings["finetune"] == "full" else []
     for name in wanted:
         if not (path / name).exists():
-            raise ValueError(f"{path} has no {name}; learn the instance again with --overwrite")
+            raise UserError(f"{path} has no {name}; learn the instance again with --overwrite")
     return LearnedFolder(path, manifest)
 
 
 def load_learned(
     learned: LearnedFolder, model_path: str | None = None, offline: bool = False
-) -> tuple[BaseModel, list[int]]:
+) -> tuple[StableDiffusion, list[int]]:
     """The base model with what was learned in it, and the ids of the asset tokens.
 
-    Raises ValueError when the base model is not the one that the folder was learned with.
+    Raises UserError when the base model is not the one that the folder was learned with.
     """
     if learned.manifest["settings"]["finetune"] == "full":
         if model_path:
@@ -263,7 +262,7 @@ def load_learned(
 def _check_base(learned: LearnedFolder, source: str, digest: str) -> None:
     wanted = learned.manifest["base_model"]["sha256"]
     if digest != wanted:
-        raise ValueError(
+        raise UserError(
             f"{learned.path} was learned with {learned.base_source} (sha256 {wanted[:12]}…), and "
             f"{source} is another model ({digest[:12]}…); give its own base model with --model_path"
         )
@@ -276,10 +275,10 @@ def _read_rows(learned: LearnedFolder, width: int) -> Tensor:
         path = learned.path / f"asset{index}.safetensors"
         try:
             row = read_lora(path)[0].get(asset_token(index))
-        except ValueError:  # no safetensors file at all
+        except LoraError:  # no safetensors file at all
             row = None
         if row is None or row.shape != (1, width) or not row.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{path} holds no {asset_token(index)} of {width} finite numbers; learn the "
                 "instance again with --overwrite"
             )

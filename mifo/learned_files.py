@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.models.stable_diffusion import BaseModel, load_base
+from imagelab.errors import UserError
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.learning.instance import asset_token
 from mifo.tokens import add_tokens, write_rows
-from mifo_lora import from_file, inject_from, read_lora
+from mifo_lora import LoraError, from_file, inject_from, read_lora
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class LearnedFiles:
 def open_files(
     lora: str | None, tokens: Sequence[str], model_path: str | None = None
 ) -> LearnedFiles:
-    """Read the files of --lora and --tokens; a ValueError says what is wrong with them."""
+    """Read the files of --lora and --tokens; a UserError says what is wrong with them."""
     state, rows, paths, bases = None, {}, {}, {}
     if lora is not None:
         state = _read(Path(lora), "lora")
@@ -63,14 +64,14 @@ def open_files(
         tensors, metadata = _read(path, "tokens")
         asset, row = _token(path, tensors)
         if asset in rows:
-            raise ValueError(
+            raise UserError(
                 f"{paths[asset]} and {path} both hold {asset_token(asset)}; leave one out, or "
                 "rename it, such as asset7.safetensors for <asset7>"
             )
         rows[asset], paths[asset] = row, path
         bases |= _base_of(path, metadata)
     if not (model_path or bases):
-        raise ValueError(
+        raise UserError(
             f"{lora or tokens[0]} does not say which base model it was made for; give it with "
             "--model_path"
         )
@@ -79,10 +80,10 @@ def open_files(
 
 def load_files(
     files: LearnedFiles, model_path: str | None = None, offline: bool = False
-) -> tuple[BaseModel, list[int]]:
+) -> tuple[StableDiffusion, list[int]]:
     """The base model with the LoRA and the tokens in it, and the ids of the tokens.
 
-    Raises ValueError when a file does not fit the base model; nothing of a file is left out. A base
+    Raises UserError when a file does not fit the base model; nothing of a file is left out. A base
     model that is of the same shape but not the one that a file was learned with is a warning if
     ``model_path`` names it, else an error.
     """
@@ -92,7 +93,7 @@ def load_files(
     width = base.text_encoder.config.hidden_size
     for asset, row in files.rows.items():
         if len(row) != width:
-            raise ValueError(
+            raise UserError(
                 f"{files.paths[asset]} holds {len(row)} numbers, and a token of {base.source} has "
                 f"{width}; give --model_path the base model that it was made for"
             )
@@ -107,46 +108,46 @@ def load_files(
             for part, state in from_file(tensors, models, metadata).items():
                 if state:
                     inject_from(models[part], state)
-        except ValueError as error:
-            raise ValueError(f"{files.lora_path} on {base.source}: {error}") from error
+        except LoraError as error:
+            raise UserError(f"{files.lora_path} on {base.source}: {error}") from error
     return base, ids
 
 
 def _read(path: Path, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in float32 and metadata of a safetensors file."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; give --{option} a .safetensors file")
+        raise UserError(f"there is no file {path}; give --{option} a .safetensors file")
     try:
         tensors, metadata = read_lora(path)
-    except ValueError as error:
-        raise ValueError(
+    except LoraError as error:
+        raise UserError(
             f"{path} cannot be read as safetensors, and pickles (.pt, .bin, .ckpt) are never "
             f"opened; give --{option} a .safetensors file"
         ) from error
     if not tensors:
-        raise ValueError(f"{path} is empty; give --{option} another file")
+        raise UserError(f"{path} is empty; give --{option} another file")
     return {key: tensor.float() for key, tensor in tensors.items()}, metadata
 
 
 def _token(path: Path, tensors: dict[str, Tensor]) -> tuple[int, Tensor]:
     """The asset number and the embedding [width] of a token file."""
     if len(tensors) != 1:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {len(tensors)} tensors, the first is {min(tensors)!r}, and a token of "
             "Stable Diffusion 1 or 2 is a single one; give --tokens textual-inversion files"
         )
     ((key, rows),) = tensors.items()
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or len(rows) != 1:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a tensor of shape {list(rows.shape)}, and an asset is one vector; give "
             "--tokens textual inversions of one vector"
         )
     if not rows.isfinite().all():
-        raise ValueError(f"{path} holds NaN or infinity; give --tokens a sound file")
+        raise UserError(f"{path} holds NaN or infinity; give --tokens a sound file")
     number = ASSET_STEM.fullmatch(path.stem) or ASSET_STEM.fullmatch(key.strip("<>"))
     if number is None:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {key!r}, and neither that nor the file's name is an asset's; rename the "
             "file, such as asset0.safetensors for <asset0>"
         )
@@ -161,13 +162,13 @@ def _base_of(path: Path, metadata: dict[str, str]) -> dict[Path, dict[str, str]]
         base = json.loads(metadata["mifo"])["base_model"]
         return {path: {"source": str(base["source"]), "sha256": str(base["sha256"])}}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"the manifest in the metadata of {path} is not what semantic_export.py writes "
             f"({type(error).__name__}); export it again"
         ) from error
 
 
-def _compare_bases(files: LearnedFiles, base: BaseModel, is_chosen: bool) -> None:
+def _compare_bases(files: LearnedFiles, base: StableDiffusion, is_chosen: bool) -> None:
     for path, wanted in files.bases.items():
         if wanted["sha256"] == base.digest:
             continue
@@ -176,6 +177,6 @@ def _compare_bases(files: LearnedFiles, base: BaseModel, is_chosen: bool) -> Non
             f"{base.source} is another model ({base.digest[:12]}…)"
         )
         if not is_chosen:
-            raise ValueError(f"{told}; give --model_path the base model to use")
+            raise UserError(f"{told}; give --model_path the base model to use")
         log.warning("%s: the pictures may differ from those of the learned folder", told)
         return

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from imagelab.errors import UserError
 from mifo.learning.instance import asset_token
 from mifo.method.regions import TokenRoles
 
@@ -42,7 +43,7 @@ def add_tokens(tokenizer, text_encoder, names: list[str]) -> list[int]:
     """
     known = set(names) & set(tokenizer.get_vocab())
     if known:
-        raise ValueError(
+        raise UserError(
             f"the base model already has the token {min(known)}: give --model_path a base model, "
             "not the result of an earlier learning"
         )
@@ -78,11 +79,11 @@ def initial_rows(
 def initializer_pieces(tokenizer, count: int, words: Sequence[str]) -> list[list[int]]:
     """Token ids of the words that each of ``count`` assets starts from; one entry is for all.
 
-    Raises ValueError for another number of entries, and for one that is empty or too long.
+    Raises UserError for another number of entries, and for one that is empty or too long.
     """
     words = list(words) * count if len(words) == 1 else list(words)
     if len(words) != count:
-        raise ValueError(
+        raise UserError(
             f"--initializer_tokens has {len(words)} entries for {count} instances; give one for "
             'all, or one for each, in quotes if it is of several words: "blue car" "teal car"'
         )
@@ -90,9 +91,9 @@ def initializer_pieces(tokenizer, count: int, words: Sequence[str]) -> list[list
     pieces = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     for word, tokens in zip(words, pieces, strict=True):
         if not tokens:
-            raise ValueError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
+            raise UserError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
         if len(tokens) > most:
-            raise ValueError(
+            raise UserError(
                 f"--initializer_tokens: {_shorten(word)!r} has {len(tokens)} tokens; "
                 f"give at most {most}"
             )
@@ -128,11 +129,11 @@ def lend_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> Iterator[None]:
 
 
 def encode_ids(tokenizer, prompt: str) -> Tensor:
-    """Token ids int64 [tokens] of a prompt, padded; a ValueError when it is too long."""
+    """Token ids int64 [tokens] of a prompt, padded; a UserError when it is too long."""
     limit = tokenizer.model_max_length
     ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=False).input_ids
     if len(ids) > limit:
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(ids) - 2} tokens, and the model reads {limit - 2}: shorten "
             f"{_shorten(prompt)!r}"
         )
@@ -146,13 +147,13 @@ def _shorten(text: str, limit: int = 60) -> str:
 def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str, int]]:
     """(name, position) of each asset in a prompt, in its order; positions count the start token.
 
-    Raises ValueError unless the tokenizer sees them all, with one of the ``known`` numbers each.
+    Raises UserError unless the tokenizer sees them all, with one of the ``known`` numbers each.
     """
     ids = encode_ids(tokenizer, prompt).tolist()
     wanted = {tokenizer.convert_tokens_to_ids(name): name for name in map(asset_token, known)}
     found = [(wanted[token], at) for at, token in enumerate(ids) if token in wanted]
     if [name for name, _ in found] != ASSET.findall(prompt):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer does not see the assets of the prompt {_shorten(prompt)!r}: write each "
             "as a word of its own, such as '<asset0> and <asset1>'"
         )
@@ -183,12 +184,12 @@ def token_roles(tokenizer, prompt: str, subjects: Sequence[Sequence[int]]) -> To
     taken = set(listed)
     for position in sorted(taken):
         if not 0 < position < end:
-            raise ValueError(
+            raise UserError(
                 f"--subject_token_indices names position {position}; the prompt's tokens have "
                 f"positions 1 to {end - 1}"
             )
         if listed.count(position) > 1:
-            raise ValueError(
+            raise UserError(
                 f"--subject_token_indices names position {position} twice; give each token to "
                 "one subject"
             )

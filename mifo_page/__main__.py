@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, told_failures
+from imagelab.errors import UserError
 from mifo.config import LearningConfig, SynthesisConfig
 from mifo_page import MAX_FILE, MAX_SENT
 
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             import gradio  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ValueError("the page needs gradio: pip install ./lora-master '.[app]'") from error
+            raise UserError("the page needs gradio: pip install ./lora-master '.[app]'") from error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # A background job of a script inherits that Ctrl-C is ignored, and so would its commands.
         signal.signal(signal.SIGINT, signal.default_int_handler)

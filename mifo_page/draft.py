@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from imagelab.boxes import Box, color_of, draw_boxes
+from imagelab.errors import UserError
 from mifo.learned import replacing
 from mifo.learning.instance import (
     IMAGE_NAMES,
@@ -67,7 +68,7 @@ def add_mask_file(draft: Draft, path: str | Path) -> Draft:
         mask = read_mask(path)
     size = mask.shape[1], mask.shape[0]
     if size not in (draft.opened_size, draft.photo.size):
-        raise ValueError(
+        raise UserError(
             f"{path.name} is {size[0]} x {size[1]} pixels, the photo "
             f"{draft.opened_size[0]} x {draft.opened_size[1]}; make the mask the size of the photo"
         )
@@ -82,11 +83,11 @@ def add_painted_mask(draft: Draft, sent: dict) -> Draft:
     """
     strokes = sent.get("mask") if isinstance(sent, dict) else None
     if not isinstance(strokes, str):
-        raise ValueError("the page sent no mask; load it again and paint the mask anew")
+        raise UserError("the page sent no mask; load it again and paint the mask anew")
     if not strokes:
-        raise ValueError("nothing is painted; brush over one thing in the photo first")
+        raise UserError("nothing is painted; brush over one thing in the photo first")
     if len(strokes) > MAX_SENT:
-        raise ValueError(
+        raise UserError(
             f"the painted mask is larger than {MAX_FILE // 2**20} MiB; upload a smaller file"
         )
     data = strokes.removeprefix("data:image/png;base64,")
@@ -104,7 +105,7 @@ def open_instance(places: Places, name: str) -> Draft:
     """The photo and the masks of an instance folder."""
     folder = folder_in(places.folder_path, name, "instance")
     if not folder.is_dir():
-        raise ValueError(f"there is no instance folder {folder}; choose another or open a photo")
+        raise UserError(f"there is no instance folder {folder}; choose another or open a photo")
     draft = replace(open_photo(find_image(folder)), folder=folder)
     for path in find_masks(folder):
         draft = add_mask_file(draft, path)
@@ -150,18 +151,18 @@ def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) ->
     """
     target = folder_in(places.folder_path, name, "instance")
     if not draft.masks:
-        raise ValueError("there is no mask yet; paint or upload one for each thing in the photo")
+        raise UserError("there is no mask yet; paint or upload one for each thing in the photo")
     if target.exists():
         if not may_replace:
-            raise ValueError(f"{target} is there already; give another name, or say to replace it")
+            raise UserError(f"{target} is there already; give another name, or say to replace it")
         known = target.is_dir() and all(
             path.is_file() and (path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name))
             for path in target.iterdir()
         )
         if not known:
-            raise ValueError(f"{target} holds other things than an instance; give another name")
+            raise UserError(f"{target} holds other things than an instance; give another name")
         if draft.folder == target and draft.photo.size != draft.opened_size:
-            raise ValueError(
+            raise UserError(
                 f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
                 f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
             )
@@ -188,5 +189,5 @@ def _files_named_alone(folder: Path) -> Iterator[None]:
     """What is wrong with a file is told without the temporary folder that it lies in."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error
+    except UserError as error:
+        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from imagelab.boxes import parse_boxes
+from imagelab.errors import UserError
 from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
 from mifo_page.places import Places, folder_in
 
@@ -33,7 +34,7 @@ def command(
             continue
         if isinstance(value, tuple):
             if bad := [word for word in value if word.startswith("-")]:
-                raise ValueError(f"{bad[0]!r} is no word for --{name}; leave out its hyphen")
+                raise UserError(f"{bad[0]!r} is no word for --{name}; leave out its hyphen")
             words += [f"--{name}", *value]
         elif isinstance(value, bool):
             words.append(f"--{name}")
@@ -47,7 +48,7 @@ def learning_command(places: Places, instance: str, start: str, **settings) -> l
     """``semantic_learning`` of an instance; ``start`` is one of STARTS."""
     folder_in(places.folder_path, instance, "instance")
     if start not in STARTS:
-        raise ValueError(f"{start!r} is no way to start; choose one of {', '.join(STARTS)}")
+        raise UserError(f"{start!r} is no way to start; choose one of {', '.join(STARTS)}")
     values = {
         "instance": instance,
         "folder_path": places.folder_path,
@@ -100,10 +101,10 @@ class Job:
         return self._process is not None and self._process.poll() is None
 
     def start(self, title: str, argv: Sequence[str]) -> None:
-        """Run a command that starts with ``python``; ValueError while another is running."""
+        """Run a command that starts with ``python``; UserError while another is running."""
         with self._lock:
             if self.running:
-                raise ValueError(f"{self.title} is still running; stop it or wait for its end")
+                raise UserError(f"{self.title} is still running; stop it or wait for its end")
             self.title, self._stopped = title, False
             self._lines.clear()
             self._process = subprocess.Popen(

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from imagelab.errors import UserError
 from imagelab.figures import learning_curves
 from mifo.config import LearningConfig, SynthesisConfig
 from mifo.learned import check_name, learned_names
@@ -34,15 +35,15 @@ class Places:
 
 
 def folder_in(root: str | Path, name: str | None, option: str) -> Path:
-    """The folder of a plain name right below ``root``, there or not; ValueError for another."""
+    """The folder of a plain name right below ``root``, there or not; UserError for another."""
     if not name or not name.strip():
-        raise ValueError("no name is given; choose one, or write one such as my_things")
+        raise UserError("no name is given; choose one, or write one such as my_things")
     if name == "all" or not name.isprintable():
-        raise ValueError(f"{name!r} is no name for a folder; give one such as my_things")
+        raise UserError(f"{name!r} is no name for a folder; give one such as my_things")
     check_name(name, option)
     path = Path(root) / name
     if path.resolve() != Path(root).resolve() / name:
-        raise ValueError(f"{path} leads out of {root}; move the folder itself there")
+        raise UserError(f"{path} leads out of {root}; move the folder itself there")
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import gradio as gr
 
 from imagelab.boxes import PALETTE, parse_boxes
-from imagelab.errors import FAILURES, sentence
+from imagelab.errors import FAILURES, UserError, sentence
 from mifo.config import LearningConfig, SynthesisConfig
 from mifo.tokens import ASSET
 from mifo_page import draft as drafts
@@ -126,7 +126,7 @@ def masks_tab(places: Places) -> None:
 
 def _opened(draft: Draft | None) -> Draft:
     if draft is None:
-        raise ValueError("there is no photo yet; open one first")
+        raise UserError("there is no photo yet; open one first")
     return draft
 
 
@@ -279,7 +279,7 @@ def _wire_stage(prompt: gr.Textbox, stage: gr.HTML, boxes: gr.Textbox) -> None:
     def from_text(text, old):
         new = [list(box) for box in parse_boxes(text)]
         if len(new) != len(old["names"]):
-            raise ValueError(
+            raise UserError(
                 f"there are {len(new)} boxes and {len(old['names'])} assets in the prompt; "
                 "give one box for each"
             )
@@ -310,7 +310,7 @@ def _wire_command(
     def tell(*values):
         try:
             return shown(argv(*values))
-        except ValueError as error:
+        except UserError as error:
             return f"# {sentence(error)}"
 
     def run(*values):

@@ -1,5 +1,6 @@
 """Feature spaces in which pictures are compared: CLIP, DINOv2, and those of installed packages."""
 
+from imagelab.errors import UserError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -37,14 +38,14 @@ class FeatureSpace:
 def load_features(spec: str, offline: bool = False) -> FeatureSpace:
     """The feature space that ``name`` or ``name=source`` asks for; source: a folder or hub id.
 
-    Raises ValueError for an unknown name or weights that cannot be loaded.
+    Raises UserError for an unknown name or weights that cannot be loaded.
     """
     name, _, source = spec.partition("=")
     embedded = {found.name: found for found in entry_points(group="imagelab.features")}
     if spec in embedded:
         return embedded[spec].load()()
     if name not in SOURCES:
-        raise ValueError(
+        raise UserError(
             f"--features {spec!r} is unknown; give some of {', '.join([*embedded, *SOURCES])}, the "
             "last two with a folder or hub id if you like: clip=<folder>"
         )
@@ -53,7 +54,7 @@ def load_features(spec: str, offline: bool = False) -> FeatureSpace:
         return {"clip": _clip, "dinov2": _dinov2}[name](source, offline)
     except Exception as error:  # transformers raises almost anything for what it cannot load
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"--features {spec}: {source} could not be loaded ({reason[:160]}); give a folder of "
             f"transformers' with safetensors in it: {name}=<folder>"
         ) from error

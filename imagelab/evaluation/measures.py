@@ -1,5 +1,6 @@
 """Measures of a picture with boxes: pure functions on arrays, whose numbers a person can check."""
 
+from imagelab.errors import UserError
 import math
 from collections.abc import Sequence
 
@@ -78,10 +79,10 @@ def layout(objects: np.ndarray, boxes: Sequence[Box]) -> tuple[list[float], floa
 
 
 def outside_of(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:
-    """Bool of this shape [H, W], True outside all boxes; a ValueError where nothing is."""
+    """Bool of this shape [H, W], True outside all boxes; a UserError where nothing is."""
     outside = ~_union(boxes, shape)
     if not outside.any():
-        raise ValueError("the boxes cover the whole picture; leave some background to compare with")
+        raise UserError("the boxes cover the whole picture; leave some background to compare with")
     return outside
 
 

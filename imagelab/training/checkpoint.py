@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imagelab.errors import memory_errors
+from imagelab.errors import UserError, memory_errors
 from imagelab.io.atomic import written_aside
 
 
@@ -53,7 +53,7 @@ def _by_themselves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises ValueError when there is no readable checkpoint."""
+    """Raises UserError when there is no readable checkpoint."""
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(file.metadata()["mifo"])
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_facts(path: Path) -> dict:
-    """The facts of a checkpoint, without its tensors. Raises ValueError likewise."""
+    """The facts of a checkpoint, without its tensors. Raises UserError likewise."""
     with _opened(path) as file:
         return json.loads(file.metadata()["mifo"])["facts"]
 
@@ -74,7 +74,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); start anew with "
             "--overwrite, without --resume"
         ) from error

@@ -6,6 +6,7 @@ spell that for others (`to_diffusers`, `to_kohya`), `save_lora`. And back: `read
 for speed.
 """
 
+from mifo_lora.errors import LoraError
 from mifo_lora.formats import (
     from_diffusers,
     from_file,
@@ -29,6 +30,7 @@ from mifo_lora.states import inject_from, load_lora, lora_state_dict, read_lora,
 
 __all__ = [
     "LoRALinear",
+    "LoraError",
     "from_diffusers",
     "from_file",
     "from_kohya",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mifo_lora.errors import LoraError
 from mifo_lora.states import Factors, State, layer_names, split_state
 
 
@@ -96,13 +97,13 @@ def from_diffusers(
             A layer without alpha has its rank for it.
 
     Raises:
-        ValueError: A key is of another format, or names no Linear module of the model.
+        LoraError: A key is of another format, or names no Linear module of the model.
     """
     state = _read(_DIFFUSERS, file, model, part)
     config = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
     for variant in ("use_rslora", "use_dora"):
         if config.get(f"{part}.{variant}"):
-            raise ValueError(f"the LoRA file was made with {variant}; give one of plain LoRA.")
+            raise LoraError(f"the LoRA file was made with {variant}; give one of plain LoRA.")
     patterns = config.get(f"{part}.alpha_pattern") or {}
     for name in layer_names(state):
         # peft's rule: the first pattern that matches the name, or its end at a dot.
@@ -117,7 +118,7 @@ def from_kohya(file: Mapping[str, torch.Tensor], model: nn.Module, part: str = "
     """The state of one part of a file in kohya's keys; empty when the file lacks that part.
 
     An underscore of the file is one or a dot: `model`, injected or not, tells which. A layer
-    without alpha has its rank for it. Raises ValueErrors as `from_diffusers` does.
+    without alpha has its rank for it. Raises LoraErrors as `from_diffusers` does.
     """
     return _with_alphas(_read(_KOHYA, file, model, part))
 
@@ -135,7 +136,7 @@ def from_file(
         metadata: Metadata of the file, as for `from_diffusers`.
 
     Raises:
-        ValueError: A key fits no Linear module of the models by its name or by the size of its
+        LoraError: A key fits no Linear module of the models by its name or by the size of its
             tensor (the message says how many do not), or a layer is incomplete or not finite.
     """
     is_kohya = any(key.startswith(tuple(_KOHYA.prefixes.values())) for key in file)
@@ -144,7 +145,7 @@ def from_file(
     for part, model in models.items():
         modules |= form.modules(model, part)
     if odd := [key for key, tensor in file.items() if not _fits(form, key, tensor, modules)]:
-        raise ValueError(
+        raise LoraError(
             f"{len(odd)} of its {len(file)} keys fit no Linear module of "
             f"{' and '.join(models)}, the first is {odd[0]!r} of shape {list(file[odd[0]].shape)}; "
             "give a plain LoRA in the keys of kohya or diffusers and the model it was made for."
@@ -206,7 +207,7 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
     for key, tensor in file.items():
         leaf = form.leaf(key)
         if leaf is None or not key.startswith(tuple(form.prefixes.values())):
-            raise ValueError(
+            raise LoraError(
                 f"{key!r} is no key of a plain LoRA for Stable Diffusion in {form.program}'s "
                 f"format, such as {form.stem('<module>', part) + form.endings['lora_A']!r}; "
                 "give a file of that format."
@@ -215,12 +216,12 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
             continue
         found = modules.get(key.removesuffix(form.endings[leaf]), [])
         if len(found) != 1:
-            raise ValueError(
+            raise LoraError(
                 f"{key!r} names {len(found)} Linear modules of {type(model).__name__} instead of "
                 "one; give the model that the file was made for."
             )
         if leaf != "alpha" and tensor.ndim != 2:
-            raise ValueError(f"{key!r} has shape {list(tensor.shape)}; give a LoRA of matrices.")
+            raise LoraError(f"{key!r} has shape {list(tensor.shape)}; give a LoRA of matrices.")
         state[f"{found[0][0]}.{leaf}"] = tensor
     return state
 
@@ -255,4 +256,4 @@ def _with_alphas(state: State) -> State:
 
 def _check_part(form: _Format, part: str) -> None:
     if part not in form.prefixes:
-        raise ValueError(f"the part is {part!r}; give one of {', '.join(form.prefixes)}.")
+        raise LoraError(f"the part is {part!r}; give one of {', '.join(form.prefixes)}.")

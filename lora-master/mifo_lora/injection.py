@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from mifo_lora.errors import LoraError
 from mifo_lora.layers import LoRALinear
 
 Target = str | re.Pattern
@@ -36,15 +37,15 @@ def inject(
         The dotted names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: A target matches nothing, or something other than a plain `nn.Linear`.
+        LoraError: A target matches nothing, or something other than a plain `nn.Linear`.
     """
     if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank}; give a whole number of at least 1.")
+        raise LoraError(f"rank is {rank}; give a whole number of at least 1.")
     alpha = float(rank) if alpha is None else float(alpha)
     if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha}; give a positive number, or None for the rank.")
+        raise LoraError(f"alpha is {alpha}; give a positive number, or None for the rank.")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; give a probability in [0, 1).")
+        raise LoraError(f"dropout is {dropout}; give a probability in [0, 1).")
 
     names = _find(model, targets)
     check_injectable(model, names)
@@ -55,10 +56,10 @@ def inject(
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model by dotted name; a model without any is a ValueError."""
+    """The LoRA layers of a model by dotted name; a model without any is a LoraError."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA layers; call inject first.")
+        raise LoraError(f"{type(model).__name__} has no LoRA layers; call inject first.")
     return layers
 
 
@@ -111,14 +112,14 @@ def remove(model: nn.Module, keep_merged: bool = False) -> None:
 
 
 def check_injectable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a ValueError unless every named module is a plain `nn.Linear`."""
+    """Raise a LoraError unless every named module is a plain `nn.Linear`."""
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, LoRALinear):
-            raise ValueError(f"{name!r} is a LoRA layer already; narrow the targets, or remove it.")
+            raise LoraError(f"{name!r} is a LoRA layer already; narrow the targets, or remove it.")
         # A subclass may use its weight without calling forward, and so pass a LoRA by.
         if type(module) is not nn.Linear:
-            raise ValueError(
+            raise LoraError(
                 f"{name!r} is a {type(module).__name__}, and LoRA goes into torch.nn.Linear only; "
                 "narrow the targets."
             )
@@ -141,7 +142,7 @@ def _find(model: nn.Module, targets: Target | Iterable[Target] | Predicate) -> l
     ]
     idle = [target for target, names in zip(targets, hits, strict=True) if not names]
     if idle or not targets:
-        raise ValueError(
+        raise LoraError(
             f"the targets {idle} match no module of {type(model).__name__}; "
             "compare them with the names in model.named_modules()."
         )

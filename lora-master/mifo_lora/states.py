@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from mifo_lora.errors import LoraError
 from mifo_lora.injection import check_injectable, lora_layers, put
 from mifo_lora.layers import LoRALinear
 
@@ -47,23 +48,23 @@ def load_lora(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copy a state into the LoRA layers of a model, alpha included; all layers or none.
 
     Raises:
-        ValueError: The state and the model differ in layers or shapes, the state is incomplete or
+        LoraError: The state and the model differ in layers or shapes, the state is incomplete or
             not finite, or the model is merged. The model is as before then.
     """
     layers, factors = lora_layers(model), split_state(state)
     if missing := layers.keys() - factors.keys():
-        raise ValueError(
+        raise LoraError(
             f"the LoRA state has nothing for {_some(missing)}; inject only the layers it was "
             "made for, or let inject_from do so."
         )
     if unexpected := factors.keys() - layers.keys():
-        raise ValueError(
+        raise LoraError(
             f"the LoRA state has {_some(unexpected)}, where {type(model).__name__} has no LoRA "
             "layer; inject the layers it was made for, or let inject_from do so."
         )
     for name, layer in layers.items():
         if layer.merged:
-            raise ValueError(f"{name!r} is merged into its weight; call unmerge before loading.")
+            raise LoraError(f"{name!r} is merged into its weight; call unmerge before loading.")
         _check_shapes(name, layer, factors[name], layer.r)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -79,13 +80,13 @@ def inject_from(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str
         The dotted names of the replaced modules.
 
     Raises:
-        ValueError: A layer of the state is no plain `nn.Linear` of the model or has another
+        LoraError: A layer of the state is no plain `nn.Linear` of the model or has another
             shape, or the state is incomplete or not finite. The model is as before then.
     """
     factors = split_state(state)
     modules = dict(model.named_modules())
     if unknown := factors.keys() - modules.keys():
-        raise ValueError(
+        raise LoraError(
             f"the LoRA state has {_some(unknown)}, which {type(model).__name__} lacks; "
             "give the model it was made for."
         )
@@ -133,7 +134,7 @@ def read_lora(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise LoraError(
             f"{os.fspath(path)!r} cannot be read as safetensors ({error}); give a LoRA file."
         ) from error
 
@@ -144,13 +145,13 @@ def layer_names(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def split_state(state: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
-    """The layers of a state by name; a ValueError if one is incomplete, misshapen or not finite."""
+    """The layers of a state by name; a LoraError if one is incomplete, misshapen or not finite."""
     if not state:
-        raise ValueError("the LoRA state is empty; give one with layers.")
+        raise LoraError("the LoRA state is empty; give one with layers.")
     names = layer_names(state)
     expected = {f"{name}.{leaf}" for name in names for leaf in Factors._fields}
     if odd := expected ^ state.keys():
-        raise ValueError(
+        raise LoraError(
             f"the keys {_some(odd)} are missing or unknown in the LoRA state; each layer has "
             "<name>.lora_A, <name>.lora_B and <name>.alpha."
         )
@@ -162,12 +163,12 @@ def split_state(state: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
 def _factors(name: str, a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor) -> Factors:
     matrices = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
     if not matrices or alpha.numel() != 1:
-        raise ValueError(
+        raise LoraError(
             f"{name!r} of the LoRA state has shapes {list(a.shape)}, {list(b.shape)} and "
             f"{list(alpha.shape)}; give lora_A [r, in], lora_B [out, r] and one number alpha."
         )
     if not all(tensor.isfinite().all() for tensor in (a, b, alpha)) or alpha <= 0:
-        raise ValueError(
+        raise LoraError(
             f"{name!r} of the LoRA state has NaN, infinity or an alpha that is not positive; "
             "give a sound file."
         )
@@ -178,7 +179,7 @@ def _check_shapes(name: str, module: nn.Linear, factors: Factors, rank: int) -> 
     found = [list(factors.lora_A.shape), list(factors.lora_B.shape)]
     needed = [[rank, module.in_features], [module.out_features, rank]]
     if found != needed:
-        raise ValueError(
+        raise LoraError(
             f"{name!r} of the LoRA state has lora_A {found[0]} and lora_B {found[1]}, where the "
             f"model needs {needed[0]} and {needed[1]}; give the rank and the model it was made for."
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.attention import Recorder, pixel_grids, processors
-from imagelab.models.stable_diffusion import BaseModel
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.instance import view_prompt
 from mifo.learning.objective import Views, supervised_layers
 from mifo.tokens import encode_ids
@@ -15,7 +15,7 @@ TIMESTEP = 300
 
 
 @torch.no_grad()
-def asset_maps(base: BaseModel, views: Views, count: int) -> Tensor:
+def asset_maps(base: StableDiffusion, views: Views, count: int) -> Tensor:
     """Cross-attention of every asset over the instance's own picture, float [assets, H, W].
 
     All assets are in one prompt; the picture is noised to timestep 300 with fixed noise; mean over

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from imagelab.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,14 +84,14 @@ def read_instance(
 ) -> Instance:
     """Read and check `folder`, resized as `working_size` says; nothing is ever cropped.
 
-    Raises ValueError, naming the file and what to do, for whatever cannot be learned from.
+    Raises UserError, naming the file and what to do, for whatever cannot be learned from.
     """
     folder = Path(folder)
     image_path, mask_paths = find_files(folder)
     picture = _load(image_path)
     source_size = picture.image.size
     if min(source_size) < MIN_SIDE:
-        raise ValueError(
+        raise UserError(
             f"{image_path} is {_size(source_size)}, which is too small; "
             f"use a picture of at least {MIN_SIDE} pixels a side"
         )
@@ -127,9 +129,9 @@ def working_size(
     All sides are rounded to `multiple`, what the VAE and the UNet together halve evenly.
     """
     if resize not in ("aspect", "squash"):
-        raise ValueError(f"resize is {resize!r}; choose 'aspect' or 'squash'")
+        raise UserError(f"resize is {resize!r}; choose 'aspect' or 'squash'")
     if resolution < multiple:
-        raise ValueError(
+        raise UserError(
             f"a resolution of {resolution} pixels is too small for the model; "
             f"use at least {multiple}"
         )
@@ -150,7 +152,7 @@ def list_instances(folder: Path) -> list[str]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"there is no folder {folder}; give the folder that holds the instance folders"
         )
     return sorted(
@@ -187,7 +189,7 @@ def sample_view(count: int, generator: torch.Generator) -> View:
     import torch
 
     if count < 1:
-        raise ValueError(f"a view of {count} assets cannot be drawn; give at least one mask")
+        raise UserError(f"a view of {count} assets cannot be drawn; give at least one mask")
     size = int(torch.randint(1, count + 1, (), generator=generator))
     order = torch.randperm(count, generator=generator).tolist()
     flip = bool(torch.randint(0, 2, (), generator=generator))
@@ -205,10 +207,10 @@ def view_prompt(assets: tuple[int, ...]) -> str:
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """The picture and the masks of an instance folder; a ValueError says what is missing."""
+    """The picture and the masks of an instance folder; a UserError says what is missing."""
     if not folder.is_dir():
         found = ", ".join(list_instances(folder.parent)) or "none"
-        raise ValueError(
+        raise UserError(
             f"there is no instance folder {folder}; the instances in {folder.parent} are: {found}"
         )
     return find_image(folder), find_masks(folder)
@@ -218,10 +220,10 @@ def find_image(folder: Path) -> Path:
     """The one picture of an instance folder; img.jpg goes before its other spellings."""
     found = [folder / name for name in IMAGE_NAMES if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds no img.jpg; save the picture under that name")
+        raise UserError(f"{folder} holds no img.jpg; save the picture under that name")
     if len(found) > 1 and found[0].name != IMAGE_NAMES[0]:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} holds several pictures ({names}); keep one of them")
+        raise UserError(f"{folder} holds several pictures ({names}); keep one of them")
     return found[0]
 
 
@@ -232,18 +234,18 @@ def find_masks(folder: Path) -> list[Path]:
         match = MASK_NAME.fullmatch(path.name)
         if match is None:
             if STRAY_MASK_NAME.fullmatch(path.name):
-                raise ValueError(f"{path} is not a .png; save it as {path.stem.lower()}.png")
+                raise UserError(f"{path} is not a .png; save it as {path.stem.lower()}.png")
             continue
         number = int(match[1])
         if number in masks:
             names = f"{masks[number].name} and {path.name}"
-            raise ValueError(f"{folder} holds two masks of number {number} ({names}); keep one")
+            raise UserError(f"{folder} holds two masks of number {number} ({names}); keep one")
         masks[number] = path
     if not masks:
-        raise ValueError(f"{folder} holds no mask; save one per instance as mask0.png, mask1.png …")
+        raise UserError(f"{folder} holds no mask; save one per instance as mask0.png, mask1.png …")
     for i in range(len(masks)):
         if i not in masks:
-            raise ValueError(
+            raise UserError(
                 f"{folder / f'mask{i}.png'} is missing although there is a mask{max(masks)}.png; "
                 f"number the masks from 0 without a gap"
             )
@@ -289,18 +291,16 @@ def _load(path: Path) -> _Picture:
     return _Picture(path, image, stored_size, turned, hashlib.sha256(data).hexdigest())
 
 
-def _too_large(path: Path, size: str) -> ValueError:
-    return ValueError(
+def _too_large(path: Path, size: str) -> UserError:
+    return UserError(
         f"{path} is {size}, which is too large; shrink picture and masks together "
         f"to at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 1_000_000} megapixels"
     )
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Path, error: Exception) -> UserError:
     reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-    return ValueError(
-        f"{path} cannot be read as a picture ({reason}); save it again as PNG or JPEG"
-    )
+    return UserError(f"{path} cannot be read as a picture ({reason}); save it again as PNG or JPEG")
 
 
 def _check_mask_size(mask: _Picture, picture: _Picture) -> None:
@@ -308,11 +308,11 @@ def _check_mask_size(mask: _Picture, picture: _Picture) -> None:
         return
     shown = f"{mask.path} is {_size(mask.image.size)}, {picture.path.name}"
     if mask.image.size == picture.stored_size:
-        raise ValueError(
+        raise UserError(
             f"{shown} has an EXIF rotation and is {_size(picture.image.size)} as viewers show it; "
             f"save the mask in that orientation"
         )
-    raise ValueError(
+    raise UserError(
         f"{shown} is {_size(picture.image.size)}; make the mask the size of the picture"
     )
 
@@ -322,7 +322,7 @@ def _inside(mask: _Picture) -> np.ndarray:
     levels, highest, what = _levels(mask.image)
     inside = levels > highest / 2
     if not inside.any():
-        raise ValueError(
+        raise UserError(
             f"{mask.path} is empty (its highest {what} is {levels.max()} of {highest}); "
             f"paint the instance white on black"
         )
@@ -388,7 +388,7 @@ def resize_mask(inside: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _check_distinct(masks: list[np.ndarray], paths: list[Path]) -> None:
     for (i, a), (j, b) in itertools.combinations(enumerate(masks), 2):
         if np.array_equal(a, b):
-            raise ValueError(
+            raise UserError(
                 f"{paths[i]} and {paths[j].name} mark the same pixels; "
                 f"give each instance its own mask or remove one"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.attention import Recorder, attention_layers, decoder_block, layer_grid, processors
-from imagelab.models.stable_diffusion import BaseModel
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.instance import Instance, sample_view, view_prompt
 from mifo.method.losses import ATTENTION_LOSSES, REGULARISED_TIMESTEPS, reconstruction_loss
 from mifo.tokens import encode_ids
@@ -66,7 +66,7 @@ def supervised_layers(unet, size: tuple[int, int], stage: int) -> list[str]:
 
 
 def step_loss(
-    base: BaseModel,
+    base: StableDiffusion,
     batch: Batch,
     layers: Sequence[str],
     attention_loss: str | None,
@@ -128,7 +128,9 @@ class Views:
     the noise; in stage 2 then the class sample, its timestep and its noise.
     """
 
-    def __init__(self, base: BaseModel, instance: Instance, asset_ids: Sequence[int], device: str):
+    def __init__(
+        self, base: StableDiffusion, instance: Instance, asset_ids: Sequence[int], device: str
+    ):
         self.base, self.device, self.asset_ids = base, device, list(asset_ids)
         pixels = torch.from_numpy(instance.image).permute(2, 0, 1).float() / 127.5 - 1  # 3 H W
         with torch.no_grad():  # one by one, to spare memory

@@ -10,13 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.models.stable_diffusion import (
-    BaseModel,
-    choose_model,
-    choose_precision,
-    load_base,
-    read_sizes,
-)
+from imagelab.errors import UserError
+from imagelab.models.device import choose_precision
+from imagelab.models.sources import choose_model
+from imagelab.models.stable_diffusion import StableDiffusion, load_base, read_sizes
 from imagelab.training.checkpoint import Checkpoint, read_facts
 from mifo.config import CHOICES, LearningConfig, check_choice
 from mifo.learned import MANIFEST, check_name, check_writable, open_learned, recover
@@ -47,7 +44,7 @@ class Plan:
     """
 
     config: LearningConfig
-    base: BaseModel
+    base: StableDiffusion
     instance: Instance
     ids: list[int]
     rows: Tensor
@@ -106,46 +103,46 @@ def is_learned(config: LearningConfig) -> bool:
 
 
 def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where a result or an unfinished run is in the way, or nothing to resume."""
+    """Raises UserError where a result or an unfinished run is in the way, or nothing to resume."""
     check_name(config.instance, "instance")
     target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
     if not is_learned(config) and target.exists():
-        raise ValueError(f"{target} is there and is no learned folder; give another --output_dir")
+        raise UserError(f"{target} is there and is no learned folder; give another --output_dir")
     if resume and not is_begun(config):
-        raise ValueError(f"there is no unfinished run at {work}; leave out --resume")
+        raise UserError(f"there is no unfinished run at {work}; leave out --resume")
     if target.exists() and not (overwrite or resume):
-        raise ValueError(f"{target} is there already; give --overwrite to learn it anew")
+        raise UserError(f"{target} is there already; give --overwrite to learn it anew")
     if is_begun(config) and not (overwrite or resume):
-        raise ValueError(
+        raise UserError(
             f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"
         )
 
 
 def check_settings(config: LearningConfig) -> None:
-    """Raises ValueError for settings that make no sense."""
+    """Raises UserError for settings that make no sense."""
     if config.seed is None:
-        raise ValueError("there is no seed; give one (only the command draws it)")
+        raise UserError("there is no seed; give one (only the command draws it)")
     for name in CHOICES:
         check_choice(name, getattr(config, name))
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         value, least = getattr(config, name), int(name in positive)
         if value < least:
-            raise ValueError(f"--{name} is {value}; give a whole number from {least} on")
+            raise UserError(f"--{name} is {value}; give a whole number from {least} on")
     rates = ("learning_rate", "finetune_learning_rate", "weight_decay")
     for name in (*rates, "prior_weight", "attention_weight"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} is {value}; give a number from 0 on")
+            raise UserError(f"--{name} is {value}; give a number from 0 on")
     if not 0 < config.max_grad_norm < float("inf"):
-        raise ValueError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
+        raise UserError(f"--max_grad_norm is {config.max_grad_norm}; give a number above 0")
     if not config.train_steps and (config.finetune == "none" or not config.finetune_steps):
-        raise ValueError("there is nothing to learn: --train_steps and --finetune_steps are 0")
+        raise UserError("there is nothing to learn: --train_steps and --finetune_steps are 0")
     if config.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+        raise UserError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     if ASSET.search(config.class_prompt):
-        raise ValueError(
+        raise UserError(
             f"--class_prompt {config.class_prompt!r} names an asset, which the base model does not "
             "know; name the kind of thing, as in 'a photo of a chair'"
         )
@@ -242,7 +239,7 @@ def estimate_seconds(plan: Plan) -> float:
 def resumed(config: LearningConfig) -> LearningConfig:
     """The config that an unfinished run goes on with: without a seed, it takes the run's own.
 
-    Raises ValueError for other settings than the unfinished run's.
+    Raises UserError for other settings than the unfinished run's.
     """
     then = read_facts(work_folder(config) / CHECKPOINT)["settings"]
     if config.seed is None:
@@ -252,13 +249,13 @@ def resumed(config: LearningConfig) -> LearningConfig:
 
 
 def check_same(saved: Checkpoint, plan: Plan) -> None:
-    """Raises ValueError unless an unfinished run had the settings and the files of a plan."""
+    """Raises UserError unless an unfinished run had the settings and the files of a plan."""
     _check_same_settings(saved.facts["settings"], plan.config)
     inputs = inputs_of(plan)
     if changed := [
         name for name, digest in saved.facts["inputs"].items() if digest != inputs[name]
     ]:
-        raise ValueError(
+        raise UserError(
             f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
             "with --overwrite in place of --resume"
         )
@@ -266,7 +263,7 @@ def check_same(saved: Checkpoint, plan: Plan) -> None:
 
 def _check_same_settings(then: dict, config: LearningConfig) -> None:
     if differ := _other_settings(then, config):
-        raise ValueError(
+        raise UserError(
             f"the unfinished run had other settings ({differ}); go on with those, or start anew "
             "with --overwrite in place of --resume"
         )

@@ -12,10 +12,12 @@ from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from imagelab.models.stable_diffusion import BaseModel
+from imagelab.errors import UserError
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.instance import read_picture
 from mifo.method.sampling import ddim_scheduler, denoise, initial_noise
 from mifo.tokens import encode_ids
+from mifo_lora import LoraError
 from mifo_lora import read_lora as read_tensors
 from mifo_lora import save_lora as save_tensors
 
@@ -25,7 +27,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def class_latents(
-    base: BaseModel,
+    base: StableDiffusion,
     prompt: str,
     count: int,
     size: tuple[int, int],
@@ -74,8 +76,8 @@ def _read_cache(path: Path) -> Tensor | None:
         return None
     try:
         return read_tensors(path)[0]["latents"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"the kept class images cannot be read; delete {path}") from error
+    except (LoraError, KeyError) as error:
+        raise UserError(f"the kept class images cannot be read; delete {path}") from error
 
 
 def _write_cache(path: Path, latents: Tensor, prompt: str) -> None:
@@ -87,11 +89,11 @@ def _write_cache(path: Path, latents: Tensor, prompt: str) -> None:
 
 
 def find_class_images(folder: str) -> list[Path]:
-    """The user's own pictures of the class; a ValueError when there are none, or one is broken."""
+    """The user's own pictures of the class; a UserError when there are none, or one is broken."""
     path = Path(folder)
     found = sorted(p for p in path.glob("*") if p.suffix.lower() in PICTURES)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"--class_images: {folder} holds no pictures; give a folder of {', '.join(PICTURES)} "
             "files, or leave the option out to have them made"
         )
@@ -101,7 +103,7 @@ def find_class_images(folder: str) -> list[Path]:
 
 
 @torch.no_grad()
-def encode_class_images(base: BaseModel, paths: list[Path], size: tuple[int, int]) -> Tensor:
+def encode_class_images(base: StableDiffusion, paths: list[Path], size: tuple[int, int]) -> Tensor:
     """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop."""
     latents = []
     pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)

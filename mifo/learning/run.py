@@ -232,7 +232,7 @@ def learn(
 
     Raises:
         Interrupted: Ctrl-C; the step was finished and saved.
-        ValueError: ``resume`` with other settings than the unfinished run's.
+        UserError: ``resume`` with other settings than the unfinished run's.
         FloatingPointError: a loss was not finite; nothing was overwritten.
         MemoryError: there was not enough memory, on the device or off it.
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imagelab.attention import BoxControl, leave_early
 from imagelab.boxes import Box
+from imagelab.errors import UserError
 from mifo.config import GuidanceConfig
 from mifo.method.losses import box_alpha, box_loss
 from mifo.method.regions import Refiner, RegionSet, TokenRoles
@@ -41,14 +42,14 @@ def ddim_scheduler(scheduler):
 
 
 def check_steps(steps: int, scheduler) -> None:
-    """Raises ValueError for a number of steps that would start far from pure noise.
+    """Raises UserError for a number of steps that would start far from pure noise.
 
     DDIM goes in steps of floor(timesteps / steps), from the clean end on: the remainder is left out
     at the noisy end.
     """
     total = scheduler.config.num_train_timesteps
     if steps >= total or total % steps > total / 5:
-        raise ValueError(
+        raise UserError(
             f"--num_inference_steps is {steps}, which would not start at the noisy end of the "
             f"model's {total} timesteps: give at most {total // 4}, or {total // 3} or {total // 2}"
         )

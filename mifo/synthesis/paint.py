@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from imagelab.attention import decoder_block, layer_grid
 from imagelab.boxes import Box, check_box, draw_boxes, parse_box
-from imagelab.models.stable_diffusion import BaseModel, choose_precision
+from imagelab.errors import UserError
+from imagelab.models.device import choose_precision
+from imagelab.models.stable_diffusion import StableDiffusion
 from imagelab.processes import Processes
 from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, load_learned, merge_lora, open_learned, portable
@@ -40,7 +42,7 @@ class Scene:
     """A checked request: the model, what each box is for, and the picture's size in pixels."""
 
     config: SynthesisConfig
-    base: BaseModel
+    base: StableDiffusion
     names: tuple[str, ...]
     boxes: tuple[Box, ...]
     tokens: TokenRoles | None
@@ -55,7 +57,7 @@ def make_scene(
     boxes: Sequence[Box] | dict[str, list[Box]] | None = None,
     subject_token_indices: Sequence[Sequence[int]] | None = None,
     device: str = "cpu",
-    base: BaseModel | None = None,
+    base: StableDiffusion | None = None,
 ) -> Scene:
     """Check a request and load its model, unless it is given.
 
@@ -67,7 +69,7 @@ def make_scene(
         base: of an earlier scene with the same learned folder, to spare loading it again.
 
     Raises:
-        ValueError: with what does not fit and what to do.
+        UserError: with what does not fit and what to do.
     """
     check_numbers(config)
     dtype = choose_precision(config.mixed_precision, device)
@@ -101,11 +103,11 @@ def make_scene(
 
 
 def asset_names(prompt: str, learned: LearnedFolder | LearnedFiles) -> tuple[str, ...]:
-    """Assets of the prompt, in its order; a ValueError names one that was not learned."""
+    """Assets of the prompt, in its order; a UserError names one that was not learned."""
     names = tuple(ASSET.findall(prompt))
     for name in names:
         if name not in learned.tokens:
-            raise ValueError(
+            raise UserError(
                 f"the prompt names {name}, which {learned.where} does not hold; it holds "
                 f"{', '.join(learned.tokens) or 'nothing'}"
             )
@@ -126,30 +128,30 @@ def _subject_names(
 def _placed(names, boxes, get_boxes) -> list[Box]:
     """A box for each subject, in the prompt's order."""
     if not names:
-        raise ValueError(
+        raise UserError(
             "the prompt names no asset; name one, such as <asset0>, or give --no_box_control"
         )
     if isinstance(boxes, dict):
         waiting = {name: list(given) for name, given in boxes.items()}
         unknown = [name for name in waiting if name not in names]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"--box names {unknown[0]}, which the prompt does not; it names {', '.join(names)}"
             )
         for name, given in waiting.items():
             if len(given) != names.count(name):
-                raise ValueError(
+                raise UserError(
                     f"--box gives {len(given)} boxes for {name}, which the prompt names "
                     f"{names.count(name)} times; give one box each time"
                 )
         if missing := [name for name in names if name not in waiting]:
-            raise ValueError(
+            raise UserError(
                 f"--box gives no box for {missing[0]}; give one for each asset of the prompt"
             )
         return [waiting[name].pop(0) for name in names]
     placed = list(get_boxes(len(names)) if boxes is None else boxes)
     if len(placed) != len(names):
-        raise ValueError(
+        raise UserError(
             f"there are {len(placed)} boxes and {len(names)} assets in the prompt "
             f"({', '.join(names)}); give one box for each"
         )
@@ -157,31 +159,31 @@ def _placed(names, boxes, get_boxes) -> list[Box]:
 
 
 def check_numbers(config: SynthesisConfig) -> None:
-    """Raises ValueError for settings that make no sense."""
+    """Raises UserError for settings that make no sense."""
     counts = {"batch_size": config.batch_size, "num_inference_steps": config.num_inference_steps}
     if config.num_images is not None:
         counts["num_images"] = config.num_images
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"--{name} is {value}; give a whole number from 1 on")
+            raise UserError(f"--{name} is {value}; give a whole number from 1 on")
     if config.num_inference_steps > 999:
-        raise ValueError(f"--num_inference_steps is {config.num_inference_steps}; give 999 at most")
+        raise UserError(f"--num_inference_steps is {config.num_inference_steps}; give 999 at most")
     if config.seed is None:
-        raise ValueError("there is no seed; give one (only the commands draw it)")
+        raise UserError("there is no seed; give one (only the commands draw it)")
     numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} is {value}; give a number from 0 on")
+            raise UserError(f"--{name} is {value}; give a number from 0 on")
 
 
-def _latent_size(config: SynthesisConfig, base: BaseModel) -> tuple[int, int]:
+def _latent_size(config: SynthesisConfig, base: StableDiffusion) -> tuple[int, int]:
     size = []
     for name in ("height", "width"):
         pixels = getattr(config, name)
         if pixels is None:
             pixels = base.resolution
         if pixels % base.multiple or not 2 * base.multiple <= pixels <= MOST * base.resolution:
-            raise ValueError(
+            raise UserError(
                 f"--{name} is {pixels}; give a multiple of {base.multiple} from "
                 f"{2 * base.multiple} to {MOST * base.resolution}, such as {base.resolution}"
             )
@@ -241,7 +243,7 @@ def paint(scene: Scene, indices: Sequence[int], text: Tensor, progress=None) -> 
 
 
 @torch.no_grad()
-def decode(base: BaseModel, latents: Tensor) -> list[Image.Image]:
+def decode(base: StableDiffusion, latents: Tensor) -> list[Image.Image]:
     """Latents [b, c, h, w] to RGB pictures, one by one to spare memory."""
     pictures = []
     for sample in latents / base.vae.config.scaling_factor:

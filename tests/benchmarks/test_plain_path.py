@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 import imagelab.attention
 from benchmarks import cases, plain, run
 from imagelab.boxes import Box
-from imagelab.models.stable_diffusion import BaseModel, load_base
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.config import GuidanceConfig
 from mifo.learning.objective import Batch, step_loss, supervised_layers
 from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
@@ -33,7 +33,7 @@ SEEDS = [3, 4]
 
 @dataclass
 class Case:
-    base: BaseModel
+    base: StableDiffusion
     ids: list[int]
     rows: torch.Tensor
     tokens: TokenRoles
@@ -41,7 +41,7 @@ class Case:
     noise: torch.Tensor  # b c h w
 
 
-def toybox_shaped(tokenizer_folder) -> BaseModel:
+def toybox_shaped(tokenizer_folder) -> StableDiffusion:
     """Random weights: two levels, 16×16 latents of 12 channels."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     with torch.random.fork_rng():
@@ -51,7 +51,7 @@ def toybox_shaped(tokenizer_folder) -> BaseModel:
         text_encoder = build_text_encoder(config, tokenizer)
     for module in (unet, text_encoder):
         module.requires_grad_(False).eval()
-    return BaseModel(tokenizer, text_encoder, None, unet, build_scheduler(), "random", "")
+    return StableDiffusion(tokenizer, text_encoder, None, unet, build_scheduler(), "random", "")
 
 
 @pytest.fixture(params=["small_sd", "toybox-shaped"])

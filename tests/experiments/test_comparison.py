@@ -230,7 +230,7 @@ def test_a_folder_is_finished_or_left_alone(work):
 
 
 def test_shipped_toybox_tells_its_kinds(tmp_path):
-    from imagelab.models.stable_diffusion import toybox_folder
+    from imagelab.models.sources import toybox_folder
 
     assert {"car", "fish"} <= set(trained_kinds(toybox_folder()))
     with pytest.raises(ValueError, match="which kinds of toys"):

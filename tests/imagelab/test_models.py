@@ -13,17 +13,10 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 from thin import thin_pipeline, thin_scheduler, thin_unet
 
-from imagelab.models.stable_diffusion import (
-    MIRRORS,
-    BaseModel,
-    choose_device,
-    choose_model,
-    choose_precision,
-    load_base,
-    locate_model,
-)
+from imagelab.models.device import choose_device, choose_precision
+from imagelab.models.sources import DEFAULT_MODEL, MIRRORS, choose_model, locate_model
+from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from imagelab.processes import Processes
-from mifo.config import DEFAULT_MODEL
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -395,7 +388,7 @@ def test_sizes_come_from_the_configs(sample_size, levels, vae_levels, resolution
     def part(count, **facts):
         return SimpleNamespace(config=FrozenDict(block_out_channels=(8,) * count, **facts))
 
-    base = BaseModel(
+    base = StableDiffusion(
         tokenizer=None, text_encoder=None, vae=part(vae_levels),
         unet=part(levels, sample_size=sample_size), scheduler=None, source="", digest="",
     )  # fmt: skip

@@ -422,7 +422,7 @@ def test_goes_on_where_it_was(learned_dir, finished, output, painted, capsys):
 
 
 def test_another_name_of_the_same_device_paints_nothing(learned_dir, output, painted, monkeypatch):
-    monkeypatch.setattr("imagelab.models.stable_diffusion.choose_device", lambda _: "cpu")
+    monkeypatch.setattr("imagelab.models.device.choose_device", lambda _: "cpu")
     run(learned_dir, output, "--device", "auto")
     assert painted == []
 

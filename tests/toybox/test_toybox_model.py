@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from imagelab.models.stable_diffusion import load_base, toybox_folder
+from imagelab.models.sources import toybox_folder
+from imagelab.models.stable_diffusion import load_base
 from toybox.classifier.classifier import SCENE, hue_names, load_classifier, to_input
 from toybox.scenes.scenes import HUES, KINDS
 from toybox.stable_diffusion.architecture import ToyboxConfig

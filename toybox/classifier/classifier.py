@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
 from mifo.learned import check_writable
 from toybox.scenes.scenes import HUES, KINDS, draw_scene, render
@@ -158,7 +159,7 @@ class Classifier(nn.Module):
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
     """The trained classifier, float32, on the CPU."""
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"there are no weights at {path}; train them: "
             f"python -m toybox.classifier.classifier --output {path}"
         )

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
 from toybox.scenes.scenes import HUES, KINDS, Look, Scene, draw_scene, render
 
@@ -75,15 +76,13 @@ def look_alikes(
     Saturation and value differ by up to a fifth.
     """
     if unknown := set(kinds) - set(KINDS):
-        raise ValueError(
-            f"there is no toy of kind {min(unknown)!r}; choose from {', '.join(KINDS)}"
-        )
+        raise UserError(f"there is no toy of kind {min(unknown)!r}; choose from {', '.join(KINDS)}")
     if not 1 <= count <= 3:
-        raise ValueError(f"a folder cannot have {count} instances; ask for 1, 2 or 3")
+        raise UserError(f"a folder cannot have {count} instances; ask for 1, 2 or 3")
     families = [[kind for kind in family if kind in kinds] for family in FAMILIES]
     families = [family for family in families if len(family) >= count]
     if alike == "hue" and not families:
-        raise ValueError(
+        raise UserError(
             f"no {count} of the kinds {', '.join(kinds)} resemble one another; "
             "give more --kinds or --alike kind"
         )
@@ -119,7 +118,7 @@ def write_folder(
     masks are removed, and whatever else lies there stays.
     """
     if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists already; choose another --output or add --overwrite")
+        raise UserError(f"{folder} exists already; choose another --output or add --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     picture, masks = render(scene, size)
     description = {"size": size, "seed": seed, "ground": scene.ground}
@@ -164,13 +163,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that make no sense."""
+    """Raises UserError for options that make no sense."""
     if args.count is None and (args.seed or args.instances or args.alike or args.kinds):
-        raise ValueError("the five examples are fixed; add --count to write new folders")
+        raise UserError("the five examples are fixed; add --count to write new folders")
     if args.count is not None and args.count < 1:
-        raise ValueError(f"--count {args.count} writes nothing; give 1 or more")
+        raise UserError(f"--count {args.count} writes nothing; give 1 or more")
     if args.size < 32:
-        raise ValueError(f"--size {args.size} is too small to see a toy; use 32 or more")
+        raise UserError(f"--size {args.size} is too small to see a toy; use 32 or more")
 
 
 def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from imagelab.errors import UserError
+
 SPRITES = Path(__file__).parent / "sprites"
 KINDS = tuple(sorted(path.stem for path in SPRITES.glob("*.webp")))
 COUNT_ODDS = (5, 3, 2)  # of one toy, two and three in a scene
@@ -92,7 +94,7 @@ def _sprite(kind: str) -> tuple[np.ndarray, np.ndarray, float]:
     """HSV in [0, 1] as float [256, 256, 3], alpha as uint8, and the commonest hue in turns."""
     path = SPRITES / f"{kind}.webp"
     if not path.is_file():
-        raise ValueError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
+        raise UserError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
     with Image.open(path) as file:
         picture = file.convert("RGBA")
     alpha = np.asarray(picture.getchannel("A"))
@@ -144,10 +146,10 @@ def _placements(rng: np.random.Generator, count: int) -> list[tuple[float, float
 
 
 def distinct_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The kinds without repetitions; a ValueError unless they fill a scene of three toys."""
+    """The kinds without repetitions; a UserError unless they fill a scene of three toys."""
     distinct = tuple(dict.fromkeys(kinds))
     if len(distinct) < 3:
-        raise ValueError(f"scenes need three kinds of toys or more, not {', '.join(distinct)}")
+        raise UserError(f"scenes need three kinds of toys or more, not {', '.join(distinct)}")
     return distinct
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.models.stable_diffusion import quiet_libraries
 
@@ -84,7 +85,7 @@ def trained_kinds(model: Path) -> list[str]:
     try:
         return json.loads((model / "record.json").read_text(encoding="utf-8"))["train"]["kinds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{model / 'record.json'} does not tell which kinds of toys the model was trained on "
             f"({type(error).__name__}); give a folder that toybox.stable_diffusion.train wrote"
         ) from error

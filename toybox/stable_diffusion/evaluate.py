@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
 from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
-from imagelab.models.stable_diffusion import check_folder, choose_device, quiet_libraries
+from imagelab.models.device import choose_device
+from imagelab.models.sources import check_folder
+from imagelab.models.stable_diffusion import quiet_libraries
 from mifo.learned import check_writable
 from toybox.classifier.classifier import (
     SCENE,
@@ -314,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with told_failures(parser):
         if args.images < 1:
-            raise ValueError(f"--images {args.images} leaves nothing to measure; use 1 or more")
+            raise UserError(f"--images {args.images} leaves nothing to measure; use 1 or more")
         check_writable(args.output, "output")
         kinds = distinct_kinds(args.kinds or trained_kinds(args.model))
         device = choose_device(args.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imagelab.errors import UserError
 from imagelab.io.atomic import written_aside
 from imagelab.processes import Processes
 
@@ -151,7 +152,7 @@ class Trainer:
                 loss = self._average_over_processes(loss.detach())
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 if not (loss.isfinite() and norm.isfinite()):
-                    raise ValueError(
+                    raise UserError(
                         f"{self.name}: the loss or its gradient is not finite at step {index}; "
                         "what came before is saved; train anew with a smaller learning rate"
                     )

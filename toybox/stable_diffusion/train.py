@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, processors
 from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
-from imagelab.models.stable_diffusion import choose_device
+from imagelab.models.device import choose_device
 from imagelab.processes import Processes
 from toybox.classifier.classifier import to_tensor
 from toybox.scenes.scenes import KINDS, caption, distinct_kinds, draw_scene, render
@@ -258,7 +259,7 @@ def train_unet(
 
 
 def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
-    """Make the work folder, or raise ValueError where it holds a training of another kind.
+    """Make the work folder, or raise UserError where it holds a training of another kind.
 
     The number of the UNet's steps may change, for more of them or an earlier cool-down, and how
     often it draws samples.
@@ -272,7 +273,7 @@ def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
         return
     then = json.loads(path.read_text(encoding="utf-8"))
     if differ := ", ".join(key for key in facts if then.get(key) != facts[key]):
-        raise ValueError(
+        raise UserError(
             f"{work} holds a training with other settings ({differ}); give another --work"
         )
 
@@ -337,21 +338,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespac
 
 
 def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
-    """What the options ask for; a ValueError for what makes no sense."""
+    """What the options ask for; a UserError for what makes no sense."""
     given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
     given["kinds"] = distinct_kinds(given["kinds"])
     given["count_odds"] = odds = tuple(given["count_odds"])
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
-        raise ValueError("--count_odds takes three numbers from 0 on, not all of them 0")
+        raise UserError("--count_odds takes three numbers from 0 on, not all of them 0")
     for name in ("vae_scenes", "vae_batch", "decoder_batch", "scenes", "batch", "sample_steps"):
         if given[name] < 1:
-            raise ValueError(f"--{name} is {given[name]}; give 1 or more")
+            raise UserError(f"--{name} is {given[name]}; give 1 or more")
     if options.begin_from is None and not given["vae_steps"]:
-        raise ValueError("--vae_steps 0 keeps the latents of --begin_from; give that or more steps")
+        raise UserError("--vae_steps 0 keeps the latents of --begin_from; give that or more steps")
     config = TrainConfig(**given)
     batches = config.batch, config.vae_batch, config.decoder_batch
     if any(size % processes.count for size in batches):
-        raise ValueError(f"the batches must divide by {processes.count}, the processes")
+        raise UserError(f"the batches must divide by {processes.count}, the processes")
     return config
 
 
@@ -360,7 +361,7 @@ def read_record(folder: Path) -> dict:
     try:
         return json.loads((folder / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--begin_from {folder} has no readable record.json ({type(error).__name__}); "
             "give a folder that this trainer wrote"
         ) from error
