@@ -13,7 +13,8 @@ from pathlib import Path
 
 from imagelab.boxes import parse_boxes
 from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, told_failures
-from mifo.config import GuidanceConfig, SynthesisConfig
+from mifo.method.guidance import GuidanceConfig
+from mifo.synthesis.config import SynthesisConfig
 from semantic_synthesis import get_boxes
 
 

@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser, told_failures
-from mifo.config import SynthesisConfig
+from mifo.synthesis.config import SynthesisConfig
 
 FORMATS = ("kohya", "diffusers", "embeddings", "pipeline")
 

@@ -21,7 +21,7 @@ from imagelab.cli import (
     told_failures,
 )
 from imagelab.errors import UserError
-from mifo.config import CHOICES, LearningConfig
+from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.instance import list_instances
 
 

@@ -22,7 +22,8 @@ from imagelab.cli import (
     told_failures,
 )
 from imagelab.errors import UserError
-from mifo.config import GuidanceConfig, SynthesisConfig
+from mifo.method.guidance import GuidanceConfig
+from mifo.synthesis.config import SynthesisConfig
 
 
 def get_boxes(count: int) -> list[Box]:

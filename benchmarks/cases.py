@@ -12,10 +12,11 @@ from torch import Tensor
 from benchmarks import plain
 from imagelab.boxes import Box, raster
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.config import GuidanceConfig, LearningConfig
+from mifo.learning.config import LearningConfig
 from mifo.learning.instance import Instance
 from mifo.learning.objective import Batch, Views, step_loss, supervised_layers
 from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
 from mifo.tokens import (
     add_asset_tokens,

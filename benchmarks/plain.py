@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from imagelab.attention import attention_layers, decoder_block, layer_grid, pixel_grids, processors
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.config import GuidanceConfig
 from mifo.learning.objective import Batch
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.losses import (
     ATTENTION_LOSSES,
     REGULARISED_TIMESTEPS,

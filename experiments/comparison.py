@@ -36,7 +36,9 @@ from experiments.comparison_settings import (
 from imagelab.cli import HelpFormatter, Parser, told_failures
 from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from imagelab.io.atomic import write_json
-from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
+from mifo.learning.config import LearningConfig
+from mifo.method.guidance import GuidanceConfig
+from mifo.synthesis.config import SynthesisConfig
 
 # ----------------------------------------------------------------------------------------------
 # instance folders

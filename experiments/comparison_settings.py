@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mifo.config import LearningConfig
+from mifo.learning.config import LearningConfig
 
 
 @dataclass(frozen=True)

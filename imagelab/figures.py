@@ -10,7 +10,8 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from imagelab.boxes import color_of
-from mifo.learning.instance import Instance, asset_token
+from mifo.learning.instance import Instance
+from mifo.tokens import asset_token
 
 
 def learning_curves(

@@ -36,11 +36,11 @@ from imagelab.evaluation.measures import (
 from imagelab.io.atomic import written_aside
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
-from mifo.learning.instance import Instance, read_instance, view_prompt
+from mifo.learning.instance import Instance, read_instance
+from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.paint import Scene, asset_names, check_numbers, make_scene, paint, prepare
-from mifo.tokens import ASSET
+from mifo.tokens import ASSET, view_prompt
 
 RECORDS = "records.jsonl"
 PICTURES = "pictures"

@@ -21,8 +21,7 @@ from torch import Tensor
 from imagelab.errors import UserError
 from imagelab.models.sources import check_folder, locate_model, model_digest
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.learning.instance import asset_token
-from mifo.tokens import add_asset_tokens, write_rows
+from mifo.tokens import add_asset_tokens, asset_token, write_rows
 from mifo_lora import (
     LoraError,
     from_diffusers,

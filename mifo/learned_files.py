@@ -17,8 +17,7 @@ from torch import Tensor
 
 from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.learning.instance import asset_token
-from mifo.tokens import add_tokens, write_rows
+from mifo.tokens import add_tokens, asset_token, write_rows
 from mifo_lora import LoraError, from_file, inject_from, read_lora
 
 log = logging.getLogger(__name__)

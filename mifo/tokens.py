@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from imagelab.errors import UserError
-from mifo.learning.instance import asset_token
 from mifo.method.regions import TokenRoles
 
 ASSET = re.compile(r"<asset\d+>")
@@ -28,6 +27,16 @@ FUNCTION_WORDS = frozenset(
     left right top bottom , . ; : ! ? - ( ) ' "
     """.split()  # noqa: SIM905 (a list of one word a line would be five times as long)
 )
+
+
+def asset_token(i: int) -> str:
+    """The placeholder token of mask `i`."""
+    return f"<asset{i}>"
+
+
+def view_prompt(assets: tuple[int, ...]) -> str:
+    """The prompt of a view: (2, 0) gives "a photo of <asset2> and <asset0>"."""
+    return f"a photo of {' and '.join(asset_token(i) for i in assets)}"
 
 
 def add_asset_tokens(tokenizer, text_encoder, count: int) -> list[int]:

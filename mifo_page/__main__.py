@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, told_failures
 from imagelab.errors import UserError
-from mifo.config import LearningConfig, SynthesisConfig
+from mifo.learning.config import LearningConfig
+from mifo.synthesis.config import SynthesisConfig
 from mifo_page import MAX_FILE, MAX_SENT
 
 LOCAL = "127.0.0.1"

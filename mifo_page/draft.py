@@ -22,7 +22,6 @@ from mifo.learning.instance import (
     IMAGE_NAMES,
     MASK_NAME,
     Instance,
-    asset_token,
     coverage_report,
     find_image,
     find_masks,
@@ -31,6 +30,9 @@ from mifo.learning.instance import (
     read_mask,
     read_picture,
     resize_mask,
+)
+from mifo.tokens import (
+    asset_token,
 )
 from mifo_page import MAX_FILE, MAX_SENT
 from mifo_page.places import Places, folder_in

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from imagelab.boxes import parse_boxes
 from imagelab.errors import UserError
-from mifo.config import GuidanceConfig, LearningConfig, SynthesisConfig
+from mifo.learning.config import LearningConfig
+from mifo.method.guidance import GuidanceConfig
+from mifo.synthesis.config import SynthesisConfig
 from mifo_page.places import Places, folder_in
 
 #: How a learning run starts: the page's words for what the command calls it.

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from imagelab.errors import UserError
 from imagelab.figures import learning_curves
-from mifo.config import LearningConfig, SynthesisConfig
 from mifo.learned import check_name, learned_names
+from mifo.learning.config import LearningConfig
 from mifo.learning.instance import list_instances, read_picture
 from mifo.learning.plan import CHECKPOINT, work_folder
+from mifo.synthesis.config import SynthesisConfig
 
 LOSSES = ("loss", "reconstruction", "attention")
 

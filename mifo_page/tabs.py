@@ -11,7 +11,8 @@ import gradio as gr
 
 from imagelab.boxes import PALETTE, parse_boxes
 from imagelab.errors import FAILURES, UserError, sentence
-from mifo.config import LearningConfig, SynthesisConfig
+from mifo.learning.config import LearningConfig
+from mifo.synthesis.config import SynthesisConfig
 from mifo.tokens import ASSET
 from mifo_page import draft as drafts
 from mifo_page.draft import Draft

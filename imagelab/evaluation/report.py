@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from imagelab.boxes import draw_boxes
 from mifo.evaluation import PICTURES, Case
 from imagelab.io.atomic import written_aside
-from mifo.learning.instance import asset_token
+from mifo.tokens import asset_token
 from imagelab.evaluation.measures import confusion, diversity, margins
 
 TILE, GAP = 192, 4  # pixels of a contact sheet's pictures, and between them

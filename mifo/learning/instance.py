@@ -15,15 +15,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from imagelab.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +55,6 @@ class Instance:
     mask_hashes: tuple[str, ...]
     image_hash: str
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """One draw of union sampling: the assets in prompt order, and whether all is mirrored."""
-
-    assets: tuple[int, ...]
-    flip: bool
 
 
 @dataclass(frozen=True)
@@ -178,32 +167,6 @@ def coverage_report(instance: Instance) -> str:
             share = shared / min(a.sum(), b.sum())
             lines.append(f"mask{i} and mask{j} share {100 * share:.3g}% of the smaller")
     return "\n".join(lines)
-
-
-def sample_view(count: int, generator: torch.Generator) -> View:
-    """Draw a view of `count` assets: union sampling, and a mirror image half of the time.
-
-    Three draws from the CPU `generator`, in this order: the subset's size, uniform in 1..count;
-    a permutation of all assets, of which the first `size` are taken; the flip.
-    """
-    import torch
-
-    if count < 1:
-        raise UserError(f"a view of {count} assets cannot be drawn; give at least one mask")
-    size = int(torch.randint(1, count + 1, (), generator=generator))
-    order = torch.randperm(count, generator=generator).tolist()
-    flip = bool(torch.randint(0, 2, (), generator=generator))
-    return View(assets=tuple(order[:size]), flip=flip)
-
-
-def asset_token(i: int) -> str:
-    """The placeholder token of mask `i`."""
-    return f"<asset{i}>"
-
-
-def view_prompt(assets: tuple[int, ...]) -> str:
-    """The prompt of a view: (2, 0) gives "a photo of <asset2> and <asset0>"."""
-    return f"a photo of {' and '.join(asset_token(i) for i in assets)}"
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.attention import Recorder, attention_layers, decoder_block, layer_grid, processors
+from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.learning.instance import Instance, sample_view, view_prompt
+from mifo.learning.instance import Instance
 from mifo.method.losses import ATTENTION_LOSSES, REGULARISED_TIMESTEPS, reconstruction_loss
-from mifo.tokens import encode_ids
+from mifo.tokens import encode_ids, view_prompt
 
 
 @dataclass
@@ -119,6 +120,28 @@ def step_loss(
 
 # ----------------------------------------------------------------------------------------------
 # data
+
+
+@dataclass(frozen=True)
+class View:
+    """One draw of union sampling: the assets in prompt order, and whether all is mirrored."""
+
+    assets: tuple[int, ...]
+    flip: bool
+
+
+def sample_view(count: int, generator: torch.Generator) -> View:
+    """Draw a view of `count` assets: union sampling, and a mirror image half of the time.
+
+    Three draws from the CPU `generator`, in this order: the subset's size, uniform in 1..count;
+    a permutation of all assets, of which the first `size` are taken; the flip.
+    """
+    if count < 1:
+        raise UserError(f"a view of {count} assets cannot be drawn; give at least one mask")
+    size = int(torch.randint(1, count + 1, (), generator=generator))
+    order = torch.randperm(count, generator=generator).tolist()
+    flip = bool(torch.randint(0, 2, (), generator=generator))
+    return View(assets=tuple(order[:size]), flip=flip)
 
 
 class Views:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mifo.learning.instance import view_prompt
-from mifo.tokens import encode_ids, initializer_pieces, lend_rows
+from mifo.tokens import encode_ids, initializer_pieces, lend_rows, view_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,11 @@ from imagelab.models.device import choose_precision
 from imagelab.models.sources import choose_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base, read_sizes
 from imagelab.training.checkpoint import Checkpoint, read_facts
-from mifo.config import CHOICES, LearningConfig, check_choice
 from mifo.learned import MANIFEST, check_name, check_writable, open_learned, recover
-from mifo.learning.instance import (
-    Instance,
-    coverage_report,
-    find_files,
-    read_instance,
-    view_prompt,
-)
+from mifo.learning.config import CHOICES, LearningConfig, check_choice
+from mifo.learning.instance import Instance, coverage_report, find_files, read_instance
 from mifo.learning.priors import STEPS, find_class_images
-from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows
+from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows, view_prompt
 
 CHECKPOINT = "checkpoint.safetensors"
 KEPT = 40  # by the peaks in benchmarks/results

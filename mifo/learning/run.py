@@ -30,12 +30,11 @@ from mifo.learned import (
     write_learned,
     write_pipeline,
 )
-from mifo.learning.instance import asset_token
 from mifo.learning.objective import Views, step_loss, supervised_layers
 from mifo.learning.phrases import fit_phrases
 from mifo.learning.plan import CHECKPOINT, Plan, check_same, inputs_of, kept_settings
 from mifo.learning.priors import class_latents, encode_class_images
-from mifo.tokens import lend_rows, write_rows
+from mifo.tokens import asset_token, lend_rows, write_rows
 from mifo_lora import inject, load_lora, lora_parameters, lora_state_dict
 
 log = logging.getLogger(__name__)

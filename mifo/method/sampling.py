@@ -12,7 +12,7 @@ from torch import Tensor
 from imagelab.attention import BoxControl, leave_early
 from imagelab.boxes import Box
 from imagelab.errors import UserError
-from mifo.config import GuidanceConfig
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.losses import box_alpha, box_loss
 from mifo.method.regions import Refiner, RegionSet, TokenRoles
 

@@ -21,11 +21,11 @@ from imagelab.errors import UserError
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
 from imagelab.processes import Processes
-from mifo.config import SynthesisConfig
 from mifo.learned import LearnedFolder, load_learned, merge_lora, open_learned, portable
 from mifo.learned_files import LearnedFiles, load_files, open_files
 from mifo.method.regions import TokenRoles
 from mifo.method.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
+from mifo.synthesis.config import SynthesisConfig
 from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
 
 log = logging.getLogger(__name__)

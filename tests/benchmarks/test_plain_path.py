@@ -12,9 +12,9 @@ import imagelab.attention
 from benchmarks import cases, plain, run
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.config import GuidanceConfig
 from mifo.learning.objective import Batch, step_loss, supervised_layers
 from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.regions import TokenRoles
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
 from mifo.tokens import add_asset_tokens, encode_ids, find_assets, lend_rows, token_roles

@@ -25,9 +25,9 @@ from imagelab.evaluation.measures import (
 )
 from imagelab.evaluation.report import Mean, mean_interval, over_all, summarise, total_confusion
 from mifo import evaluation
-from mifo.config import SynthesisConfig
 from mifo.learning.instance import read_instance
 from mifo.synthesis import paint as synthesis
+from mifo.synthesis.config import SynthesisConfig
 from toybox.scenes.scenes import Look, Placement, Scene, render
 
 LEFT, RIGHT = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)

@@ -15,8 +15,8 @@ import semantic_export
 from benchmarks.cases import full_size_model
 from imagelab.models.stable_diffusion import load_base
 from mifo import export
-from mifo.config import LearningConfig
 from mifo.learned import FORMAT, open_learned, portable, write_learned, write_pipeline
+from mifo.learning.config import LearningConfig
 from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import from_kohya, inject, lora_parameters, lora_state_dict, read_lora, save_lora

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from imagelab.boxes import Box
-from mifo.config import GuidanceConfig
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.losses import box_alpha, box_loss
 from mifo.method.regions import (
     RegionSet,

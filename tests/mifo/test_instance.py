@@ -16,16 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-from mifo.learning.instance import (
-    View,
-    asset_token,
-    coverage_report,
-    list_instances,
-    read_instance,
-    sample_view,
-    view_prompt,
-    working_size,
-)
+from mifo.learning.instance import coverage_report, list_instances, read_instance, working_size
+from mifo.learning.objective import View, sample_view
+from mifo.tokens import asset_token, view_prompt
 
 SIDE = 64
 MODES = ("1", "L", "RGB", "LA", "RGBA", "RGBA opaque", "P", "P transparent", "I;16", "L + tRNS")

@@ -23,10 +23,10 @@ from thin import contents
 import imagelab.figures
 from imagelab.models.stable_diffusion import load_base
 from imagelab.training.checkpoint import read_checkpoint, read_facts
-from mifo.config import CHOICES, LearningConfig
 from mifo.learned import LORA, load_learned, open_learned, portable
 from mifo.learning import plan, priors
 from mifo.learning import run as learning
+from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.phrases import fit_phrases
 from mifo.learning.plan import estimate_bytes, make_plan
 from mifo.tokens import add_asset_tokens, encode_ids, initial_rows

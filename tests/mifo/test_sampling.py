@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline
 from thin import BOXES, TOKENS, thin_pipeline, thin_scheduler, thin_unet
 
 from imagelab.attention import attention_layers
-from mifo.config import GuidanceConfig
 from mifo.method import sampling
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.regions import TokenRoles
 from mifo.method.sampling import (
     box_control,

@@ -11,8 +11,8 @@ from thin import thin_pipeline, thin_scheduler, thin_unet
 
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import load_base
-from mifo.config import GuidanceConfig
 from mifo.learning.objective import Views, step_loss, supervised_layers
+from mifo.method.guidance import GuidanceConfig
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, initial_noise
 from mifo.tokens import (
     add_asset_tokens,

@@ -1,4 +1,4 @@
-"""Every setting of learning and synthesis and its default: the only home of both."""
+"""Every setting of semantic learning and its default: the only home of both."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ from imagelab.errors import UserError
 from imagelab.models.device import PRECISIONS
 from imagelab.models.sources import DEFAULT_MODEL
 
-DEFAULT_PROMPT = "a photo of <asset0>"
 #: What settings that are words may be.
 CHOICES = {
     "attention_loss": ("mifo", "break_a_scene", "reward", "penalty", "none"),
@@ -69,43 +68,3 @@ class LearningConfig:
         """The given one, or what suits the kind of fine-tuning."""
         default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
         return default if self.finetune_learning_rate is None else self.finetune_learning_rate
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """Settings of the box control (method: arXiv 2511.00542, section 4)."""
-
-    guidance_steps: int = 15  # denoising steps that start with guidance, boxes as regions
-    guidance_iterations: int = 5  # at most, a step
-    step_size: float = 8.0  # at step 0
-    final_step_size: float = 2.0  # toward step guidance_steps
-    cross_weight: float = 1.5
-    self_weight: float = 0.5
-    loss_threshold: float = 0.2  # loss / subjects below which a step's guidance ends
-    refine_every: int = 5  # steps, from guidance_steps on; 0: the boxes stay the regions
-
-
-@dataclass(frozen=True)
-class SynthesisConfig:
-    """Settings of semantic synthesis."""
-
-    model_id: str = "toy_car"
-    models_dir: str = "Model_ours"
-    lora: str | None = None  # a LoRA file, in place of the learned folder
-    tokens: tuple[str, ...] = ()  # token files, likewise
-    model_path: str | None = None  # None: the base model that the manifest names
-    output_path: str = "output"
-    prompt: str = DEFAULT_PROMPT
-    negative_prompt: str = ""
-    batch_size: int = 1
-    num_images: int | None = None  # None: one batch
-    seed: int | None = None  # None: drawn, and told
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    width: int | None = None  # pixels; None: the model's own
-    height: int | None = None
-    box_control: bool = True
-    guidance: GuidanceConfig = GuidanceConfig()
-    device: str = "auto"
-    mixed_precision: str = "auto"
-    offline: bool = False

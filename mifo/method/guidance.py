@@ -1,0 +1,17 @@
+"""The numbers of the box control."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Settings of the box control (method: arXiv 2511.00542, section 4)."""
+
+    guidance_steps: int = 15  # denoising steps that start with guidance, boxes as regions
+    guidance_iterations: int = 5  # at most, a step
+    step_size: float = 8.0  # at step 0
+    final_step_size: float = 2.0  # toward step guidance_steps
+    cross_weight: float = 1.5
+    self_weight: float = 0.5
+    loss_threshold: float = 0.2  # loss / subjects below which a step's guidance ends
+    refine_every: int = 5  # steps, from guidance_steps on; 0: the boxes stay the regions

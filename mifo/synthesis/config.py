@@ -1,0 +1,33 @@
+"""Every setting of semantic synthesis and its default: the only home of both."""
+
+from dataclasses import dataclass
+
+from mifo.method.guidance import GuidanceConfig
+
+DEFAULT_PROMPT = "a photo of <asset0>"
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Settings of semantic synthesis."""
+
+    model_id: str = "toy_car"
+    models_dir: str = "Model_ours"
+    lora: str | None = None  # a LoRA file, in place of the learned folder
+    tokens: tuple[str, ...] = ()  # token files, likewise
+    model_path: str | None = None  # None: the base model that the manifest names
+    output_path: str = "output"
+    prompt: str = DEFAULT_PROMPT
+    negative_prompt: str = ""
+    batch_size: int = 1
+    num_images: int | None = None  # None: one batch
+    seed: int | None = None  # None: drawn, and told
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    width: int | None = None  # pixels; None: the model's own
+    height: int | None = None
+    box_control: bool = True
+    guidance: GuidanceConfig = GuidanceConfig()
+    device: str = "auto"
+    mixed_precision: str = "auto"
+    offline: bool = False
