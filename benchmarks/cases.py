@@ -20,12 +20,14 @@ from mifo.method.guidance import GuidanceConfig
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
 from mifo.tokens import (
     add_asset_tokens,
-    encode_ids,
     find_assets,
     initial_rows,
     lend_rows,
     token_roles,
     write_rows,
+)
+from imagelab.prompts import (
+    encode_ids,
 )
 from mifo_lora import inject, lora_parameters, remove
 

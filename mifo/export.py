@@ -27,7 +27,8 @@ from mifo.learned import (
     replacing,
     write_pipeline,
 )
-from mifo.tokens import encode_ids, view_prompt
+from imagelab.prompts import encode_ids
+from mifo.tokens import view_prompt
 from mifo_lora import kohya_metadata, lora_state_dict, save_lora, to_kohya
 
 TOLERANCE = 1e-4  # largest difference of two noise predictions, of the largest prediction

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imagelab.errors import UserError
+from imagelab.prompts import encode_ids, shorten
 from mifo.method.regions import TokenRoles
 
 ASSET = re.compile(r"<asset\d+>")
@@ -103,7 +104,7 @@ def initializer_pieces(tokenizer, count: int, words: Sequence[str]) -> list[list
             raise UserError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
         if len(tokens) > most:
             raise UserError(
-                f"--initializer_tokens: {_shorten(word)!r} has {len(tokens)} tokens; "
+                f"--initializer_tokens: {shorten(word)!r} has {len(tokens)} tokens; "
                 f"give at most {most}"
             )
     return pieces
@@ -137,22 +138,6 @@ def lend_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def encode_ids(tokenizer, prompt: str) -> Tensor:
-    """Token ids int64 [tokens] of a prompt, padded; a UserError when it is too long."""
-    limit = tokenizer.model_max_length
-    ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=False).input_ids
-    if len(ids) > limit:
-        raise UserError(
-            f"the prompt has {len(ids) - 2} tokens, and the model reads {limit - 2}: shorten "
-            f"{_shorten(prompt)!r}"
-        )
-    return torch.tensor(ids)
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str, int]]:
     """(name, position) of each asset in a prompt, in its order; positions count the start token.
 
@@ -163,7 +148,7 @@ def find_assets(tokenizer, prompt: str, known: Sequence[int]) -> list[tuple[str,
     found = [(wanted[token], at) for at, token in enumerate(ids) if token in wanted]
     if [name for name, _ in found] != ASSET.findall(prompt):
         raise UserError(
-            f"the tokenizer does not see the assets of the prompt {_shorten(prompt)!r}: write each "
+            f"the tokenizer does not see the assets of the prompt {shorten(prompt)!r}: write each "
             "as a word of its own, such as '<asset0> and <asset1>'"
         )
     return found

@@ -2,11 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from imagelab.errors import UserError, memory_errors
+from imagelab.models.base import Posterior
 from imagelab.models.sources import (
     MIRRORS,
     PARTS,
@@ -14,13 +18,17 @@ from imagelab.models.sources import (
     locate_model,
     model_digest,
 )
+from imagelab.prompts import encode_ids
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class StableDiffusion:
-    """A Stable Diffusion in parts; ``source`` is where it came from, ``digest`` its hash."""
+    """A Stable Diffusion in parts, a :class:`~imagelab.models.base.DiffusionModel`.
+
+    ``source`` is where it came from, ``digest`` the sha256 of its weights.
+    """
 
     tokenizer: object
     text_encoder: object
@@ -44,6 +52,46 @@ class StableDiffusion:
     def multiple(self) -> int:
         """What a picture's sides must be divisible by, in pixels, for the UNet to halve evenly."""
         return picture_sizes(self.unet.config, self.vae.config)[1]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.config.latent_channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's precision."""
+        return self.unet.dtype
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """States [b, k, d] of prompts; a UserError when one is too long."""
+        ids = torch.stack([encode_ids(self.tokenizer, prompt) for prompt in prompts])
+        return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        """The posterior of pictures [b, 3, H, W] in [-1, 1]."""
+        code = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return Posterior(scale * code.mean.float(), scale * code.std.float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures float32 [b, 3, H, W], about [-1, 1], of scaled latents [b, c, h, w]."""
+        latents = latents / self.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
+
+    def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """The UNet's prediction, float32 [b, c, h, w].
+
+        Args:
+            latents: noisy, [b, c, h, w]; timesteps: a scalar or [b]; text: [b, k, d].
+        """
+        text = text.to(self.device, self.dtype)
+        return self.unet(latents.to(self.device, self.dtype), timesteps, text).sample.float()
 
 
 def picture_sizes(unet: Mapping, vae: Mapping) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from imagelab.attention import Recorder, pixel_grids, processors
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.objective import Views, supervised_layers
-from mifo.tokens import encode_ids, view_prompt
+from imagelab.prompts import encode_ids
+from mifo.tokens import view_prompt
 
 TIMESTEP = 300
 

@@ -18,7 +18,8 @@ from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.instance import Instance
 from mifo.method.losses import ATTENTION_LOSSES, REGULARISED_TIMESTEPS, reconstruction_loss
-from mifo.tokens import encode_ids, view_prompt
+from imagelab.prompts import encode_ids
+from mifo.tokens import view_prompt
 
 
 @dataclass

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mifo.tokens import encode_ids, initializer_pieces, lend_rows, view_prompt
+from imagelab.prompts import encode_ids
+from mifo.tokens import initializer_pieces, lend_rows, view_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from mifo.learned import MANIFEST, check_name, check_writable, open_learned, rec
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.instance import Instance, coverage_report, find_files, read_instance
 from mifo.learning.priors import STEPS, find_class_images
-from mifo.tokens import ASSET, add_asset_tokens, encode_ids, initial_rows, view_prompt
+from mifo.tokens import ASSET, add_asset_tokens, initial_rows, view_prompt
+from imagelab.prompts import encode_ids
 
 CHECKPOINT = "checkpoint.safetensors"
 KEPT = 40  # by the peaks in benchmarks/results

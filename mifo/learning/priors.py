@@ -16,7 +16,7 @@ from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.instance import read_picture
 from mifo.method.sampling import ddim_scheduler, denoise, initial_noise
-from mifo.tokens import encode_ids
+from imagelab.prompts import encode_ids
 from mifo_lora import LoraError
 from mifo_lora import read_lora as read_tensors
 from mifo_lora import save_lora as save_tensors

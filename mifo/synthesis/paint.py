@@ -26,7 +26,8 @@ from mifo.learned_files import LearnedFiles, load_files, open_files
 from mifo.method.regions import TokenRoles
 from mifo.method.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
 from mifo.synthesis.config import SynthesisConfig
-from mifo.tokens import ASSET, encode_ids, find_assets, token_roles
+from mifo.tokens import ASSET, find_assets, token_roles
+from imagelab.prompts import encode_ids
 
 log = logging.getLogger(__name__)
 

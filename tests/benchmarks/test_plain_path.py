@@ -17,7 +17,8 @@ from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
 from mifo.method.guidance import GuidanceConfig
 from mifo.method.regions import TokenRoles
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
-from mifo.tokens import add_asset_tokens, encode_ids, find_assets, lend_rows, token_roles
+from mifo.tokens import add_asset_tokens, find_assets, lend_rows, token_roles
+from imagelab.prompts import encode_ids
 from mifo_lora import inject, lora_parameters
 from toybox.stable_diffusion.architecture import (
     ToyboxConfig,

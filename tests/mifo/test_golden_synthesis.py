@@ -18,7 +18,8 @@ from mifo.method.regions import (
     soft_masks,
 )
 from mifo.method.sampling import box_control, ddim_scheduler, denoise
-from mifo.tokens import add_asset_tokens, encode_ids, find_assets, lend_rows, token_roles
+from mifo.tokens import add_asset_tokens, find_assets, lend_rows, token_roles
+from imagelab.prompts import encode_ids
 
 PROMPT = "a photo of <asset0> and <asset1> on the grass"
 

@@ -29,7 +29,8 @@ from mifo.learning import run as learning
 from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.phrases import fit_phrases
 from mifo.learning.plan import estimate_bytes, make_plan
-from mifo.tokens import add_asset_tokens, encode_ids, initial_rows
+from mifo.tokens import add_asset_tokens, initial_rows
+from imagelab.prompts import encode_ids
 from mifo_lora import read_lora
 from semantic_learning import main
 

@@ -5,7 +5,8 @@ import torch
 
 from imagelab.models.stable_diffusion import load_base
 from mifo.learning.phrases import fit_phrases
-from mifo.tokens import add_asset_tokens, encode_ids, initial_rows, lend_rows
+from mifo.tokens import add_asset_tokens, initial_rows, lend_rows
+from imagelab.prompts import encode_ids
 from toybox.scenes.scenes import HUES
 
 KINDS = ("balloon", "bear", "car", "cat", "fish", "fox", "lizard", "teapot")

@@ -14,14 +14,8 @@ from imagelab.models.stable_diffusion import load_base
 from mifo.learning.objective import Views, step_loss, supervised_layers
 from mifo.method.guidance import GuidanceConfig
 from mifo.method.sampling import box_control, ddim_scheduler, denoise, initial_noise
-from mifo.tokens import (
-    add_asset_tokens,
-    encode_ids,
-    find_assets,
-    initial_rows,
-    lend_rows,
-    token_roles,
-)
+from mifo.tokens import add_asset_tokens, find_assets, initial_rows, lend_rows, token_roles
+from imagelab.prompts import encode_ids
 
 
 def sd_1() -> tuple:

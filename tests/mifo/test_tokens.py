@@ -10,12 +10,14 @@ from mifo.tokens import (
     ASSET,
     FUNCTION_WORDS,
     add_asset_tokens,
-    encode_ids,
     find_assets,
     initial_rows,
     lend_rows,
     token_roles,
     write_rows,
+)
+from imagelab.prompts import (
+    encode_ids,
 )
 
 WORDS = 552  # of the tiny vocabulary, before any asset
