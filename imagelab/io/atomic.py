@@ -1,29 +1,221 @@
-"""Files that appear only when they are whole."""
+"""Files and folders that appear only when they are whole.
 
+Whoever writes does so aside, under a unique name in the same folder, and renames at the end. A
+folder that is replaced has a moment without a name: `whole` finds what to read then. Readers never
+rename; who writes a folder holds its `folder_lock`, which also clears away what a killed writer of
+that folder left.
+"""
+
+import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+
+from imagelab.errors import UserError
+
+OLD = ".old"  # ends the hidden name of a folder while another takes its place
+
+
+# ----------------------------------------------------------------------------------------------
+# files
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end, or vanishes on an error.
+    """A path to write a file to; it takes the place of ``path`` at the end, or is gone on an error.
 
-    Each process has its own, so that two writers of one file do not meet before the end.
+    Several writers of one file do not meet: the last to finish stays.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = _aside(path, "part")
     try:
         yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
+        _flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, facts: dict) -> None:
-    """Write facts as indented JSON, aside until they are whole."""
+    """Write facts as indented JSON; the file appears when it is whole."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def write_new(folder: Path, name: Callable[[int], str], content: bytes) -> Path:
+    """Write a new file under the first of name(0), name(1), … that is free; its path.
+
+    No file is ever replaced, even where several processes write at once.
+    """
+    aside = _aside(folder / "new", "part")
+    try:
+        aside.write_bytes(content)
+        _flush(aside)
+        for number in count():
+            path = folder / name(number)
+            with suppress(FileExistsError):
+                _move_new(aside, path)
+                return path
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _move_new(source: Path, target: Path) -> None:
+    """Raises FileExistsError if the target is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: an empty file takes the name first
+        target.open("xb").close()
+        os.replace(source, target)
+
+
+def _aside(path: Path, kind: str) -> Path:
+    """A hidden path beside another that no other writer has, in any process on any machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{kind}")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+# ----------------------------------------------------------------------------------------------
+# folders
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of ``target`` at the end, or is gone on an error.
+
+    The caller holds the `folder_lock` of ``target``.
+    """
+    aside, old = _aside(target, "new"), _old(target)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        recover(target)
+
+
+def recover(target: Path) -> None:
+    """Put back an earlier result that `replacing` had moved away, or drop it if there is a later.
+
+    Only for who holds the `folder_lock` of ``target``, which has called this already.
+    """
+    old = _old(target)
+    if not target.exists() and old.exists():
+        os.replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def whole(target: Path) -> Path:
+    """Where to read a folder: ``target``, or what `replacing` has moved away from there.
+
+    The latter while another process is between its two renames, or was killed there.
+    """
+    if not target.exists() and _old(target).exists():
+        return _old(target)
+    return target
+
+
+def folder_names(parent: Path, file: str) -> list[str]:
+    """Names of the folders in ``parent`` that hold ``file``, sorted, read as `whole` says.
+
+    Other hidden folders are left out.
+    """
+    found = {path.parent.name for path in parent.glob(f"*/{file}")}
+    found |= {name[1 : -len(OLD)] for name in found if name[0] == "." and name.endswith(OLD)}
+    return sorted(name for name in found if name[0] != ".")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}{OLD}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files of killed writers from a folder.
+
+    Only for who holds a lock without which nobody writes there.
+    """
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(path: Path, option: str = "name") -> Iterator[None]:
+    """Within, no other process that asks for this lock writes the folder ``path``.
+
+    What a killed holder left is cleared away first: its unfinished folders are removed, and a
+    result that it had moved away is back. The operating system keeps the lock, on the hidden file
+    ``.<name>.lock`` beside the folder, and frees it when the process ends. It is not reentrant.
+
+    Args:
+        option: what to give another of, in the message.
+
+    Raises:
+        UserError: somebody else holds the lock.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    file = _lock(lock)
+    if file is None:
+        raise UserError(
+            f"{path} is being written by another process; wait for it or give another {option}"
+        )
+    try:
+        recover(path)
+        unfinished = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.new")
+        for left in path.parent.iterdir():
+            if unfinished.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        _unlock(lock, file)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor of a file that is now locked for this process; None if somebody else has it."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+                return file
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+            os.close(file)  # its last holder removed the file in the meantime: once more
+        except OSError as error:
+            os.close(file)
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                return None
+            raise
+
+
+def _unlock(path: Path, file: int) -> None:
+    if os.name == "nt":
+        os.close(file)  # Windows removes no open file, and others may have opened it
+        return
+    path.unlink(missing_ok=True)  # while it is locked: see `_lock`
+    os.close(file)
