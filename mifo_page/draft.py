@@ -17,6 +17,7 @@ from PIL import Image
 
 from imagelab.boxes import Box, color_of, draw_boxes
 from imagelab.errors import UserError
+from imagelab.io.images import mask_window, read_image, read_mask, resize_mask
 from mifo.learned import replacing
 from mifo.learning.instance import (
     IMAGE_NAMES,
@@ -25,11 +26,7 @@ from mifo.learning.instance import (
     coverage_report,
     find_image,
     find_masks,
-    mask_window,
     read_instance,
-    read_mask,
-    read_picture,
-    resize_mask,
 )
 from mifo.tokens import (
     asset_token,
@@ -57,7 +54,7 @@ def open_photo(path: str | Path) -> Draft:
     """A photo as viewers show it, at most MAX_SIDE a side: its pixels and nothing else."""
     path = Path(path)
     with _files_named_alone(path.parent):
-        photo = read_picture(path)
+        photo = read_image(path)
     size = photo.size
     photo.thumbnail((MAX_SIDE, MAX_SIDE))
     return Draft(photo, size)

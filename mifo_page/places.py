@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from imagelab.errors import UserError
 from imagelab.figures import learning_curves
+from imagelab.io.images import read_image
 from mifo.learned import check_name, learned_names
 from mifo.learning.config import LearningConfig
-from mifo.learning.instance import list_instances, read_picture
+from mifo.learning.instance import list_instances
 from mifo.learning.plan import CHECKPOINT, work_folder
 from mifo.synthesis.config import SynthesisConfig
 
@@ -86,7 +87,7 @@ def curves(places: Places, instance: str) -> Image.Image | None:
             settings = json.loads(file.metadata()["mifo"])["facts"]["settings"]
     except (OSError, SafetensorError):  # there is none, or it has just become the result
         path = target / "learning.png"
-        return read_picture(path) if path.is_file() else None
+        return read_image(path) if path.is_file() else None
     steps = {1: settings["train_steps"], 2: settings["finetune_steps"]}
     stages = [(stage, count) for stage, count in steps.items() if count]
     picture = BytesIO()
@@ -97,7 +98,7 @@ def curves(places: Places, instance: str) -> Image.Image | None:
 def attention_maps(places: Places, instance: str) -> Image.Image | None:
     """Each asset's attention beside its mask, once the instance is learned."""
     path = folder_in(places.models_dir, instance, "instance") / "attention.png"
-    return read_picture(path) if path.is_file() else None
+    return read_image(path) if path.is_file() else None
 
 
 def pictures(places: Places, model_id: str, most: int = 40) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Measures of a picture with boxes: pure functions on arrays, whose numbers a person can check."""
 
-from imagelab.errors import UserError
 import math
 from collections.abc import Sequence
 
@@ -8,7 +7,9 @@ import numpy as np
 from PIL import Image
 
 from imagelab.boxes import Box, box_mask, raster
-from mifo.learning.instance import Instance, mask_window
+from imagelab.errors import UserError
+from imagelab.io.images import mask_window
+from mifo.learning.instance import Instance
 
 LEAST_CONTRAST = 0.1  # of an object to the background, as a distance of RGB colours in [0, 1]
 CLEAR = 6.0  # how many times the usual spread of the background an object differs from it

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imagelab.errors import UserError
+from imagelab.io.images import read_image
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.learning.instance import read_picture
-from mifo.method.sampling import ddim_scheduler, denoise, initial_noise
 from imagelab.prompts import encode_ids
+from imagelab.sampling import denoise, initial_noise
 from mifo_lora import LoraError
 from mifo_lora import read_lora as read_tensors
 from mifo_lora import save_lora as save_tensors
@@ -54,16 +54,13 @@ def class_latents(
     ids = torch.stack([encode_ids(base.tokenizer, text) for text in ("", prompt)])
     with torch.no_grad():
         text = base.text_encoder(ids.to(device)).last_hidden_state.to(dtype)
-    scheduler = ddim_scheduler(base.scheduler)
     channels = base.unet.config.in_channels
     made = [] if found is None else [found]
     with tqdm(total=count, initial=done, desc="class images", unit="image") as progress:
         for start in range(done, count, batch):
             seeds = range(seed + start, seed + min(start + batch, count))
             noise = initial_noise((channels, *size), seeds).to(device)
-            made.append(
-                denoise(base.unet, scheduler, noise, text, STEPS, GUIDANCE_SCALE).float().cpu()
-            )
+            made.append(denoise(base, noise, text, STEPS, GUIDANCE_SCALE).float().cpu())
             progress.update(len(seeds))
             _write_cache(path, torch.cat(made), prompt)
             if after_batch:
@@ -98,7 +95,7 @@ def find_class_images(folder: str) -> list[Path]:
             "files, or leave the option out to have them made"
         )
     for file in found:
-        read_picture(file)
+        read_image(file)
     return found
 
 
@@ -108,7 +105,7 @@ def encode_class_images(base: StableDiffusion, paths: list[Path], size: tuple[in
     latents = []
     pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)
     for path in tqdm(paths, "class images", unit="image"):
-        picture = ImageOps.fit(read_picture(path), pixels)
+        picture = ImageOps.fit(read_image(path), pixels)
         tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
         tensor = (tensor.float() / 127.5 - 1).to(base.vae.device)
         latents.append(base.vae.encode(tensor).latent_dist.mean.float().cpu())

@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-from mifo.learning.instance import coverage_report, list_instances, read_instance, working_size
+from imagelab.io.images import read_image, working_size
+from mifo.learning.instance import coverage_report, list_instances, read_instance
 from mifo.learning.objective import View, sample_view
 from mifo.tokens import asset_token, view_prompt
 
@@ -186,6 +187,15 @@ DISPLAY_P3 = profile_with_primaries(
     gXYZ=(0.29198, 0.69225, 0.04189),
     bXYZ=(0.15710, 0.06657, 0.78407),
 )
+
+
+def test_a_transparent_colour_survives_a_colour_profile(tmp_path):
+    picture = Image.new("RGB", (SIDE, SIDE), (120, 200, 90))
+    picture.paste((0, 0, 0), (0, 0, 32, SIDE))
+    picture.save(tmp_path / "a.png", icc_profile=DISPLAY_P3, transparency=(0, 0, 0))
+    pixels = np.asarray(read_image(tmp_path / "a.png")).astype(int)
+    assert (pixels[:, :32] == 255).all()
+    assert np.abs(pixels[:, 32:] - (89, 203, 71)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
@@ -429,8 +439,8 @@ BAD_FOLDERS = {
     ),
     "20,000 wide": (
         save("img.jpg", Image.new("RGB", (20_000, 64)), format="PNG"),
-        "img.jpg is 20000 x 64 pixels, which is too large; shrink picture and masks together to "
-        "at most 16384 pixels a side and 100 megapixels",
+        "img.jpg is 20000 x 64 pixels, which is too large; shrink it, and masks together with "
+        "their picture, to at most 16384 pixels a side and 100 megapixels",
     ),
     "bomb": (
         claim("img.jpg", 20_000),

@@ -1,0 +1,211 @@
+"""Reading pictures and masks: upright, in 8-bit sRGB, of checked size, nothing of them but pixels.
+
+Every picture of a user's is read here, with numpy and Pillow alone: JPEG, PNG or WebP, whatever the
+file is called. Sizes are (width, height) in pixels, arrays are [height, width].
+"""
+
+import hashlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from imagelab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_SIDE = 16_384  # pixels
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 1.5  # long side over short side, beyond which a picture is squeezed
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file.
+
+    image: as viewers show it, which is upright, but in its own mode and colours.
+    stored_size: before its EXIF orientation was applied; ``was_turned``: whether it asked for that.
+    sha256: of the bytes of the file, hexadecimal.
+    """
+
+    path: Path
+    image: Image.Image
+    stored_size: tuple[int, int]
+    was_turned: bool
+    sha256: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as viewers show it."""
+        return self.image.size
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether it may be transparent somewhere."""
+        return _has_alpha(self.image)
+
+    def as_rgb(self) -> Image.Image:
+        """In 8-bit sRGB, with white behind transparent places."""
+        image = self._in_srgb()
+        if image.mode.startswith("I"):  # 16-bit greys
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        elif _has_alpha(image):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+    def as_mask(self) -> np.ndarray:
+        """True [h, w] where alpha, or luminance if alpha is the same everywhere, is above ½.
+
+        Raises UserError for a mask without a pixel inside.
+        """
+        levels, highest, what = _levels(self.image)
+        inside = levels > highest / 2
+        if not inside.any():
+            raise UserError(
+                f"{self.path} is empty (its highest {what} is {levels.max()} of {highest}); "
+                "paint the instance white on black"
+            )
+        return inside
+
+    def _in_srgb(self) -> Image.Image:
+        """In sRGB's colours, if it has a colour profile of its own, as of phones and cameras."""
+        image, profile = self.image, self.image.info.get("icc_profile")
+        if not profile:
+            return image
+        mode = "RGBA" if self.has_alpha else "RGB"
+        if image.mode in ("P", "RGB"):  # a transparent colour is lost unless it becomes alpha first
+            image = image.convert(mode)
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(
+                image, own, ImageCms.createProfile("sRGB"), outputMode=mode
+            )
+        except (OSError, ImageCms.PyCMSError) as error:
+            log.warning("%s: its colour profile cannot be used (%s)", self.path.name, error)
+            return image
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture as viewers show it, in 8-bit sRGB; its pixels and no metadata."""
+    return Image.fromarray(np.array(open_picture(path).as_rgb()))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """True [h, w] inside, at the size of the file; see `Picture.as_mask`."""
+    return open_picture(path).as_mask()
+
+
+def open_picture(path: Path) -> Picture:
+    """Decode a file, once its header says that it is not too large, and turn it upright.
+
+    Raises UserError for a file that is missing, damaged, too large or of another format.
+    """
+    try:
+        data = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, f"over {MAX_PIXELS // 1_000_000} megapixels") from error
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise _unreadable(path, error) from error
+    width, height = stored_size = image.size
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise _too_large(path, in_pixels(stored_size))
+    try:
+        image.load()
+        was_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise _unreadable(path, error) from error
+    return Picture(path, image, stored_size, was_turned, hashlib.sha256(data).hexdigest())
+
+
+def _too_large(path: Path, size: str) -> UserError:
+    return UserError(
+        f"{path} is {size}, which is too large; shrink it, and masks together with their picture, "
+        f"to at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 1_000_000} megapixels"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    return UserError(
+        f"{path} cannot be read as a picture ({reason}); give a JPEG, PNG or WebP file"
+    )
+
+
+def _levels(image: Image.Image) -> tuple[np.ndarray, int, str]:
+    """The [h, w] levels that decide on a mask, the highest possible one, and what they are."""
+    if image.mode.startswith("I"):  # 16-bit greys
+        return np.asarray(image), 65_535, "luminance"
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+        if alpha.min() != alpha.max():
+            return alpha, 255, "alpha"
+    return np.asarray(image.convert("L")), 255, "luminance"
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+# ----------------------------------------------------------------------------------------------
+# sizes
+
+
+def working_size(
+    source: tuple[int, int], resolution: int, multiple: int, resize: str = "aspect"
+) -> tuple[int, int]:
+    """The (width, height) that a picture of size ``source`` is worked on at.
+
+    "aspect": the short side becomes ``resolution``, the long side keeps its proportion up to
+    MAX_ASPECT times that; a longer picture is squeezed. "squash": both become ``resolution``.
+    All sides are rounded to ``multiple``, what the VAE and the UNet together halve evenly.
+    """
+    if resize not in ("aspect", "squash"):
+        raise UserError(f"resize is {resize!r}; choose 'aspect' or 'squash'")
+    if resolution < multiple:
+        raise UserError(
+            f"a resolution of {resolution} pixels is too small for the model; "
+            f"use at least {multiple}"
+        )
+    short = round(resolution / multiple) * multiple
+    if resize == "squash":
+        return short, short
+    width, height = source
+    proportional = round(short * max(source) / min(source) / multiple) * multiple
+    longest = int(MAX_ASPECT * short / multiple) * multiple
+    long = min(proportional, longest)
+    return (long, short) if width >= height else (short, long)
+
+
+def resize_mask(inside: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a bool mask [h, w] to ``size``.
+
+    A pixel is inside when the mask covers it at least half as much as it covers the pixel it
+    covers most: the usual threshold of ½ for a solid mask, and a thin one does not vanish.
+    """
+    source = Image.fromarray(inside.astype(np.float32))
+    covered = np.asarray(source.resize(size, Image.Resampling.BOX))
+    return covered >= covered.max() / 2
+
+
+def mask_window(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the bounding box of a mask, bool [h, w] with a pixel inside."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def in_pixels(size: tuple[int, int]) -> str:
+    """A size in the words of a message."""
+    return f"{size[0]} x {size[1]} pixels"
