@@ -6,6 +6,7 @@ A state is a dict of CPU tensors. For each layer, by its dotted name in the mode
 """
 
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -116,7 +117,7 @@ def save_lora(
     """
     path = Path(path)
     tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")  # no other writer has it
     try:
         with open(aside, "wb") as file:
             file.write(save(tensors, dict(metadata) if metadata else None))
