@@ -2,4 +2,4 @@
 
 
 class LoraError(ValueError):
-    """A LoRA, a file of one or a choice of layers that cannot be used: one sentence that says why."""
+    """A LoRA, a LoRA file or a choice of layers that cannot be used: one sentence on why."""
