@@ -12,22 +12,27 @@ from torch import Tensor
 from benchmarks import plain
 from imagelab.boxes import Box, raster
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.learning.config import LearningConfig
-from mifo.learning.instance import Instance
-from mifo.learning.objective import Batch, Views, step_loss, supervised_layers
-from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
-from mifo.method.guidance import GuidanceConfig
-from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
-from mifo.tokens import (
-    add_asset_tokens,
-    find_assets,
-    initial_rows,
-    lend_rows,
-    token_roles,
-    write_rows,
-)
 from imagelab.prompts import (
     encode_ids,
+)
+from imagelab.sampling import ddim_scheduler, denoise, initial_noise
+from mifo.learning.config import Recipe
+from mifo.learning.instance import Instance
+from mifo.learning.prediction import predicting
+from mifo.learning.stages import TEXT_TARGETS, UNET_TARGETS
+from mifo.learning.views import Batch, Views
+from mifo.method.control import BoxControl
+from mifo.method.guidance import GuidanceConfig
+from mifo.method.layers import supervised_layers
+from mifo.method.learning_loss import learning_loss
+from mifo.method.sampling import BoxSampling, guide
+from mifo.tokens import (
+    add_asset_tokens,
+    embed_as,
+    find_assets,
+    initial_rows,
+    token_roles,
+    write_rows,
 )
 from mifo_lora import inject, lora_parameters, remove
 
@@ -153,13 +158,12 @@ def synthesis_work(
     seeds = range(SEED, SEED + row.batch)
     side = base.unet.config.sample_size
     noise = initial_noise((base.unet.config.in_channels, side, side), seeds).to(device)
-    scheduler = ddim_scheduler(base.scheduler)
     boxes = layout(row.subjects)
 
     def control():
         if is_plain:
             return plain.Control(base.unet, tokens, boxes, (side, side))
-        return box_control(base.unet, tokens, boxes, noise, seeds)
+        return BoxControl(base.unet, tokens, boxes, (side, side), seeds)
 
     if row.what == "guidance":
         config = GuidanceConfig(guidance_iterations=1, loss_threshold=0)
@@ -167,16 +171,17 @@ def synthesis_work(
         within = control()  # made once for all iterations, as in a synthesis
         if is_plain:
             return lambda: plain.guide(within, *given)
-        return lambda: guide(base.unet, within, *given)
+        return lambda: guide(base, within, *given)
     if row.what == "denoising":
         steps, config = 1, GuidanceConfig(guidance_steps=0)
         control = cache(control)  # likewise
     else:
         config = GuidanceConfig(guidance_steps=min(15, -(-3 * steps // 10)), loss_threshold=0)
-    given = (scheduler, noise, text, steps, 7.5)
+    given = (noise, text, steps, 7.5)
     if is_plain:
-        return lambda: plain.denoise(*given, control(), config, seeds)
-    return lambda: denoise(base.unet, *given, control(), config)
+        scheduler = ddim_scheduler(base.scheduler)
+        return lambda: plain.denoise(scheduler, *given, control(), config, seeds)
+    return lambda: denoise(base, *given, BoxSampling(base, control(), text[1:], steps, config))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -197,43 +202,47 @@ class Learner:
         for mask, box in zip(masks, layout(len(ids)), strict=True):
             mask[raster(box, side, side)] = True
         instance = Instance("random", Path(), image, masks, (side, side), (), "", ())
-        self.views = Views(base, instance, ids, device)
-        self.size = tuple(self.views.moments.shape[-2:])
+        self.views = Views(base, instance, ids, device, SEED)
+        self.size = self.views.size
         if is_plain:
             self.views.moments = plain.FreshMoments(base, image)
         latents = (base.unet.config.in_channels, *self.size)
         self.class_latents = initial_noise(latents, range(2))
-        self.generator = torch.Generator()
 
     def enter(self, stage: int) -> None:
-        config, trained = LearningConfig(), [self.rows]
+        recipe, trained = Recipe(), [self.rows]
         if stage == 2:
             for module, targets in ((self.base.unet, UNET_TARGETS),
                                     (self.base.text_encoder, TEXT_TARGETS)):  # fmt: skip
-                inject(module, targets, config.lora_rank, generator=self.generator.manual_seed(0))
+                draw = torch.Generator().manual_seed(SEED)
+                inject(module, targets, recipe.lora_rank, generator=draw)
                 trained += [p.requires_grad_() for p in lora_parameters(module)]
         if self.is_plain:
             plain.require_gradients(self.base)
         self.stage, self.trained = stage, trained
         self.layers = supervised_layers(self.base.unet, self.size, stage)
-        rate = config.learning_rate if stage == 1 else config.stage_two_learning_rate
+        rate = recipe.learning_rate if stage == 1 else recipe.stage_two_learning_rate
         self.optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99))
 
-    def draw(self) -> Batch:
+    def draw(self, step: int) -> Batch:
         prior = self.class_latents if self.stage == 2 else None
-        return self.views.draw(self.generator, prior, "a photo of a chair")
+        return self.views.draw(self.stage, step, prior, "a photo of a chair")
 
     def measured_step(self) -> None:
         """The same draw each time, at a timestep that is regularised."""
-        self.generator.manual_seed(SEED)
-        batch = self.draw()
+        batch = self.draw(0)
         self.update(replace(batch, timesteps=torch.full_like(batch.timesteps, 250)))
 
     def update(self, batch: Batch) -> None:
         name = "reward" if self.stage == 1 else "penalty"
-        given = (self.base, batch, self.layers, name)
-        with lend_rows(self.base.text_encoder, self.ids, self.rows):
-            loss = plain.learning_loss(*given) if self.is_plain else step_loss(*given).total
+        with embed_as(self.base.text_encoder, self.ids, self.rows):
+            if self.is_plain:
+                loss = plain.learning_loss(self.base, batch, self.layers, name)
+            else:
+                with predicting(self.base, batch, self.layers) as found:
+                    loss = learning_loss(
+                        found.predicted, found.target, found.maps, batch.masks, name
+                    ).total
         self.base.unet.zero_grad()
         self.base.text_encoder.zero_grad()
         self.optimizer.zero_grad()
@@ -246,8 +255,7 @@ def learn(learner: Learner, steps: int) -> None:
     """So many steps of each stage; the model is left as it was, without LoRA."""
     for stage in (1, 2):
         learner.enter(stage)
-        learner.generator.manual_seed(SEED)
-        for _ in range(steps):
-            learner.update(learner.draw())
+        for step in range(steps):
+            learner.update(learner.draw(step))
     for module in (learner.base.unet, learner.base.text_encoder):
         remove(module)

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imagelab.attention import attention_layers, decoder_block, layer_grid, pixel_grids, processors
+from imagelab.attention import attention_layers, layer_grid, pixel_grids, processors
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.learning.objective import Batch
+from mifo.learning.views import Batch
 from mifo.method.guidance import GuidanceConfig
+from mifo.method.layers import decoder_block
 from mifo.method.losses import (
     ATTENTION_LOSSES,
     REGULARISED_TIMESTEPS,
@@ -168,7 +169,7 @@ def denoise(
     config: GuidanceConfig,
     seeds: Sequence[int],
 ) -> Tensor:
-    """:func:`mifo.method.sampling.denoise`; ``control`` starts with boxes and is left refined."""
+    """Sampling with :class:`mifo.method.sampling.BoxSampling`; ``control`` starts with boxes and is left refined."""
     scheduler.set_timesteps(steps, device=latents.device)
     both = text.repeat_interleave(len(latents), dim=0)
     decoder = decoder_block(control.unet)
@@ -178,7 +179,7 @@ def denoise(
         since = step - config.guidance_steps
         if step and since >= 0 and config.refine_every and since % config.refine_every == 0:
             current = RegionSet(control.source, control.tokens).at(*grid)
-            control.source = refiner.refine(current)
+            control.source = refiner.refine(current, step)
         if step < config.guidance_steps:
             latents = guide(control, latents, timestep, text, step, config)
         hidden = control.masks(len(latents), False, latents.device)
@@ -211,7 +212,8 @@ class FreshMoments:
     def __getitem__(self, flip: int) -> tuple[Tensor, Tensor]:
         pixels = self.pixels.flip(-1) if flip else self.pixels
         posterior = self.vae.encode(pixels.to(self.vae.device)).latent_dist
-        return posterior.mean[0].cpu(), posterior.std[0].cpu()
+        scale = self.vae.config.scaling_factor
+        return scale * posterior.mean[0].cpu(), scale * posterior.std[0].cpu()
 
 
 def learning_loss(
@@ -221,7 +223,7 @@ def learning_loss(
     attention_loss: str,
     prior_weight: float = 1.0,
 ) -> Tensor:
-    """The total of :func:`mifo.learning.objective.step_loss`, of a model that predicts the noise."""
+    """The total of a step's loss, of a model that predicts the noise."""
     noisy = base.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     text = base.text_encoder(batch.input_ids).last_hidden_state
     with plain_layers(base.unet, layers) as maps:
@@ -229,7 +231,7 @@ def learning_loss(
     size = tuple(batch.latents.shape[-2:])
     union = F.interpolate(batch.masks.amax(dim=0)[None, None], size, mode="nearest")
     total = ((predicted[-1:] - batch.noise[-1:]) * union).square().mean()
-    if batch.prior:
+    if len(batch.latents) > 1:
         total = total + prior_weight * (predicted[:-1] - batch.noise[:-1]).square().mean()
     if batch.timesteps[-1] < REGULARISED_TIMESTEPS:
         term, weight = ATTENTION_LOSSES[attention_loss]

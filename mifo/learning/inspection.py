@@ -5,38 +5,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imagelab.attention import Recorder, pixel_grids, processors
+from imagelab.attention import Recorder, layer_grid, processors
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.learning.objective import Views, supervised_layers
 from imagelab.prompts import encode_ids
+from mifo.learning.views import Views
+from mifo.method.layers import supervised_layers
 from mifo.tokens import view_prompt
 
 TIMESTEP = 300
 
 
 @torch.no_grad()
-def asset_maps(base: StableDiffusion, views: Views, count: int) -> Tensor:
+def asset_maps(model: StableDiffusion, views: Views, count: int) -> Tensor:
     """Cross-attention of every asset over the instance's own picture, float [assets, H, W].
 
     All assets are in one prompt; the picture is noised to timestep 300 with fixed noise; mean over
     heads and the layers at decoder-1's resolution, enlarged to the picture's size.
     """
-    unet, device = base.unet, views.device
-    latents = (views.moments[0, 0] * views.scale)[None].to(device)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    timestep = torch.tensor([TIMESTEP], device=device)
-    noisy = base.scheduler.add_noise(latents, noise, timestep)
-    ids = encode_ids(base.tokenizer, view_prompt(tuple(range(count))))
-    text = base.text_encoder(ids[None].to(device)).last_hidden_state
-    layers = supervised_layers(unet, tuple(latents.shape[-2:]), stage=2)
+    latents = views.moments[0, 0][None]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([TIMESTEP])
+    noisy = model.scheduler.add_noise(latents, noise, timestep).to(views.device)
+    prompt = view_prompt(tuple(range(count)))
+    layers = supervised_layers(model.unet, views.size, stage=2)
     recorder = Recorder()
-    with processors(unet, {name: recorder.processor(name) for name in layers}):
-        unet(noisy.to(unet.dtype), timestep, text.to(unet.dtype))
+    with processors(model.unet, {name: recorder.processor(name) for name in layers}):
+        model.predict(noisy, timestep.to(views.device), model.encode_text([prompt]))
     mean = torch.stack(list(recorder.maps.values())).mean(0)[0]  # n k
-    row = ids.tolist()
+    row = encode_ids(model.tokenizer, prompt).tolist()
     columns = [row.index(views.asset_ids[asset]) for asset in range(count)]
-    grid = pixel_grids(unet, tuple(latents.shape[-2:]))[len(mean)]
-    maps = mean[:, columns].T.unflatten(-1, grid)[None]
+    grid = layer_grid(model.unet, views.size, layers[0])
+    maps = mean[:, columns].T.unflatten(1, grid)[None]  # 1 assets rows columns
     return F.interpolate(maps, views.masks.shape[-2:], mode="bilinear")[0].cpu()
 
 

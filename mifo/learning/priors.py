@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.images import read_image
-from imagelab.models.stable_diffusion import StableDiffusion
-from imagelab.prompts import encode_ids
+from imagelab.models.base import DiffusionModel
 from imagelab.sampling import denoise, initial_noise
+from imagelab.training.seeds import seed_for
 from mifo_lora import LoraError
 from mifo_lora import read_lora as read_tensors
 from mifo_lora import save_lora as save_tensors
@@ -27,7 +27,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def class_latents(
-    base: StableDiffusion,
+    model: DiffusionModel,
     prompt: str,
     count: int,
     size: tuple[int, int],
@@ -38,11 +38,20 @@ def class_latents(
 ) -> Tensor:
     """Scaled latents [count, c, *size] of pictures of ``prompt``, made by the base model.
 
-    Picture i starts from noise of seed + i. They are read from ``cache`` where the same model,
-    prompt, seed, size and settings left them; a larger cached set serves a smaller count.
-    ``after_batch`` is called once a batch is in the cache, and may raise to stop.
+    Each picture has a seed of its own. They are read from ``cache`` where the same model, prompt,
+    seed, size and settings left them; a larger cached set serves a smaller count. ``after_batch``
+    is called once a batch is in the cache, and may raise to stop.
     """
-    key = [base.digest, prompt, seed, list(size), STEPS, GUIDANCE_SCALE, str(base.unet.dtype)]
+    key = [
+        model.digest,
+        prompt,
+        seed,
+        list(size),
+        STEPS,
+        GUIDANCE_SCALE,
+        str(model.dtype),
+        "labelled",
+    ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache / f"{name}.safetensors"
     found = _read_cache(path)
@@ -50,17 +59,15 @@ def class_latents(
     if done >= count:
         log.info("class images: %d from %s", count, path)
         return found[:count]
-    device, dtype = base.unet.device, base.unet.dtype
-    ids = torch.stack([encode_ids(base.tokenizer, text) for text in ("", prompt)])
     with torch.no_grad():
-        text = base.text_encoder(ids.to(device)).last_hidden_state.to(dtype)
-    channels = base.unet.config.in_channels
+        text = model.encode_text(["", prompt])
     made = [] if found is None else [found]
     with tqdm(total=count, initial=done, desc="class images", unit="image") as progress:
         for start in range(done, count, batch):
-            seeds = range(seed + start, seed + min(start + batch, count))
-            noise = initial_noise((channels, *size), seeds).to(device)
-            made.append(denoise(base, noise, text, STEPS, GUIDANCE_SCALE).float().cpu())
+            indices = range(start, min(start + batch, count))
+            seeds = [seed_for(seed, "class image", index) for index in indices]
+            noise = initial_noise((model.latent_channels, *size), seeds).to(model.device)
+            made.append(denoise(model, noise, text, STEPS, GUIDANCE_SCALE).float().cpu())
             progress.update(len(seeds))
             _write_cache(path, torch.cat(made), prompt)
             if after_batch:
@@ -100,13 +107,12 @@ def find_class_images(folder: str) -> list[Path]:
 
 
 @torch.no_grad()
-def encode_class_images(base: StableDiffusion, paths: list[Path], size: tuple[int, int]) -> Tensor:
+def encode_class_images(model: DiffusionModel, paths: list[Path], size: tuple[int, int]) -> Tensor:
     """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop."""
     latents = []
-    pixels = (size[1] * base.vae_factor, size[0] * base.vae_factor)
+    width, height = (side * model.vae_factor for side in reversed(size))
     for path in tqdm(paths, "class images", unit="image"):
-        picture = ImageOps.fit(read_image(path), pixels)
-        tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
-        tensor = (tensor.float() / 127.5 - 1).to(base.vae.device)
-        latents.append(base.vae.encode(tensor).latent_dist.mean.float().cpu())
-    return torch.cat(latents) * base.vae.config.scaling_factor
+        picture = ImageOps.fit(read_image(path), (width, height))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # h w 3 -> 1 3 h w
+        latents.append(model.encode(pixels.float() / 127.5 - 1).mean.cpu())
+    return torch.cat(latents)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from imagelab.attention import PixelGroups
 from imagelab.boxes import Box, raster
+from imagelab.training.seeds import seed_for
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,6 @@ def self_mask(regions: Tensor) -> Tensor:
     shared = inside.transpose(-1, -2) @ inside > 0
     occupied = regions.any(dim=1)
     return occupied[:, :, None] & occupied[:, None, :] & ~shared
-
-
-@dataclass(frozen=True)
-class PixelGroups:
-    """:func:`self_mask` of one sample by groups of pixels that see the same: ids, no n² entries.
-
-    Attributes:
-        parts: (queries, keys) int64: the pixels of a group, and those that they may attend to.
-        order: int64 [n], where each pixel stands when all queries are put in a row.
-    """
-
-    parts: tuple[tuple[Tensor, Tensor], ...]
-    order: Tensor
 
 
 def pixel_groups(regions: Tensor) -> PixelGroups:
@@ -248,20 +237,20 @@ class Refiner:
     def mean(self, kind: str) -> Tensor:
         return self._sums[kind] / self._counts[kind]
 
-    def refine(self, current: Tensor) -> Tensor:
-        """New regions bool [b, s, rows, columns] from ``current`` bool [b or 1, s, n]."""
+    def refine(self, current: Tensor, step: int) -> Tensor:
+        """Regions bool [b, s, rows, columns] for ``step`` from ``current`` bool [b or 1, s, n]."""
         cross = normalise_columns(self.mean("cross")).cpu()
         self_ = normalise_columns(self.mean("self")).cpu()
         current = current.cpu().expand(len(cross), -1, -1)
         clusters = min(3 * len(self.boxes), self_.shape[-1])  # a very small map has fewer pixels
         regions = []
         for image in range(len(cross)):
-            labels = self._cluster(image, self_[image], clusters)
+            labels = self._cluster(image, self_[image], clusters, step)
             soft = soft_masks(cross[image], current[image])
             regions.append(assign_clusters(labels, soft, self.boxes, clusters))
         return torch.stack(regions).unflatten(-1, self.grid)
 
-    def _cluster(self, image: int, rows: Tensor, clusters: int) -> Tensor:
+    def _cluster(self, image: int, rows: Tensor, clusters: int, step: int) -> Tensor:
         """k-means labels of the rows: the best of 100 starts at first, later one warm run."""
         from sklearn.cluster import KMeans
 
@@ -271,6 +260,7 @@ class Refiner:
             if centres is None
             else {"init": centres, "n_init": 1}
         )
-        fit = KMeans(clusters, **start, random_state=self.seeds[image] % 2**32).fit(rows.numpy())
+        seed = seed_for(self.seeds[image], "clusters", step) % 2**32
+        fit = KMeans(clusters, **start, random_state=seed).fit(rows.numpy())
         self.centres[image] = fit.cluster_centers_
         return torch.from_numpy(fit.labels_)

@@ -15,19 +15,22 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from imagelab.attention import decoder_block, layer_grid
+from imagelab.attention import layer_grid
 from imagelab.boxes import Box, check_box, draw_boxes, parse_box
 from imagelab.errors import UserError
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
 from imagelab.processes import Processes
+from imagelab.prompts import encode_ids
+from imagelab.sampling import Step, check_steps, denoise, initial_noise
 from mifo.learned import LearnedFolder, load_learned, merge_lora, open_learned, portable
 from mifo.learned_files import LearnedFiles, load_files, open_files
+from mifo.method.control import BoxControl
+from mifo.method.layers import decoder_block
 from mifo.method.regions import TokenRoles
-from mifo.method.sampling import box_control, check_steps, ddim_scheduler, denoise, initial_noise
+from mifo.method.sampling import BoxSampling
 from mifo.synthesis.config import SynthesisConfig
 from mifo.tokens import ASSET, find_assets, token_roles
-from imagelab.prompts import encode_ids
 
 log = logging.getLogger(__name__)
 
@@ -221,23 +224,22 @@ def paint(scene: Scene, indices: Sequence[int], text: Tensor, progress=None) -> 
     seeds = [config.seed + index for index in indices]
     shape = (base.unet.config.in_channels, *scene.size)
     latents = initial_noise(shape, seeds).to(scene.device)
-    control = None
+    sampling = None
     if scene.tokens is not None:
-        control = box_control(base.unet, scene.tokens, scene.boxes, latents, seeds)
+        control = BoxControl(base.unet, scene.tokens, scene.boxes, scene.size, seeds)
+        sampling = BoxSampling(base, control, text[1:], config.num_inference_steps, config.guidance)
 
-    def on_step(step: int, computed: dict) -> None:
+    def on_step(step: Step) -> None:
         if progress is not None:
             progress.update(1)
 
     latents = denoise(
-        base.unet,
-        ddim_scheduler(base.scheduler),
+        base,
         latents,
         text,
         config.num_inference_steps,
         config.guidance_scale,
-        control,
-        config.guidance,
+        sampling,
         on_step,
     )
     return decode(base, latents)

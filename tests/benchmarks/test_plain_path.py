@@ -6,19 +6,23 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from thin import batch_loss
 from transformers import CLIPTokenizer
 
-import imagelab.attention
+import mifo.method.control
 from benchmarks import cases, plain, run
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.learning.objective import Batch, step_loss, supervised_layers
-from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
-from mifo.method.guidance import GuidanceConfig
-from mifo.method.regions import TokenRoles
-from mifo.method.sampling import box_control, ddim_scheduler, denoise, guide, initial_noise
-from mifo.tokens import add_asset_tokens, find_assets, lend_rows, token_roles
 from imagelab.prompts import encode_ids
+from imagelab.sampling import ddim_scheduler, denoise, initial_noise
+from mifo.learning.stages import TEXT_TARGETS, UNET_TARGETS
+from mifo.learning.views import Batch
+from mifo.method.control import BoxControl
+from mifo.method.guidance import GuidanceConfig
+from mifo.method.layers import supervised_layers
+from mifo.method.regions import TokenRoles
+from mifo.method.sampling import BoxSampling, guide
+from mifo.tokens import add_asset_tokens, embed_as, find_assets, token_roles
 from mifo_lora import inject, lora_parameters
 from toybox.stable_diffusion.architecture import (
     ToyboxConfig,
@@ -65,7 +69,7 @@ def case(request, small_sd) -> Case:
     width = base.text_encoder.config.hidden_size
     rows = 0.02 * torch.randn(2, width, generator=torch.Generator().manual_seed(1))
     prompts = torch.stack([encode_ids(base.tokenizer, text) for text in ("", PROMPT)])
-    with lend_rows(base.text_encoder, ids, rows), torch.no_grad():
+    with embed_as(base.text_encoder, ids, rows), torch.no_grad():
         text = base.text_encoder(prompts).last_hidden_state
     subjects = [[at] for _, at in find_assets(base.tokenizer, PROMPT, range(2))]
     tokens = token_roles(base.tokenizer, PROMPT, subjects)
@@ -78,7 +82,7 @@ def case(request, small_sd) -> Case:
 def bounds(request, monkeypatch) -> None:
     """Both forms of bounded self-attention, whatever the number of pixels."""
     pixels = {"groups": 1, "masks": 1 << 30}[request.param]
-    monkeypatch.setattr(imagelab.attention, "GROUPED_PIXELS", pixels)
+    monkeypatch.setattr(mifo.method.control, "GROUPED_PIXELS", pixels)
 
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -87,16 +91,16 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def both_controls(case: Case):
-    unet = case.base.unet
-    ours = box_control(unet, case.tokens, BOXES, case.noise, SEEDS)
-    return ours, plain.Control(unet, case.tokens, BOXES, tuple(case.noise.shape[-2:]))
+    unet, size = case.base.unet, tuple(case.noise.shape[-2:])
+    ours = BoxControl(unet, case.tokens, BOXES, size, SEEDS)
+    return ours, plain.Control(unet, case.tokens, BOXES, size)
 
 
 def test_guidance_moves_the_latents_alike(case, bounds):
     config = GuidanceConfig(guidance_iterations=2, loss_threshold=0)
     ours, theirs = both_controls(case)
     timestep = torch.tensor(901)
-    guided = guide(case.base.unet, ours, case.noise, timestep, case.text[1:], 1, config)
+    guided = guide(case.base, ours, case.noise, timestep, case.text[1:], 1, config)
     plain.require_gradients(case.base)
     expected = plain.guide(theirs, case.noise, timestep, case.text, 1, config)
     assert_equal(guided - case.noise, expected - case.noise)
@@ -107,19 +111,20 @@ def test_an_image_whose_loss_is_low_enough_stops_alone(case):
     ours, theirs = both_controls(case)
     timestep, seen = torch.tensor(901), []
     once = GuidanceConfig(guidance_iterations=1, loss_threshold=0)
-    guide(case.base.unet, ours, case.noise, timestep, case.text[1:], 1, once, seen.append)
+    guide(case.base, ours, case.noise, timestep, case.text[1:], 1, once, seen.append)
     config = GuidanceConfig(guidance_iterations=2, loss_threshold=seen[0].loss.mean().item() / 2)
-    guided = guide(case.base.unet, ours, case.noise, timestep, case.text[1:], 1, config)
+    guided = guide(case.base, ours, case.noise, timestep, case.text[1:], 1, config)
     expected = plain.guide(theirs, case.noise, timestep, case.text, 1, config)
     assert_equal(guided - case.noise, expected - case.noise)
 
 
 def paint_both(case: Case, steps: int, config: GuidanceConfig):
     ours, theirs = both_controls(case)
+    given = (case.noise, case.text, steps, 7.5)
+    sampling = BoxSampling(case.base, ours, case.text[1:], steps, config)
     scheduler = ddim_scheduler(case.base.scheduler)
-    given = (scheduler, case.noise, case.text, steps, 7.5)
-    painted = denoise(case.base.unet, *given, ours, config)
-    return painted, plain.denoise(*given, theirs, config, SEEDS)
+    painted = denoise(case.base, *given, sampling)
+    return painted, plain.denoise(scheduler, *given, theirs, config, SEEDS)
 
 
 def test_a_denoising_step(case, bounds):
@@ -128,7 +133,7 @@ def test_a_denoising_step(case, bounds):
 
 def test_a_synthesis_with_guidance_and_refined_regions(case, monkeypatch):
     """The finest level goes by groups, each image its own; the others by masks."""
-    monkeypatch.setattr(imagelab.attention, "GROUPED_PIXELS", 256)
+    monkeypatch.setattr(mifo.method.control, "GROUPED_PIXELS", 256)
     config = GuidanceConfig(guidance_steps=1, guidance_iterations=1, refine_every=1)
     assert_equal(*paint_both(case, 3, config))
 
@@ -149,7 +154,6 @@ def learning_batch(case: Case, stage: int) -> Batch:
         input_ids=ids,
         masks=masks,
         positions=[ids[-1].tolist().index(case.ids[asset]) for asset in (1, 0)],
-        prior=stage == 2,
     )
 
 
@@ -165,8 +169,8 @@ def test_a_learning_step(case, stage, attention_loss):
             inject(module, targets, 2, generator=torch.Generator().manual_seed(2))
             trained += lora_parameters(module)
     layers = supervised_layers(base.unet, tuple(batch.latents.shape[-2:]), stage)
-    with lend_rows(base.text_encoder, case.ids, rows):
-        ours = step_loss(base, batch, layers, attention_loss).total
+    with embed_as(base.text_encoder, case.ids, rows):
+        ours = batch_loss(base, batch, layers, attention_loss).total
         gradients = torch.autograd.grad(ours, trained)
         plain.require_gradients(base)
         theirs = plain.learning_loss(base, batch, layers, attention_loss)
@@ -178,13 +182,13 @@ def test_a_learning_step(case, stage, attention_loss):
 
 def test_the_picture_is_encoded_anew_or_once_alike(small_sd):
     from mifo.learning.instance import Instance
-    from mifo.learning.objective import Views
+    from mifo.learning.views import Views
 
     base = load_base(str(small_sd))
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     masks = np.ones((1, 128, 128), bool)
     instance = Instance("random", small_sd, image, masks, (128, 128), ("",), "", ())
-    views = Views(base, instance, [0], "cpu")
+    views = Views(base, instance, [0], "cpu", seed=0)
     fresh = plain.FreshMoments(base, image)
     for flip in (0, 1):
         for ours, theirs in zip(views.moments[flip], fresh[flip], strict=True):

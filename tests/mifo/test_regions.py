@@ -235,11 +235,11 @@ def test_refiner_finds_the_subject_within_its_box():
     refiner.add("cross", cross)
     refiner.add("self", self_)
     current = box_regions([box], 1, 6).flatten(2)
-    refined = refiner.refine(current)
+    refined = refiner.refine(current, 15)
     assert refined.shape == (1, 1, 1, 6)
     assert torch.equal(refined[0, 0], rows("110000"))
     first = refiner.centres[0]
-    assert torch.equal(refiner.refine(refined.flatten(2)), refined)
+    assert torch.equal(refiner.refine(refined.flatten(2), 20), refined)
     assert first.shape == (3, 6) and refiner.centres[0] == pytest.approx(first)
 
 
@@ -259,9 +259,9 @@ def test_refiner_starts_from_its_last_centres(monkeypatch):
     refiner.add("cross", cross)
     refiner.add("self", self_)
     current = refiner.boxes[None]
-    refiner.refine(current)
+    refiner.refine(current, 15)
     centres = refiner.centres[0]
-    refiner.refine(current)
+    refiner.refine(current, 15)
     assert starts[0] == ("k-means++", 100)
     assert starts[1][0] is centres and starts[1][1] == 1
 
@@ -282,7 +282,7 @@ def test_refiner_clusters_each_image_by_itself():
     both = Refiner((1, 6), [box], seeds=[3, 4])
     both.add("cross", torch.cat([cross, cross.flip(1)]))
     both.add("self", torch.cat([self_, self_]))
-    refined = both.refine(both.boxes[None])
+    refined = both.refine(both.boxes[None], 15)
     assert torch.equal(refined[:, 0, 0], rows("110000 000011"))
 
 
@@ -291,5 +291,5 @@ def test_a_map_of_fewer_pixels_than_clusters_is_refined():
     refiner = Refiner((1, 4), boxes, seeds=[0])
     refiner.add("cross", torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.1, 0.8], [0.1, 0.9]]]))
     refiner.add("self", torch.eye(4)[None])
-    refined = refiner.refine(box_regions(boxes, 1, 4).flatten(2))
+    refined = refiner.refine(box_regions(boxes, 1, 4).flatten(2), 15)
     assert torch.equal(refined[0, :, 0], rows("1100 0011"))

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PNDMScheduler
-from thin import thin_pipeline, thin_scheduler, thin_unet
+from thin import batch_loss, thin_pipeline, thin_scheduler, thin_unet
 
 from imagelab.boxes import Box
+from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import load_base
-from mifo.learning.objective import Views, step_loss, supervised_layers
-from mifo.method.guidance import GuidanceConfig
-from mifo.method.sampling import box_control, ddim_scheduler, denoise, initial_noise
-from mifo.tokens import add_asset_tokens, find_assets, initial_rows, lend_rows, token_roles
 from imagelab.prompts import encode_ids
+from imagelab.sampling import denoise, initial_noise
+from mifo.learning.views import Views
+from mifo.method.control import BoxControl
+from mifo.method.guidance import GuidanceConfig
+from mifo.method.layers import decoder_block, supervised_layers
+from mifo.method.sampling import BoxSampling
+from mifo.tokens import add_asset_tokens, embed_as, find_assets, initial_rows, token_roles
 
 
 def sd_1() -> tuple:
@@ -66,6 +70,16 @@ def blocks(layers) -> dict[str, int]:
     return Counter(".".join(name.split(".")[:2]) for name in layers)
 
 
+def test_decoder_block():
+    assert decoder_block(thin_unet()) == "up_blocks.1."
+
+
+def test_a_unet_without_attention_in_its_decoder_is_refused():
+    plain = thin_unet(2, up_block_types=("UpBlock2D",) * 2)
+    with pytest.raises(UserError, match=r"no attention in up_blocks\.1.*Stable Diffusion 1 or 2"):
+        decoder_block(plain)
+
+
 @pytest.mark.parametrize("levels", [2, 3, 4])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_supervised_layers_by_depth(levels, stage):
@@ -80,7 +94,7 @@ def views_of(base, ids) -> Views:
     masks = np.zeros((2, side, side), dtype=bool)
     masks[0, : side // 2, : side // 2] = masks[1, side // 2 :, side // 2 :] = True
     image = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Views(base, SimpleNamespace(image=image, masks=masks), ids, "cpu")
+    return Views(base, SimpleNamespace(image=image, masks=masks), ids, "cpu", seed=0)
 
 
 @pytest.mark.parametrize(("stage", "loss"), [(1, "reward"), (1, "penalty"), (2, "penalty")])
@@ -91,11 +105,11 @@ def test_every_shape_learns(shape, stage, loss):
     assert blocks(layers) == SUPERVISED[4, stage]
     draw = torch.Generator().manual_seed(0)
     prior = torch.randn(1, 4, side, side, generator=draw) if stage == 2 else None
-    batch = views_of(base, ids).draw(draw, prior, "a photo of a chair")
+    batch = views_of(base, ids).draw(stage, 0, prior, "a photo of a chair")
     batch.timesteps[-1] = 300
     rows = torch.nn.Parameter(initial_rows(base.tokenizer, base.text_encoder, ids, (), seed=0))
-    with lend_rows(base.text_encoder, ids, rows):
-        result = step_loss(base, batch, layers, loss)
+    with embed_as(base.text_encoder, ids, rows):
+        result = batch_loss(base, batch, layers, loss)
         result.total.backward()
     assert result.total.isfinite() and rows.grad.isfinite().all()
     assert len(result.attention) == len(layers) * len(batch.positions)
@@ -107,10 +121,10 @@ def test_every_shape_learns(shape, stage, loss):
 def test_the_target_is_what_the_model_predicts(shape):
     """Noise, or the velocity √ᾱ·ε − √(1−ᾱ)·x of a v-prediction model."""
     base, ids = shape
-    batch = views_of(base, ids).draw(torch.Generator().manual_seed(1), None, "")
+    batch = views_of(base, ids).draw(1, 1)
     batch.masks = torch.ones_like(batch.masks)
     with torch.no_grad():
-        loss = step_loss(base, batch, [], None)
+        loss = batch_loss(base, batch, [])
         kept = base.scheduler.alphas_cumprod[batch.timesteps[0]]
         noisy = kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise
         text = base.text_encoder(batch.input_ids).last_hidden_state
@@ -125,7 +139,7 @@ def test_every_shape_synthesises(shape):
     base, ids = shape
     rows = initial_rows(base.tokenizer, base.text_encoder, ids, (), seed=0)
     prompt = "a photo of <asset0> and <asset1> on the grass"
-    with torch.no_grad(), lend_rows(base.text_encoder, ids, rows):
+    with torch.no_grad(), embed_as(base.text_encoder, ids, rows):
         both = torch.stack([encode_ids(base.tokenizer, words) for words in ("", prompt)])
         text = base.text_encoder(both).last_hidden_state
     subjects = [[at] for _, at in find_assets(base.tokenizer, prompt, range(2))]
@@ -133,13 +147,15 @@ def test_every_shape_synthesises(shape):
     side = base.unet.config.sample_size
     noise = initial_noise((4, side, side), [5])
     boxes = [Box(0, 0.25, 0.5, 0.75), Box(0.5, 0.25, 1, 0.75)]
-    control = box_control(base.unet, tokens, boxes, noise, [5])
+    control = BoxControl(base.unet, tokens, boxes, (side, side), [5])
     config = GuidanceConfig(guidance_steps=2, guidance_iterations=1, refine_every=1)
     steps, guided = [], []
-    latents = denoise(
-        base.unet, ddim_scheduler(base.scheduler), noise, text, 3, 7.5, control, config,
-        lambda step, _: steps.append((step, control.regions.at(*control.map_grid))), guided.append,
-    )  # fmt: skip
+    sampling = BoxSampling(base, control, text[1:], 3, config, guided.append)
+
+    def on_step(step):
+        steps.append((step.number, control.regions.at(*control.map_grid)))
+
+    latents = denoise(base, noise, text, 3, 7.5, sampling, on_step)
     assert latents.isfinite().all() and latents.shape == noise.shape
     assert [step for step, _ in steps] == [0, 1, 2]
     assert [seen.step for seen in guided] == [0, 1]

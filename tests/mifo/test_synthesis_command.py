@@ -8,13 +8,11 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
-from thin import thin_scheduler
 
 import semantic_synthesis
 from imagelab.boxes import check_box
 from mifo.learned import portable
 from mifo.method.regions import Refiner
-from mifo.method.sampling import check_steps, ddim_scheduler
 from mifo.synthesis import paint as synthesis
 from semantic_synthesis import get_boxes, main
 
@@ -214,25 +212,6 @@ def test_subject_token_indices(paint, learned_dir):
 def test_sizes(paint):
     folder = paint("--width", 192, "--height", 128)
     assert pixels(folder / "0000.png").shape == (128, 192, 3)
-
-
-@pytest.mark.parametrize("total", [1000, 400])
-def test_steps_start_near_the_noisy_end_or_are_refused(total):
-    """Within a fifth of it, past the one stride that every number of steps leaves out."""
-    scheduler = ddim_scheduler(thin_scheduler(num_train_timesteps=total))
-    refused = set()
-    for steps in range(1, total):
-        scheduler.set_timesteps(steps)
-        reached = scheduler.timesteps[0] + total // steps
-        try:
-            check_steps(steps, scheduler)
-        except ValueError:
-            refused.add(steps)
-        assert (steps in refused) == (reached <= 0.8 * total)
-    assert refused and min(refused) > total // 4
-    assert not refused & {total // 3, total // 2, total - 1}
-    with pytest.raises(ValueError, match=f"is {total}, .* at most {total // 4}, or"):
-        check_steps(total, scheduler)
 
 
 def test_steps_that_would_start_from_little_noise(paint, capsys, tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from imagelab.attention import Recorder, attention_layers, decoder_block, pixel_grids, processors
+from imagelab.attention import Recorder, attention_layers, pixel_grids, processors
 from imagelab.cli import HelpFormatter, Parser, told_failures
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
@@ -193,8 +193,8 @@ def word_maps(pipeline, pictures: list[Image.Image], texts: list[str], seed: int
     Mean over layers and heads; timestep 300.
     """
     unet, scheduler, device = pipeline.unet, pipeline.scheduler, pipeline.device
-    recorder, prefix = Recorder(), decoder_block(unet)
-    watched = [name for name in attention_layers(unet, "cross") if name.startswith(prefix)]
+    recorder = Recorder()
+    watched = [name for name in attention_layers(unet, "cross") if name.startswith("up_blocks.1.")]
     pixels = to_tensor(pictures).to(device)
     with torch.inference_mode(), processors(unet, {n: recorder.processor(n) for n in watched}):
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
