@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from imagelab.boxes import parse_boxes
-from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, told_failures
+from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, report_errors
 from mifo.method.guidance import GuidanceConfig
 from mifo.synthesis.config import SynthesisConfig
 from semantic_synthesis import get_boxes
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug):
+    with report_errors(parser, options.debug):
         boxes = parse_boxes(options.boxes) if options.boxes is not None else None
         from imagelab.evaluation.report import write_report
         from imagelab.models.device import choose_device

@@ -16,7 +16,7 @@ A1111 and ComfyUI name an embedding after its file: write asset0 there, <asset0>
 import argparse
 from pathlib import Path
 
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from mifo.synthesis.config import SynthesisConfig
 
 FORMATS = ("kohya", "diffusers", "embeddings", "pipeline")
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug):
+    with report_errors(parser, options.debug):
         from mifo.export import export
         from mifo.learned import check_name, open_learned
 

@@ -17,9 +17,9 @@ from imagelab.cli import (
     Parser,
     add_runtime_options,
     add_setting,
-    chosen_seed,
+    random_seed_if_none,
+    report_errors,
     seed_option,
-    told_failures,
 )
 from imagelab.errors import UserError
 from mifo.method.guidance import GuidanceConfig
@@ -165,7 +165,7 @@ def read_boxes(options: argparse.Namespace) -> list[Box] | dict[str, list[Box]] 
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug):
+    with report_errors(parser, options.debug):
         boxes = read_boxes(options)
         options.guidance = GuidanceConfig(
             **{f.name: getattr(options, f.name) for f in fields(GuidanceConfig)}
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(config.output_path) / config.model_id
         check_writable(folder, "output_path")
         processes = Processes(choose_device(config.device))
-        config = replace(config, seed=processes.agree(chosen_seed(config.seed)))
+        config = replace(config, seed=processes.agree(random_seed_if_none(config.seed)))
         scene = synthesis.make_scene(
             config, get_boxes, boxes, options.subject_token_indices, processes.device
         )

@@ -33,7 +33,7 @@ from experiments.comparison_settings import (
     Settings,
     Variant,
 )
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from imagelab.io.atomic import write_json
 from mifo.learning.config import LearningConfig
@@ -332,7 +332,7 @@ def chosen(options: argparse.Namespace) -> tuple[Settings, list[Variant], Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug):
+    with report_errors(parser, options.debug):
         settings, variants, work = chosen(options)
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes

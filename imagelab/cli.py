@@ -1,4 +1,4 @@
-"""What the commands share: how options are declared, and what a failure ends with."""
+"""What the commands share: how they declare options and report errors."""
 
 import argparse
 import logging
@@ -12,19 +12,19 @@ from imagelab.models.device import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a bad option in one line, without the usage of all the others."""
+    """Reports a bad option in one line, without the usage of all the others."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and the script's docstring as it is written."""
+    """Prints the script's docstring as it is written, and the defaults that are not empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
-        is_told = "(default:" in (action.help or "")
-        if is_told or action.nargs == 0 or default in ("", [], ()):
+        has_default = "(default:" in (action.help or "")
+        if has_default or action.nargs == 0 or default in ("", [], ()):
             return action.help
         if isinstance(default, list | tuple):
             return f"{action.help} (default: {' '.join(map(str, default))})"
@@ -32,7 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def seed_option(text: str) -> int | None:
-    """An integer seed, or None for a random one."""
+    """A seed from an option's text; None for a random one."""
     if text.lower() == "none":
         return None
     try:
@@ -46,13 +46,13 @@ def seed_option(text: str) -> int | None:
     return seed
 
 
-def chosen_seed(seed: int | None) -> int:
-    """The seed itself, or a random one."""
+def random_seed_if_none(seed: int | None) -> int:
+    """The seed, or a random one in place of None."""
     return secrets.randbelow(2**31) if seed is None else seed
 
 
 def add_setting(into, defaults, name: str, text: str, **more) -> None:
-    """Declare ``--name`` with the default (and its type) that a config dataclass gives it."""
+    """Declare ``--name`` with the default, and its type, of the config dataclass ``defaults``."""
     default = getattr(defaults, name)
     more.setdefault("type", type(default) if default is not None else str)
     into.add_argument(f"--{name}", default=default, help=text, **more)
@@ -74,8 +74,13 @@ def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:
 
 
 @contextmanager
-def told_failures(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
-    """Bad input ends with one sentence and exit code 2, a failure underway with 1, Ctrl-C 130."""
+def report_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
+    """Within, an expected error ends the command with one sentence in place of a traceback.
+
+    Exit codes: 2 for a UserError or OSError, 1 for a FloatingPointError or MemoryError, 130 for
+    Ctrl-C. Any other exception is a fault of the program: it keeps its traceback (exit code 1).
+    ``debug`` keeps all tracebacks.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         with memory_errors():

@@ -16,9 +16,10 @@ from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
-from imagelab.cli import HelpFormatter, Parser, add_setting, told_failures
+from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors
 from imagelab.errors import UserError
 from mifo.learning.config import LearningConfig
 from mifo.synthesis.config import SynthesisConfig
@@ -32,7 +33,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-an
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = Parser(prog="python -m mifo_page", description=__doc__, formatter_class=HelpFormatter)
-    learning, synthesis = LearningConfig(), SynthesisConfig()
+    learning, synthesis = SimpleNamespace(**LearningConfig().settings()), SynthesisConfig()
     add_setting(parser, learning, "folder_path", "folder of the instance folders")
     add_setting(parser, synthesis, "models_dir", "folder of the learned folders")
     add_setting(parser, synthesis, "output_path", "where the folders of pictures go")
@@ -163,7 +164,7 @@ def serve(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug), TemporaryDirectory(prefix="mifo") as uploads:
+    with report_errors(parser, options.debug), TemporaryDirectory(prefix="mifo") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         try:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
 from mifo.learned import check_writable
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     arguments = vars(parser.parse_args(argv))
     output = arguments.pop("output")
-    with told_failures(parser):
+    with report_errors(parser):
         check_writable(output.parent, "output")
         output.parent.mkdir(parents=True, exist_ok=True)
         config = ClassifierConfig(**arguments)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
 from toybox.scenes.scenes import HUES, KINDS, Look, Scene, draw_scene, render
@@ -187,7 +187,7 @@ def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
-    with told_failures(parser):
+    with report_errors(parser):
         check_options(args)
         for name, (scene, seed) in scenes_to_write(args).items():
             write_folder(args.output / name, scene, seed, args.size, args.overwrite)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, pixel_grids, processors
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.models.device import choose_device
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, default=Path("output/toybox"), help="folder of what is written"
     )
     args = parser.parse_args(argv)
-    with told_failures(parser):
+    with report_errors(parser):
         if args.images < 1:
             raise UserError(f"--images {args.images} leaves nothing to measure; use 1 or more")
         check_writable(args.output, "output")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, processors
-from imagelab.cli import HelpFormatter, Parser, told_failures
+from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.models.device import choose_device
@@ -428,7 +428,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with told_failures(parser, options.debug):
+    with report_errors(parser, options.debug):
         processes = Processes(choose_device(options.device))
         config = chosen(options, processes)
         output = options.output or options.work / "model"
