@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imagelab.errors import UserError
 from imagelab.prompts import encode_ids, shorten
+from imagelab.training.seeds import generator_for
 from mifo.method.regions import TokenRoles
 
 ASSET = re.compile(r"<asset\d+>")
@@ -48,8 +49,8 @@ def add_asset_tokens(tokenizer, text_encoder, count: int) -> list[int]:
 def add_tokens(tokenizer, text_encoder, names: list[str]) -> list[int]:
     """Add tokens by these names, and as many rows to the embedding table; returns their ids.
 
-    The new rows are zero until they are written (:func:`write_rows`) or lent
-    (:func:`lend_rows`); no other row changes.
+    The new rows are zero until :func:`write_rows` sets them, or :func:`embed_as` stands in for
+    them; no other row changes.
     """
     known = set(names) & set(tokenizer.get_vocab())
     if known:
@@ -75,12 +76,12 @@ def initial_rows(
 
     Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
     channel, fixed by the seed; with words (for all, or for each asset) they start from the mean
-    of these words' rows (where :func:`mifo.learning.phrases.fit_phrases` begins if they are several).
+    of these words' rows, where :func:`~mifo.learning.phrases.fit_phrases` begins.
     """
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
     if not words:
         base = table[: min(ids)]
-        draw = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(seed))
+        draw = torch.randn(len(ids), table.shape[1], generator=generator_for(seed, "asset rows"))
         return base.mean(0) + base.std(0) * draw
     pieces = initializer_pieces(tokenizer, len(ids), words)
     return torch.stack([table[tokens].mean(0) for tokens in pieces])
@@ -118,7 +119,7 @@ def write_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> None:
 
 
 @contextmanager
-def lend_rows(text_encoder, ids: Sequence[int], rows: Tensor) -> Iterator[None]:
+def embed_as(text_encoder, ids: Sequence[int], rows: Tensor) -> Iterator[None]:
     """Within, the asset tokens embed as ``rows`` [assets, width], which may require gradients.
 
     The table itself is not touched, so no other row can change.

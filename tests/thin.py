@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from imagelab.boxes import Box
+from mifo.learning.prediction import predicting
+from mifo.method.learning_loss import StepLoss, learning_loss
 from mifo.method.regions import TokenRoles
 from toybox.stable_diffusion.architecture import build_scheduler
 
@@ -44,6 +46,14 @@ def thin_unet(levels: int = 4, seed: int = 0, **settings) -> UNet2DConditionMode
     }
     torch.manual_seed(seed)
     return UNet2DConditionModel(**(plain | settings)).requires_grad_(False).eval()
+
+
+def batch_loss(model, batch, layers, attention_term=None, *weights) -> StepLoss:
+    """The loss of a batch, as a step of learning computes it."""
+    with predicting(model, batch, layers) as found:
+        return learning_loss(
+            found.predicted, found.target, found.maps, batch.masks, attention_term, *weights
+        )
 
 
 def thin_scheduler(**settings) -> DDIMScheduler:

@@ -19,9 +19,9 @@ from imagelab.io.atomic import written_aside
 
 @dataclass
 class Checkpoint:
-    """Where a run stands: ``stage`` and the steps done in it, tensors by name, and facts."""
+    """Where a run stands: the name of the stage, the steps done in it, tensors and facts."""
 
-    stage: int
+    stage: str
     step: int
     tensors: dict[str, Tensor]
     facts: dict

@@ -1,6 +1,6 @@
 """Every setting of semantic learning and its default: the only home of both."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from imagelab.errors import UserError
 from imagelab.models.device import PRECISIONS
@@ -16,21 +16,9 @@ CHOICES = {
 }
 
 
-def check_choice(name: str, value: str) -> None:
-    """Raises UserError unless a setting is one of its :data:`CHOICES`."""
-    if value not in CHOICES[name]:
-        raise UserError(f"--{name} is {value!r}; give {', '.join(CHOICES[name])}")
-
-
 @dataclass(frozen=True)
-class LearningConfig:
-    """Settings of semantic learning (method: arXiv 2511.00542, section 3)."""
-
-    instance: str = "toy_car"
-    folder_path: str = "example"
-    model_path: str = DEFAULT_MODEL
-    output_dir: str = "Model_ours"
-    seed: int | None = None  # None: drawn, and told
+class Recipe:
+    """The method's own numbers (arXiv 2511.00542, section 3)."""
 
     # stage 1: the asset rows alone
     train_steps: int = 600
@@ -46,25 +34,87 @@ class LearningConfig:
     prior_weight: float = 1.0
     class_prompt: str = "a photo of a chair"
     num_class_images: int = 100
-    class_images: str | None = None  # a folder of the user's own, in place of generated ones
 
+    # both
     attention_loss: str = "mifo"
     attention_weight: float = 1.0  # times the method's own
-    initializer_tokens: tuple[str, ...] = ()
+    initializer_tokens: tuple[str, ...] = ()  # empty: the rows start at random
     resize: str = "aspect"
     optimizer: str = "adamw"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-
-    device: str = "auto"  # auto, cuda, mps, cpu
-    mixed_precision: str = "auto"
-    gradient_checkpointing: bool = False
-    offline: bool = False
-    checkpoint_steps: int = 100
-    save_pipeline: bool = False
 
     @property
     def stage_two_learning_rate(self) -> float:
         """The given one, or what suits the kind of fine-tuning."""
         default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
         return default if self.finetune_learning_rate is None else self.finetune_learning_rate
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """Steps of the stages that have any, by the stage's number."""
+        steps = {1: self.train_steps, 2: 0 if self.finetune == "none" else self.finetune_steps}
+        return {stage: count for stage, count in steps.items() if count}
+
+    @property
+    def needs_class_images(self) -> bool:
+        """Whether stage 2 preserves what the class looks like."""
+        return bool(self.prior_weight) and 2 in self.steps
+
+    def attention_term(self, stage: int, step: int) -> str | None:
+        """The key of ``ATTENTION_LOSSES`` that regularises a step; None for none.
+
+        MIFO's own: the reward in the first ``reward_steps`` of stage 1, then the penalty.
+        """
+        if self.attention_loss == "none" or (self.attention_loss == "reward" and stage == 2):
+            return None
+        if self.attention_loss != "mifo":
+            return self.attention_loss
+        return "reward" if stage == 1 and step < self.reward_steps else "penalty"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out; it changes nothing of what is learned but rounding."""
+
+    device: str = "auto"  # auto, cuda, mps, cpu
+    mixed_precision: str = "auto"
+    gradient_checkpointing: bool = False
+    offline: bool = False
+    checkpoint_steps: int = 100
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """What is learned, from where to where, by which recipe, on what."""
+
+    instance: str = "toy_car"
+    folder_path: str = "example"
+    model_path: str = DEFAULT_MODEL
+    output_dir: str = "Model_ours"
+    seed: int | None = None  # None: drawn by the command, which prints it
+    class_images: str | None = None  # a folder of the user's own, in place of generated ones
+    save_pipeline: bool = False
+    recipe: Recipe = Recipe()
+    runtime: Runtime = Runtime()
+
+    @classmethod
+    def from_settings(cls, **settings) -> "LearningConfig":
+        """A config from settings by name, whichever part they belong to."""
+        parts = {"recipe": Recipe, "runtime": Runtime}
+        for name, part in parts.items():
+            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
+            settings[name] = part(**mine)
+        return cls(**settings)
+
+    def settings(self) -> dict:
+        """All settings by name, of every part."""
+        settings = asdict(self)
+        recipe, runtime = settings.pop("recipe"), settings.pop("runtime")
+        return settings | recipe | runtime
+
+
+def check_choice(name: str, value: str) -> None:
+    """Raises UserError unless a setting is one of its :data:`CHOICES`."""
+    if value not in CHOICES[name]:
+        raise UserError(f"--{name} is {value!r}; give {', '.join(CHOICES[name])}")

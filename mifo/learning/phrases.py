@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from imagelab.prompts import encode_ids
-from mifo.tokens import initializer_pieces, lend_rows, view_prompt
+from mifo.tokens import embed_as, initializer_pieces, view_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def fit_phrases(
         goal = text_encoder(spelled).last_hidden_state[samples, theirs]
 
     def distances(candidates: Tensor) -> Tensor:  # of each pair
-        with lend_rows(text_encoder, ids, torch.where(moving[:, None], candidates, rows)):
+        with embed_as(text_encoder, ids, torch.where(moving[:, None], candidates, rows)):
             states = text_encoder(prompts).last_hidden_state[samples, ours]
         return (states - goal).square().sum(-1) / goal.square().sum(-1)
 

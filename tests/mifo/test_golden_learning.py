@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import load_golden
+from thin import batch_loss
 
 from imagelab.attention import Recorder, processors
 from imagelab.models.stable_diffusion import load_base
-from mifo.learning.objective import Batch, step_loss, supervised_layers
+from mifo.learning.views import Batch
+from mifo.method.layers import supervised_layers
 from mifo.method.losses import ATTENTION_LOSSES
-from mifo.tokens import add_asset_tokens, lend_rows
+from mifo.tokens import add_asset_tokens, embed_as
 
 CASES = {"reward": (1, "reward"), "penalty": (1, "penalty"), "finetune": (2, "penalty")}
 
@@ -38,11 +40,10 @@ def case(request, tiny_sd):
         input_ids=prompts,
         masks=golden["masks"][subset].float(),
         positions=[golden["input_ids"].tolist().index(ids[asset]) for asset in subset],
-        prior=stage == 2,
     )
     layers = supervised_layers(base.unet, (64, 64), stage)
-    with lend_rows(base.text_encoder, ids, rows):
-        loss = step_loss(base, batch, layers, attention_loss)
+    with embed_as(base.text_encoder, ids, rows):
+        loss = batch_loss(base, batch, layers, attention_loss)
         loss.total.backward()
     return {
         "name": request.param, "golden": golden, "base": base, "ids": ids, "rows": rows,
@@ -61,8 +62,8 @@ def test_loss(case):
 
 def test_the_weights_are_factors_of_their_terms(case):
     base, loss = case["base"], case["loss"]
-    with torch.no_grad(), lend_rows(base.text_encoder, case["ids"], case["rows"]):
-        weighed = step_loss(base, case["batch"], case["layers"], CASES[case["name"]][1], 0.5, 3.0)
+    with torch.no_grad(), embed_as(base.text_encoder, case["ids"], case["rows"]):
+        weighed = batch_loss(base, case["batch"], case["layers"], CASES[case["name"]][1], 0.5, 3.0)
     weight = ATTENTION_LOSSES[CASES[case["name"]][1]][1]
     expected = loss.total + 2 * weight * torch.stack(loss.attention).sum()
     if loss.prior is not None:
@@ -88,7 +89,7 @@ def test_gradient_norms_of_the_whole_model(case):
 def test_states_predictions_and_maps(case):
     golden, base, batch = case["golden"], case["base"], case["batch"]
     recorder = Recorder()
-    with torch.no_grad(), lend_rows(base.text_encoder, case["ids"], case["rows"]):
+    with torch.no_grad(), embed_as(base.text_encoder, case["ids"], case["rows"]):
         text = base.text_encoder(batch.input_ids).last_hidden_state
         noisy = base.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         with processors(base.unet, {name: recorder.processor(name) for name in case["layers"]}):

@@ -13,8 +13,9 @@ import semantic_learning
 import semantic_synthesis
 from imagelab.models.stable_diffusion import load_base
 from imagelab.training.checkpoint import read_facts
-from mifo.learning import plan
-from mifo.learning import run as learning
+from imagelab.training.loop import Trainer
+from mifo.learning import plan, run, stages
+from mifo.learning.places import CHECKPOINT
 from mifo.tokens import add_asset_tokens, initial_rows
 
 
@@ -57,48 +58,69 @@ def test_learning(precision, learn_argv, learned_dir, small_sd, tmp_path, reques
 def test_the_scale_of_fp16_goes_on(fp16, learn_argv, tmp_path, monkeypatch):
     """A resumed run has the scale of its checkpoint, not the one that a run starts with."""
     argv = [*learn_argv, "--output_dir", str(tmp_path), "--finetune", "none"]
-    scales = []
     with monkeypatch.context() as patch:
-        patch.setattr(learning, "_save", full_disk)
+        patch.setattr(run, "write_result", full_disk)
         fp16(1024.0)
         with pytest.raises(SystemExit):
             semantic_learning.main(argv)
-    facts = read_facts(tmp_path / ".toys.work" / plan.CHECKPOINT)
+    facts = read_facts(tmp_path / ".toys.work" / CHECKPOINT)
     assert facts["scaler"]["scale"] == 1024 and facts["scaler"]["_growth_tracker"] == 3
     fp16(2.0)
-    monkeypatch.setattr(learning, "_save", lambda _, run: scales.append(run.scaler.state_dict()))
+    seen = []
+    monkeypatch.setattr(
+        run, "Trainer", lambda *args, **more: seen.append(Trainer(*args, **more)) or seen[0]
+    )
     semantic_learning.main([*argv, "--resume"])
-    assert scales == [facts["scaler"]]
+    assert seen[0].scaler.state_dict() == facts["scaler"]
 
 
 def full_disk(*_):
     raise OSError("full")
 
 
-@pytest.mark.parametrize("scale", [1024.0, 1.0])
-def test_infinite_gradients_in_fp16(scale, fp16, learn_argv, tmp_path, monkeypatch, capsys):
-    """Their steps are left out while the scale can fall; at 1 they are a failure."""
-    step_loss = learning.step_loss
+def overflow_above(limit, monkeypatch) -> list[float]:
+    """Gradients are infinite while the scale is above a limit; returns the scales of all tries."""
+    learning_loss, scales = stages.learning_loss, []
 
     def overflowing(*args):
-        loss = step_loss(*args)
-        loss.total.register_hook(lambda gradient: gradient * float("inf"))
+        loss = learning_loss(*args)
+
+        def spoil(gradient):
+            scales.append(gradient.item())
+            return gradient * float("inf") if gradient.item() > limit else gradient
+
+        loss.total.register_hook(spoil)
         return loss
 
-    monkeypatch.setattr(learning, "step_loss", overflowing)
-    fp16(scale)
-    runs = []
-    monkeypatch.setattr(learning, "_save", lambda _, run: runs.append(run))
+    monkeypatch.setattr(stages, "learning_loss", overflowing)
+    return scales
+
+
+def test_a_step_that_overflows_in_fp16_is_repeated(fp16, learn_argv, tmp_path, monkeypatch):
+    """All three steps of stage 1 are made, the first one at the third try."""
+    scales = overflow_above(256.0, monkeypatch)
+    updates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args, **more: updates.append(1) or step(*args, **more)
+    )
+    fp16(1024.0)
     argv = [*learn_argv, "--output_dir", str(tmp_path), "--finetune", "none"]
-    if scale == 1:
-        with pytest.raises(SystemExit):
-            semantic_learning.main(argv)
-        assert "not finite at step 0 of stage 1" in capsys.readouterr().err
-        return
     semantic_learning.main(argv)
-    (run,) = runs
-    assert torch.equal(run.rows, run.plan.rows)
-    assert run.scaler.get_scale() == scale / 2**3
+    assert scales == [1024.0, 512.0, 256.0, 256.0, 256.0]
+    assert len(updates) == 3
+
+
+def test_infinite_gradients_at_a_scale_of_1_are_a_failure(
+    fp16, learn_argv, tmp_path, monkeypatch, capsys
+):
+    overflow_above(0.0, monkeypatch)
+    fp16(4.0)
+    argv = [*learn_argv, "--output_dir", str(tmp_path), "--finetune", "none"]
+    with pytest.raises(SystemExit) as stop:
+        semantic_learning.main(argv)
+    assert stop.value.code == 1
+    assert "not finite at step 0 of stage 1" in capsys.readouterr().err
 
 
 def test_synthesis(learned_dir, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from thin import contents
 
 import imagelab.figures
-from mifo.learning import run as learning
+from imagelab.training.loop import Trainer
 from semantic_learning import main
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def learn_until(argv, moment):
 
         return call
 
-    learning._Run.step = watched(learning._Run.step)
+    Trainer.update = watched(Trainer.update)
     os.fsync, os.replace = watched(os.fsync), watched(os.replace)
     main(argv)
     return next(count)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import weakref
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,17 @@ from thin import contents
 
 import imagelab.figures
 from imagelab.models.stable_diffusion import load_base
-from imagelab.training.checkpoint import read_checkpoint, read_facts
-from mifo.learned import LORA, load_learned, open_learned, portable
-from mifo.learning import plan, priors
-from mifo.learning import run as learning
-from mifo.learning.config import CHOICES, LearningConfig
-from mifo.learning.phrases import fit_phrases
-from mifo.learning.plan import estimate_bytes, make_plan
-from mifo.tokens import add_asset_tokens, initial_rows
 from imagelab.prompts import encode_ids
+from imagelab.training.checkpoint import read_checkpoint, read_facts
+from imagelab.training.loop import Trainer
+from mifo.learned import LORA, load_learned, open_learned, portable
+from mifo.learning import checks, priors, stages
+from mifo.learning.config import CHOICES, LearningConfig
+from mifo.learning.estimate import estimate_bytes
+from mifo.learning.phrases import fit_phrases
+from mifo.learning.plan import make_plan
+from mifo.learning.session import Session
+from mifo.tokens import add_asset_tokens, initial_rows
 from mifo_lora import read_lora
 from semantic_learning import main
 
@@ -216,13 +217,13 @@ def test_gradient_checkpointing_learns_the_same(learn, learned_dir, monkeypatch)
 
 def test_the_model_of_a_finished_run_is_freed(learn, monkeypatch):
     """Else every further instance would need the memory of one more model."""
-    models, run = [], learning._Run
+    models, run = [], Session.__init__
 
-    def begin(plan):
-        models.append(weakref.ref(plan.base.unet))
-        return run(plan)
+    def begin(session, plan):
+        models.append(weakref.ref(plan.model.unet))
+        run(session, plan)
 
-    monkeypatch.setattr(learning, "_Run", begin)
+    monkeypatch.setattr(Session, "__init__", begin)
     for name, draw in FIGURES.items():
         monkeypatch.setattr(imagelab.figures, name, draw)
     gc.disable()  # else it depends on when it runs
@@ -241,7 +242,7 @@ def test_class_images_are_made_once(learn, monkeypatch):
     sampled = []
     denoise = priors.denoise
     monkeypatch.setattr(
-        priors, "denoise", lambda *args: sampled.append(len(args[2])) or denoise(*args)
+        priors, "denoise", lambda *args: sampled.append(len(args[1])) or denoise(*args)
     )
     options = ("--prior_weight", 1, "--num_class_images", 2, "--train_steps", 0, "--overwrite")
     first = contents(learn(*options))
@@ -290,7 +291,7 @@ def test_transparent_class_images_have_a_white_ground(small_sd, folder):
 def make_class_images(small_sd, folder, monkeypatch):
     """Make class images of fixed latents, so many of them."""
     base = load_base(str(small_sd))
-    monkeypatch.setattr(priors, "denoise", lambda _, __, noise, *___: noise)
+    monkeypatch.setattr(priors, "denoise", lambda _, noise, *__: noise)
 
     def make(count, after_batch=None):
         cache = folder / "cache"
@@ -406,21 +407,21 @@ def test_killed_between_the_renames(learn, fails, folder):
 
 
 def test_infinite_loss_leaves_nothing(fails, folder, monkeypatch):
-    step_loss = learning.step_loss
+    learning_loss = stages.learning_loss
 
     def broken(*args):
-        loss = step_loss(*args)
+        loss = learning_loss(*args)
         loss.total = loss.total * float("nan")
         return loss
 
-    monkeypatch.setattr(learning, "step_loss", broken)
+    monkeypatch.setattr(stages, "learning_loss", broken)
     assert "not finite at step 0 of stage 1" in fails(1)
     assert tree(folder) == []
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_words_that_no_setting_knows(name):
-    config = replace(LearningConfig(seed=0), **{name: "LoRA"})
+    config = LearningConfig.from_settings(seed=0, **{name: "LoRA"})
     with pytest.raises(ValueError, match=f"--{name} is 'LoRA'; give {', '.join(CHOICES[name])}"):
         make_plan(config)
 
@@ -443,11 +444,10 @@ def test_a_folder_that_is_not_a_learned_one_is_never_replaced(fails, folder, exa
 def test_the_estimate_of_memory_is_near_what_was_measured(results, model):
     facts = json.loads((RESULTS / f"{results}.json").read_text())
     measured = {row["what"]: row["ours"]["bytes"] for row in facts["rows"]}
-    config = LearningConfig(
-        folder_path=str(ROOT / "example"), model_path=str(model), seed=0, mixed_precision="no"
-    )
+    settings = {"folder_path": str(ROOT / "example"), "model_path": str(model), "seed": 0}
     for finetune, stage in (("none", "stage1"), ("lora", "stage2")):
-        estimate = estimate_bytes(make_plan(replace(config, finetune=finetune)))
+        settings |= {"mixed_precision": "no", "finetune": finetune}
+        estimate = estimate_bytes(make_plan(LearningConfig.from_settings(**settings)))
         assert 0.7 < estimate / measured[stage] < 1.4
 
 
@@ -459,18 +459,18 @@ def test_the_estimate_of_memory_is_near_what_was_measured(results, model):
 def ctrl_c(monkeypatch, interruptible):
     """Press Ctrl-C in the middle of a step, so many times."""
 
-    run_step = learning._Run.step
+    update = Trainer.update
 
     @contextmanager
     def press(stage, step, times=1):
-        def interrupted(run, at_stage, at_step, layers):
-            if (at_stage, at_step) == (stage, step):
+        def interrupted(trainer, at_stage, at_step):
+            if (at_stage.name, at_step) == (f"stage {stage}", step):
                 for _ in range(times):
                     signal.raise_signal(signal.SIGINT)
-            return run_step(run, at_stage, at_step, layers)
+            return update(trainer, at_stage, at_step)
 
         with monkeypatch.context() as patch:
-            patch.setattr(learning._Run, "step", interrupted)
+            patch.setattr(Trainer, "update", interrupted)
             yield
 
     return press
@@ -497,7 +497,7 @@ def test_second_ctrl_c_stops_at_once(learn, fails, folder, ctrl_c):
     with ctrl_c(1, 2, times=2):
         told = fails(130, *options)
     assert "press Ctrl-C again" in told and "--resume" in told
-    assert learning.read_checkpoint(folder / "out/.toys.work/checkpoint.safetensors").step == 2
+    assert read_checkpoint(folder / "out/.toys.work/checkpoint.safetensors").step == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert contents(learn(*options, "--resume")) == whole
 
@@ -515,7 +515,7 @@ def test_ctrl_c_while_class_images_are_made(learn, fails, folder, monkeypatch):
         assert "stopped before stage 2" in fails(130, *options)
     made = []
     monkeypatch.setattr(
-        priors, "denoise", lambda *args: made.append(len(args[2])) or denoise(*args)
+        priors, "denoise", lambda *args: made.append(len(args[1])) or denoise(*args)
     )
     learn(*options, "--resume")
     assert made == [1]  # the first batch of four was kept
@@ -557,7 +557,7 @@ def test_8_bit_moments_learn_nearly_the_same_and_are_resumed(learn, fails, folde
 
 
 def test_8_bit_moments_want_bitsandbytes(fails, monkeypatch):
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     assert "needs bitsandbytes: pip install" in fails(2, "--optimizer", "adamw8bit")
 
 
@@ -653,14 +653,14 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
     ],
 )
 def test_out_of_memory_in_one_instance(learn, folder, twins, capsys, caplog, monkeypatch, error):
-    run_step = learning._Run.step
+    update = Trainer.update
 
-    def step(run, stage, step, layers):
-        if run.config.instance == "a" and step == 2:
+    def step(trainer, stage, step):
+        if trainer.path.parent.name == ".a.work" and step == 2:
             raise error
-        return run_step(run, stage, step, layers)
+        return update(trainer, stage, step)
 
-    monkeypatch.setattr(learning._Run, "step", step)
+    monkeypatch.setattr(Trainer, "update", step)
     with pytest.raises(SystemExit):
         learn(*twins, "--checkpoint_steps", 2)
     told = summary(capsys)

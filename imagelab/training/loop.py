@@ -1,0 +1,224 @@
+"""A training loop that knows no paper: steps, checkpoints, Ctrl-C, resuming, curves, callbacks."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imagelab.training.checkpoint import (
+    Checkpoint,
+    pack_optimizer,
+    unpack_optimizer,
+    write_checkpoint,
+)
+from imagelab.training.interrupt import Interrupt, finish_step_on_interrupt
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Stage:
+    """One stage of a training.
+
+    Attributes:
+        name: what progress bars, checkpoints and errors call it.
+        steps: how many updates it makes.
+        parameters: the tensors that it trains.
+        optimizer, schedule: over these; the schedule steps after each update.
+        losses: ``losses(step)`` is a context manager that yields the losses of a step by name, each
+            a scalar. ``"loss"`` is descended, the others are only recorded (NaN: not in this step).
+            The backward pass runs within it. It must depend on the step alone, since a step whose
+            gradient overflows in fp16 is repeated.
+        state, load_state: the trained tensors for a checkpoint, by name, and back.
+    """
+
+    name: str
+    steps: int
+    parameters: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: Callable[[int], AbstractContextManager[Tensors]]
+    state: Callable[[], Tensors]
+    load_state: Callable[[Tensors], None]
+
+
+class Callback:
+    """What happens around an update. Override what is needed."""
+
+    def before_update(self, trainer: "Trainer", stage: Stage, losses: Tensors) -> None:
+        """The gradients are there, unclipped."""
+
+    def after_update(self, trainer: "Trainer", stage: Stage, step: int) -> None:
+        """Update ``step`` of the stage has been made."""
+
+    def state(self) -> Tensors:
+        """Tensors for a checkpoint."""
+        return {}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Take back what :meth:`state` returned."""
+
+
+class Trainer:
+    """Runs stages one after the other, and saves where it stands.
+
+    Attributes:
+        curves: every loss of every update, by name.
+        interrupt: whether Ctrl-C was pressed; the trainer stops after the step.
+
+    Args:
+        path: the checkpoint; its folder is made when it is first written.
+        facts: what a checkpoint says of the run, in JSON's types.
+        max_grad_norm: a gradient of a larger norm is scaled down to it.
+        device: torch device of the trained parameters.
+        fp16: scale the loss, so that small gradients survive in half precision.
+        checkpoint_steps, checkpoint_seconds: how often to save; None: only when a stage or the run
+            ends.
+        is_writer: whether this process writes the checkpoints and shows the progress.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        facts: dict,
+        *,
+        max_grad_norm: float,
+        device: str = "cpu",
+        fp16: bool = False,
+        checkpoint_steps: int | None = None,
+        checkpoint_seconds: float | None = None,
+        callbacks: Sequence[Callback] = (),
+        is_writer: bool = True,
+    ):
+        self.path, self.facts = path, facts
+        self.max_grad_norm = max_grad_norm
+        self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=fp16)
+        self.checkpoint_steps, self.checkpoint_seconds = checkpoint_steps, checkpoint_seconds
+        self.callbacks, self.is_writer = list(callbacks), is_writer
+        self.curves: dict[str, list[float]] = {}
+        self.interrupt = Interrupt()
+        self._saved_at = time.monotonic()
+
+    def run(
+        self,
+        stages: Mapping[str, Callable[["Trainer"], Stage]],
+        saved: Checkpoint | None = None,
+        after_stage: Callable[[str], None] | None = None,
+    ) -> None:
+        """Run all stages, or what a checkpoint leaves to do.
+
+        Args:
+            stages: what makes each stage, by name. A stage is made when its turn comes.
+            saved: go on from here; its tensors are handed over.
+            after_stage: called with the name of a stage that has ended, once it is saved.
+
+        Raises:
+            Interrupted: Ctrl-C; the step was finished and saved.
+            FloatingPointError: a loss or its gradient is not finite; the last checkpoint stands.
+        """
+        names = list(stages)
+        with finish_step_on_interrupt() as self.interrupt:
+            for name, make in stages.items():
+                if saved and names.index(saved.stage) > names.index(name):
+                    continue
+                stage = make(self)
+                first = self._restore(stage, saved) if saved else 0
+                saved = None
+                self._run_stage(stage, first)
+                if after_stage:
+                    after_stage(name)
+
+    def _run_stage(self, stage: Stage, first: int) -> None:
+        progress = tqdm(
+            range(first, stage.steps), stage.name, total=stage.steps, initial=first, unit="step",
+            disable=not self.is_writer,
+        )  # fmt: skip
+        for step in progress:
+            losses = self.update(stage, step)
+            for name, value in losses.items():
+                self.curves.setdefault(name, []).append(value)
+            for callback in self.callbacks:
+                callback.after_update(self, stage, step)
+            progress.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+            done = step + 1
+            if self.interrupt.asked or done == stage.steps or self._is_due(done):
+                self.save(stage, done)
+                self.interrupt.raise_if_asked(f"after step {done} of {stage.name}")
+
+    def update(self, stage: Stage, step: int) -> dict[str, float]:
+        """One update; its losses. In fp16 an overflow halves the scale and repeats the step."""
+        while True:
+            stage.optimizer.zero_grad(set_to_none=True)
+            with stage.losses(step) as losses:
+                self.scaler.scale(losses["loss"]).backward()
+            losses = {name: loss.detach() for name, loss in losses.items()}
+            self.scaler.unscale_(stage.optimizer)
+            for callback in self.callbacks:
+                callback.before_update(self, stage, losses)
+            norm = torch.nn.utils.clip_grad_norm_(stage.parameters, self.max_grad_norm)
+            is_overflow = not norm.isfinite() and self.scaler.get_scale() > 1
+            if not (losses["loss"].isfinite() and (norm.isfinite() or is_overflow)):
+                raise FloatingPointError(
+                    f"the loss or its gradient is not finite at step {step} of {stage.name}; the "
+                    "last checkpoint stands: go on from it with --mixed_precision no, or start "
+                    "anew with a smaller learning rate"
+                )
+            self.scaler.step(stage.optimizer)  # which leaves an overflow out
+            self.scaler.update()
+            if not is_overflow:
+                stage.schedule.step()
+                return {name: loss.item() for name, loss in losses.items()}
+
+    def _is_due(self, done: int) -> bool:
+        by_steps = self.checkpoint_steps and done % self.checkpoint_steps == 0
+        seconds = time.monotonic() - self._saved_at
+        return bool(by_steps or (self.checkpoint_seconds and seconds > self.checkpoint_seconds))
+
+    def save(self, stage: Stage, done: int) -> None:
+        """Write the checkpoint: ``done`` steps of a stage have been made."""
+        self._saved_at = time.monotonic()
+        if not self.is_writer:
+            return
+        tensors = {f"trained.{name}": value for name, value in stage.state().items()}
+        for name, values in self.curves.items():
+            tensors[f"curves.{name}"] = torch.tensor(values, dtype=torch.float64)
+        for index, callback in enumerate(self.callbacks):
+            found = callback.state().items()
+            tensors |= {f"callbacks.{index}.{name}": value for name, value in found}
+        tensors |= pack_optimizer(stage.optimizer)
+        schedule = {k: v for k, v in stage.schedule.state_dict().items() if k != "lr_lambdas"}
+        facts = self.facts | {"schedule": schedule, "scaler": self.scaler.state_dict()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(self.path, Checkpoint(stage.name, done, tensors, facts))
+
+    def _restore(self, stage: Stage, saved: Checkpoint) -> int:
+        """Put a checkpoint of this stage in place; the number of its steps that are done."""
+        tensors = saved.tensors
+        stage.load_state(_below("trained.", tensors))
+        curves = _below("curves.", tensors)
+        self.curves = {name: values.tolist() for name, values in curves.items()}
+        for index, callback in enumerate(self.callbacks):
+            callback.load_state(_below(f"callbacks.{index}.", tensors))
+        unpack_optimizer(stage.optimizer, tensors)
+        schedule = saved.facts["schedule"]
+        stage.schedule.load_state_dict(stage.schedule.state_dict() | schedule)
+        for group, rate in zip(stage.optimizer.param_groups, schedule["_last_lr"], strict=True):
+            group["lr"] = rate
+        if scale := saved.facts.get("scaler"):
+            self.scaler.load_state_dict(scale)
+        tensors.clear()  # a full model and its moments, which are in the stage now
+        return saved.step
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with a prefix, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,1 @@
+"""The commands: options in, one sentence out when something is wrong."""

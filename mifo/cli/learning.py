@@ -1,0 +1,219 @@
+"""Learn the instances of one picture as tokens <asset0>, <asset1>, … (MIFO).
+
+Reads {folder_path}/{instance}/img.jpg, mask0.png, mask1.png, … and writes {output_dir}/{instance}.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from imagelab.cli import (
+    HelpFormatter,
+    Parser,
+    add_runtime_options,
+    add_setting,
+    random_seed_if_none,
+    report_errors,
+    seed_option,
+)
+from imagelab.errors import FAILURES, UserError, memory_errors, sentence
+from mifo.learning.config import CHOICES, LearningConfig
+from mifo.learning.instance import list_instances
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    defaults = SimpleNamespace(**LearningConfig().settings())
+    parser = Parser(prog="semantic_learning.py", description=__doc__, formatter_class=HelpFormatter)
+
+    def add(name: str, text: str, into=parser, **more) -> None:
+        add_setting(into, defaults, name, text, **more)
+
+    add("folder_path", "folder of the instance folders")
+    parser.add_argument(
+        "--instance",
+        nargs="+",
+        default=[defaults.instance],
+        help="names of instance folders, or all; processes share them",
+    )
+    add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
+    add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
+    add("output_dir", "where the learned folder goes")
+    add("resize", "keep the picture's aspect, or squash it to a square", choices=CHOICES["resize"])
+
+    stage = parser.add_argument_group("stage 1: the tokens")
+    add("train_steps", "steps of stage 1", stage)
+    add(
+        "reward_steps",
+        "how many of the first train_steps use the reward in place of the penalty",
+        stage,
+    )
+    add("learning_rate", "learning rate of stage 1", stage)
+    add("warmup_steps", "steps over which the learning rate rises", stage)
+    add(
+        "attention_loss",
+        "mifo: the reward, then the penalty; reward: the reward in stage 1, nothing in stage 2; "
+        "penalty: the penalty throughout; break_a_scene: that paper's loss throughout",
+        stage,
+        choices=CHOICES["attention_loss"],
+    )
+    add("attention_weight", "factor on the weight of the attention loss, in both stages", stage)
+    stage.add_argument(
+        "--initializer_tokens",
+        nargs="+",
+        default=defaults.initializer_tokens,
+        metavar="WORDS",
+        help="start the tokens from these words (for all, or for each instance), such as car or "
+        '"blue car" "teal car", not at random',
+    )
+
+    stage = parser.add_argument_group("stage 2: fine-tuning")
+    add(
+        "finetune",
+        "lora: a LoRA; full: the UNet and the text encoder; none: the tokens alone",
+        stage,
+        choices=CHOICES["finetune"],
+    )
+    add("finetune_steps", "steps of stage 2", stage)
+    add(
+        "finetune_learning_rate",
+        "learning rate of stage 2; None: 1e-4 (lora), 2e-6 (full)",
+        stage,
+        type=float,
+    )
+    add("lora_rank", "rank of the LoRA", stage)
+    add("class_prompt", "prompt of the class images", stage)
+    add("num_class_images", "how many class images are made; runs of one --seed share them", stage)
+    add("class_images", "folder of your own class images, in place of made ones", stage)
+    add("prior_weight", "weight of the class images' loss; 0: none are used", stage)
+    stage.add_argument(
+        "--save_pipeline", action="store_true", help="also save a whole merged diffusers pipeline"
+    )
+
+    runtime = parser.add_argument_group("running")
+    add_runtime_options(runtime, defaults)
+    add(
+        "optimizer",
+        "adamw8bit: its moments in 8 bits, by bitsandbytes",
+        runtime,
+        choices=CHOICES["optimizer"],
+    )
+    add("weight_decay", "weight decay of AdamW", runtime)
+    add("max_grad_norm", "largest norm of the gradient; a larger one is scaled down", runtime)
+    add("checkpoint_steps", "steps between checkpoints", runtime)
+    runtime.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory, more time"
+    )
+    runtime.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished run; of several folders, with every one that is not "
+        "finished",
+    )
+    runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
+    return parser, parser.parse_args(argv)
+
+
+def learn_one(
+    config: LearningConfig, options: argparse.Namespace, device: str, seed: int, resume: bool
+) -> None:
+    """Check one instance folder, print the plan, and carry it out unless it is a dry run.
+
+    ``seed`` is for a config without one; an unfinished run that goes on keeps its own.
+    """
+    from mifo.learning.checks import check_target
+    from mifo.learning.description import describe
+    from mifo.learning.estimate import estimate_seconds
+    from mifo.learning.plan import make_plan
+    from mifo.learning.resume import resumed
+    from mifo.learning.run import learn
+
+    check_target(config, resume, options.overwrite or options.dry_run)
+    if resume:
+        config = resumed(config)
+    elif config.seed is None:
+        config = replace(config, seed=seed)
+    plan = make_plan(config, device)
+    print(describe(plan))
+    if options.dry_run:
+        print(f"time         about {estimate_seconds(plan) / 60:.0f} minutes (an estimate)")
+    else:
+        print(f"learned: {learn(plan, resume)}")
+
+
+def learn_of_several(
+    config: LearningConfig, options: argparse.Namespace, device: str, seed: int
+) -> str:
+    """Learn one of several instances; returns what became of it.
+
+    With --resume one that is unfinished goes on, one that is learned stays (unless it was learned
+    otherwise, and --overwrite is given), any other begins.
+    """
+    from mifo.learning.places import is_begun, is_learned
+    from mifo.learning.resume import learned_otherwise
+
+    resume = options.resume and is_begun(config)
+    if options.resume and not resume and is_learned(config):
+        difference = learned_otherwise(config)
+        if not difference:
+            return "learned already"
+        if not options.overwrite:
+            return f"learned already, {difference}; add --overwrite to learn it anew"
+    learn_one(config, options, device, seed, resume)
+    return "checked" if options.dry_run else "learned"
+
+
+def learn_all(configs: list[LearningConfig], options: argparse.Namespace, processes) -> bool:
+    """Learn several instances, shared over processes, and print what became of each.
+
+    Returns whether all went well. A failure of one does not keep the others from learning.
+    """
+    seed = processes.agree(random_seed_if_none(options.seed))  # one for all: they share class images
+    ends, failures = {}, set()
+    for config in processes.share(configs):
+        try:
+            with memory_errors():
+                ends[config.instance] = learn_of_several(config, options, processes.device, seed)
+        except FAILURES as error:
+            ends[config.instance] = sentence(error)
+            failures.add(config.instance)
+    ends = {name: end for part in processes.gather(ends) for name, end in part.items()}
+    failures = set().union(*processes.gather(failures))
+    if processes.is_first:
+        for config in configs:
+            print(f"{config.instance}: {ends[config.instance]}", flush=True)
+    return not failures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, options = parse_args(argv)
+    with report_errors(parser, options.debug):
+        names = instance_names(options.folder_path, options.instance)
+        settings = {name: getattr(options, name) for name in LearningConfig().settings()}
+        settings["initializer_tokens"] = tuple(options.initializer_tokens)
+        configs = [LearningConfig.from_settings(**settings | {"instance": n}) for n in names]
+        from imagelab.models.device import choose_device
+        from imagelab.models.sources import choose_model
+        from imagelab.processes import Processes
+
+        processes = Processes(choose_device(options.device))
+        if len(configs) == 1 and processes.count == 1:
+            seed = random_seed_if_none(options.seed)
+            return learn_one(configs[0], options, processes.device, seed, options.resume)
+        model = choose_model(options.model_path, processes.device)
+        configs = [replace(config, model_path=model) for config in configs]
+        is_well = learn_all(configs, options, processes)
+        processes.leave()  # the summary comes before the launcher hears of a failure
+        if not is_well:
+            sys.exit(2)
+
+
+def instance_names(folder_path: str, names: list[str]) -> list[str]:
+    """The instances to learn; ``all`` stands for every instance folder there is."""
+    if names != ["all"]:
+        return list(dict.fromkeys(names))
+    if found := list_instances(Path(folder_path)):
+        return found
+    raise UserError(f"--instance all: {folder_path} holds no instance folder; give --folder_path")

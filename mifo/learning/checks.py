@@ -1,0 +1,55 @@
+"""What has to hold before a run begins: its settings, and the folders that it writes."""
+
+from importlib.util import find_spec
+
+from imagelab.errors import UserError
+from mifo.learned import check_name, check_writable
+from mifo.learning.config import CHOICES, LearningConfig, check_choice
+from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
+from mifo.tokens import ASSET
+
+
+def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
+    """Raises UserError where a result or an unfinished run is in the way, or nothing to resume."""
+    check_name(config.instance, "instance")
+    target, work = target_folder(config), work_folder(config)
+    check_writable(target.parent, "output_dir")
+    if not is_learned(config) and target.exists():
+        raise UserError(f"{target} is there and is no learned folder; give another --output_dir")
+    if resume and not is_begun(config):
+        raise UserError(f"there is no unfinished run at {work}; leave out --resume")
+    if target.exists() and not (overwrite or resume):
+        raise UserError(f"{target} is there already; give --overwrite to learn it anew")
+    if is_begun(config) and not (overwrite or resume):
+        raise UserError(
+            f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"
+        )
+
+
+def check_settings(config: LearningConfig) -> None:
+    """Raises UserError for settings that make no sense."""
+    if config.seed is None:
+        raise UserError("there is no seed; give one (only the command draws it)")
+    recipe, settings = config.recipe, config.settings()
+    for name in CHOICES:
+        check_choice(name, settings[name])
+    positive = ("lora_rank", "num_class_images", "checkpoint_steps")
+    for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
+        least = int(name in positive)
+        if settings[name] < least:
+            raise UserError(f"--{name} is {settings[name]}; give a whole number from {least} on")
+    rates = ("learning_rate", "finetune_learning_rate", "weight_decay")
+    for name in (*rates, "prior_weight", "attention_weight"):
+        if settings[name] is not None and not 0 <= settings[name] < float("inf"):
+            raise UserError(f"--{name} is {settings[name]}; give a number from 0 on")
+    if not 0 < recipe.max_grad_norm < float("inf"):
+        raise UserError(f"--max_grad_norm is {recipe.max_grad_norm}; give a number above 0")
+    if not recipe.steps:
+        raise UserError("there is nothing to learn: --train_steps and --finetune_steps are 0")
+    if recipe.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+    if ASSET.search(recipe.class_prompt):
+        raise UserError(
+            f"--class_prompt {recipe.class_prompt!r} names an asset, which the base model does not "
+            "know; name the kind of thing, as in 'a photo of a chair'"
+        )

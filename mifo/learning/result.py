@@ -1,0 +1,80 @@
+"""What a finished run writes: the learned folder, with its curves and attention maps."""
+
+import logging
+
+import torch
+
+from imagelab.io.atomic import replacing
+from mifo.learned import (
+    FORMAT,
+    PIPELINE,
+    LearnedFolder,
+    load_learned,
+    write_learned,
+    write_pipeline,
+)
+from mifo.learning.inspection import asset_maps, separation
+from mifo.learning.session import Session
+from mifo.tokens import asset_token, embed_as, write_rows
+
+log = logging.getLogger(__name__)
+
+
+def write_result(session: Session, curves: dict[str, list[float]]) -> None:
+    """Write the learned folder aside and rename it into place.
+
+    Args:
+        curves: every step's losses, by name.
+    """
+    from imagelab.figures import attention_figure, learning_curves
+
+    plan, recipe, model = session.plan, session.recipe, session.model
+    with embed_as(model.text_encoder, session.ids, session.rows):
+        maps = asset_maps(model, session.views, len(session.ids))
+    scores = separation(maps, plan.instance.masks)
+    log.info("separation of the assets' attention: %s", ", ".join(f"{s:.2f}" for s in scores))
+    manifest = describe_result(session, curves, scores)
+    with replacing(plan.target) as folder:
+        has_lora = recipe.finetune == "lora" and 2 in recipe.steps
+        write_learned(folder, model, session.rows, has_lora, manifest)
+        reward_steps = recipe.reward_steps if recipe.attention_loss == "mifo" else 0
+        learning_curves(folder / "learning.png", curves, tuple(recipe.steps.items()), reward_steps)
+        attention_figure(folder / "attention.png", plan.instance, maps, scores)
+        if recipe.finetune == "full":
+            write_rows(model.text_encoder, session.ids, session.rows)
+            write_pipeline(folder / PIPELINE, model)
+        elif plan.config.save_pipeline:  # from weights in float32, not in the run's precision
+            learned = LearnedFolder(folder, manifest)
+            whole, _ = load_learned(learned, offline=plan.config.runtime.offline)
+            write_pipeline(folder / PIPELINE, whole)
+
+
+def describe_result(session: Session, curves: dict[str, list[float]], scores: list[float]) -> dict:
+    """The manifest of the learned folder."""
+    import diffusers
+    import transformers
+
+    plan = session.plan
+    return {
+        "format": FORMAT,
+        "base_model": {"source": plan.model.source, "sha256": plan.model.digest},
+        "tokens": [asset_token(i) for i in range(len(session.ids))],
+        "image_sha256": plan.instance.image_hash,
+        "mask_sha256": list(plan.instance.mask_hashes),
+        "size": list(plan.instance.image.shape[1::-1]),
+        "settings": plan.config.settings(),
+        "precision": str(plan.dtype).removeprefix("torch."),
+        "final_losses": {name: _tail_mean(values) for name, values in curves.items()},
+        "separation": scores,
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _tail_mean(values: list[float], count: int = 50) -> float | None:
+    """Mean of the last finite values: single steps are noisy."""
+    tail = [value for value in values if value == value][-count:]
+    return sum(tail) / len(tail) if tail else None

@@ -1,0 +1,87 @@
+"""Going on: what a resumed run has to share, and what is learned already."""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import replace
+
+from imagelab.errors import UserError
+from imagelab.training.checkpoint import Checkpoint, read_facts
+from mifo.learned import open_learned
+from mifo.learning.config import LearningConfig
+from mifo.learning.instance import find_files
+from mifo.learning.places import CHECKPOINT, instance_folder, target_folder, work_folder
+from mifo.learning.plan import Plan, inputs_of
+
+#: Settings that may differ between a run and its resumption.
+FREE_SETTINGS = {
+    "folder_path", "output_dir", "model_path", "class_images", "offline", "checkpoint_steps",
+    "save_pipeline", "device", "mixed_precision", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def resumed(config: LearningConfig) -> LearningConfig:
+    """The config that an unfinished run goes on with: without a seed, it takes the run's own.
+
+    Raises UserError for other settings than the unfinished run's.
+    """
+    then = read_facts(work_folder(config) / CHECKPOINT)["settings"]
+    if config.seed is None:
+        config = replace(config, seed=then["seed"])
+    _check_same_settings(then, config)
+    return config
+
+
+def check_same(saved: Checkpoint, plan: Plan) -> None:
+    """Raises UserError unless an unfinished run had the settings and the files of a plan."""
+    _check_same_settings(saved.facts["settings"], plan.config)
+    now = inputs_of(plan)
+    then = saved.facts["inputs"]
+    if changed := [name for name, digest in then.items() if digest != now[name]]:
+        raise UserError(
+            f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
+            "with --overwrite in place of --resume"
+        )
+
+
+def _check_same_settings(then: dict, config: LearningConfig) -> None:
+    if changed := _changed_settings(then, config):
+        raise UserError(
+            f"the unfinished run had other settings ({changed}); go on with those, or start anew "
+            "with --overwrite in place of --resume"
+        )
+
+
+def kept_settings(config: LearningConfig, free: Collection[str] = FREE_SETTINGS) -> dict:
+    """The settings that a resumed run has to share, all but the free ones, in JSON's types."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.settings().items()
+        if name not in free
+    }
+
+
+def _changed_settings(
+    then: dict, config: LearningConfig, free: Collection[str] = FREE_SETTINGS
+) -> str:
+    """The options in which a run went by other settings than a config; empty if there are none."""
+    now = kept_settings(config, free)
+    kept = (name for name in then if name not in free)
+    return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))
+
+
+def learned_otherwise(config: LearningConfig) -> str:
+    """How what was learned differs from what a config asks for; empty if it does not.
+
+    A config without a seed goes with any. Its model_path is one that choose_model returned.
+    """
+    manifest = open_learned(target_folder(config)).manifest
+    then = manifest["settings"] | {"model_path": manifest["base_model"]["source"]}
+    if config.seed is None:
+        then["seed"] = None
+    free = FREE_SETTINGS - {"model_path", "class_images"}
+    if changed := _changed_settings(then, config, free):
+        return f"with {changed}"
+    picture, masks = find_files(instance_folder(config))
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (picture, *masks)]
+    is_same = hashes == [manifest["image_sha256"], *manifest["mask_sha256"]]
+    return "" if is_same else "from another photo or other masks"
