@@ -1,6 +1,6 @@
 """Every setting of semantic synthesis and its default: the only home of both."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from mifo.method.guidance import GuidanceConfig
 
@@ -8,8 +8,18 @@ DEFAULT_PROMPT = "a photo of <asset0>"
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """How pictures are computed; it changes nothing of them but rounding."""
+
+    batch_size: int = 1
+    device: str = "auto"  # auto, cuda, mps, cpu
+    mixed_precision: str = "auto"
+    offline: bool = False
+
+
+@dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of semantic synthesis."""
+    """What is painted, from what was learned, how, and where it goes."""
 
     model_id: str = "toy_car"
     models_dir: str = "Model_ours"
@@ -19,15 +29,26 @@ class SynthesisConfig:
     output_path: str = "output"
     prompt: str = DEFAULT_PROMPT
     negative_prompt: str = ""
-    batch_size: int = 1
     num_images: int | None = None  # None: one batch
-    seed: int | None = None  # None: drawn, and told
+    seed: int | None = None  # None: drawn by the command, which prints it
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     width: int | None = None  # pixels; None: the model's own
     height: int | None = None
     box_control: bool = True
     guidance: GuidanceConfig = GuidanceConfig()
-    device: str = "auto"
-    mixed_precision: str = "auto"
-    offline: bool = False
+    runtime: Runtime = Runtime()
+
+    @classmethod
+    def from_settings(cls, **settings) -> "SynthesisConfig":
+        """A config from settings by name, whichever part they belong to."""
+        for name, part in {"guidance": GuidanceConfig, "runtime": Runtime}.items():
+            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
+            settings[name] = part(**mine)
+        return cls(**settings)
+
+    def settings(self) -> dict:
+        """All settings by name, of every part."""
+        settings = asdict(self)
+        guidance, runtime = settings.pop("guidance"), settings.pop("runtime")
+        return settings | guidance | runtime

@@ -11,10 +11,12 @@ from PIL import Image
 
 import semantic_synthesis
 from imagelab.boxes import check_box
+from imagelab.io import pictures
 from mifo.learned import portable
 from mifo.method.regions import Refiner
-from mifo.synthesis import paint as synthesis
-from semantic_synthesis import get_boxes, main
+from mifo.synthesis import paint as painting
+from mifo.synthesis.layouts import preset_boxes
+from semantic_synthesis import main
 
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = "[[0.0, 0.2, 0.5, 0.8], [0.5, 0.2, 1.0, 0.8]]"
@@ -54,7 +56,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_preset_boxes(count):
-    boxes = get_boxes(count)
+    boxes = preset_boxes(count)
     assert len(boxes) == count
     for box in boxes:
         check_box(box, rows=8, columns=8)
@@ -83,13 +85,13 @@ def test_files_and_what_they_say(paint, capsys):
             assert json.loads(picture.text["mifo"]) == portable(facts(path))
             assert picture.text["prompt"] == PROMPT
         assert facts(path)["settings"]["seed"] == 7 + index
-        assert facts(path)["boxes"] == [list(box) for box in get_boxes(2)]
+        assert facts(path)["boxes"] == [list(box) for box in preset_boxes(2)]
     with Image.open(folder / "sheet_0000-0001.png") as sheet:
         assert sheet.size == (384 * 2 + 4, 384)
 
 
 def test_a_large_sheet_is_shrunk(paint, monkeypatch):
-    monkeypatch.setattr(synthesis, "MOST_SHEET", 300)
+    monkeypatch.setattr(pictures, "MAX_SHEET_SIDE", 300)
     folder = paint("--num_images", 3)
     with Image.open(folder / "sheet_0000-0002.png") as sheet:
         assert sheet.size == (150 * 2 + 4, 150 * 2 + 4)
@@ -104,17 +106,6 @@ def test_pictures_are_never_replaced(paint):
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert set(names(folder)) - set(before) == {"0005.png", "0005_1.json", "sheet_0005-0005.png"}
     assert (folder / "0005.png").read_bytes() == before["0000.png"]  # one seed, one picture
-
-
-def test_a_disk_without_hard_links(tmp_path, monkeypatch):
-    def link(*paths):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", link)
-    for content in (b"first", b"second"):
-        synthesis._write_new(tmp_path, "{}.png".format, content)
-    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert found == {"0.png": b"first", "1.png": b"second"}
 
 
 def test_batch_size_does_not_change_pictures(paint):
@@ -240,7 +231,7 @@ def fails(run, capsys, code, *more):
 
 
 def test_full_disk_keeps_the_pictures_that_are_done(paint, tmp_path, capsys, monkeypatch):
-    write, written = synthesis._write_new, []
+    write, written = pictures.write_new, []
 
     def full(*args):
         if len(written) == 3:
@@ -248,13 +239,13 @@ def test_full_disk_keeps_the_pictures_that_are_done(paint, tmp_path, capsys, mon
         written.append(write(*args))
         return written[-1]
 
-    monkeypatch.setattr(synthesis, "_write_new", full)
+    monkeypatch.setattr(pictures, "write_new", full)
     assert "the disk is full" in fails(paint, capsys, 2, "--num_images", 2)
     assert names(tmp_path / "pictures/toys") == ["0000.json", "0000.png", "0001.png"]
 
 
 def test_ctrl_c_keeps_the_pictures_that_are_done(paint, tmp_path, capsys, monkeypatch):
-    decode, done = synthesis.decode, []
+    decode, done = painting.decode, []
 
     def interrupted(*args):
         if done:
@@ -262,7 +253,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_done(paint, tmp_path, capsys, monkey
         done.append(True)
         return decode(*args)
 
-    monkeypatch.setattr(synthesis, "decode", interrupted)
+    monkeypatch.setattr(painting, "decode", interrupted)
     told = fails(paint, capsys, 130, "--num_images", 2)
     assert told == "semantic_synthesis.py: stopped"
     assert names(tmp_path / "pictures/toys") == ["0000.json", "0000.png"]
@@ -280,7 +271,7 @@ def test_failures_underway(paint, tmp_path, capsys, monkeypatch, error, words):
     def broken(*args):
         raise error
 
-    monkeypatch.setattr(synthesis, "denoise", broken)
+    monkeypatch.setattr(painting, "denoise", broken)
     assert words in fails(paint, capsys, 1)
     assert names(tmp_path / "pictures/toys") == []
 
@@ -289,7 +280,7 @@ def test_unexpected_errors_keep_their_traceback(paint, monkeypatch):
     def broken(*args):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(synthesis, "denoise", broken)
+    monkeypatch.setattr(painting, "denoise", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         paint()
 

@@ -280,7 +280,7 @@ def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
 
 def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
     """Twelve fixed prompts, guidance 5, 25 steps."""
-    from mifo.synthesis.paint import contact_sheet
+    from imagelab.io.pictures import Tile, contact_sheet
 
     prompts = [
         "a red car",
@@ -298,7 +298,7 @@ def sample_grid(pipeline, path: Path, seed: int = 0) -> None:
     ]
     draw = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pictures = pipeline(prompts, num_inference_steps=25, guidance_scale=5.0, generator=draw).images
-    contact_sheet(pictures, len(pictures), gap=0).save(path)
+    contact_sheet([Tile(picture) for picture in pictures], gap=0).save(path)
 
 
 def psnr(vae, config: TrainConfig, shape: ToyboxConfig, count: int = 128) -> float:

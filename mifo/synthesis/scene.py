@@ -1,0 +1,204 @@
+"""A checked request for pictures: the model, the size, and what each box is for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from imagelab.attention import layer_grid
+from imagelab.boxes import Box, check_box, parse_box
+from imagelab.errors import UserError
+from imagelab.models.device import choose_precision
+from imagelab.models.stable_diffusion import StableDiffusion
+from imagelab.prompts import encode_ids
+from imagelab.sampling import check_steps
+from mifo.learned import Learned, read_learned_folder
+from mifo.learned_files import read_learned_files
+from mifo.method.layers import decoder_block
+from mifo.method.regions import TokenRoles
+from mifo.synthesis.config import SynthesisConfig
+from mifo.tokens import ASSET, find_assets, token_roles
+
+MOST_STEPS = 999
+MOST_TIMES = 4  # the model's own resolution, for a side of a picture
+
+GetBoxes = Callable[[int], Sequence[Box]]  # the layout of so many subjects
+#: One box a subject in the order of the prompt, or lists of boxes by asset name.
+GivenBoxes = Sequence[Box] | dict[str, list[Box]]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What :mod:`mifo.synthesis.paint` paints.
+
+    Attributes:
+        names: of the subjects, in the order of the prompt; ``boxes``: one for each.
+        tokens: roles of the prompt's tokens; None paints without boxes.
+        size: rows and columns of the latents.
+        device, dtype: of the UNet.
+    """
+
+    config: SynthesisConfig
+    base: StableDiffusion
+    names: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    tokens: TokenRoles | None
+    size: tuple[int, int]
+    device: str
+    dtype: torch.dtype
+
+
+def make_scene(
+    config: SynthesisConfig,
+    get_boxes: GetBoxes | None,
+    boxes: GivenBoxes | None = None,
+    subject_token_indices: Sequence[Sequence[int]] | None = None,
+    device: str = "cpu",
+    base: StableDiffusion | None = None,
+) -> Scene:
+    """Check a request and load its model.
+
+    Args:
+        get_boxes: the layout where ``boxes`` is None.
+        subject_token_indices: positions of each subject's tokens; None finds the assets' names.
+        device: torch device to paint on.
+        base: the model of an earlier scene of the same learned folder, not to load it again.
+
+    Raises:
+        UserError: a setting makes no sense, or prompt, boxes and what was learned do not fit.
+    """
+    check_numbers(config)
+    runtime = config.runtime
+    dtype = choose_precision(runtime.mixed_precision, device)
+    learned = read_learned(config)
+    names = asset_names(config.prompt, learned)
+    if config.box_control and subject_token_indices is None:
+        place_boxes(names, boxes, get_boxes)  # fails before the model is loaded
+    if base is None:
+        base, _ = learned.load(config.model_path, runtime.offline)
+    check_steps(config.num_inference_steps, base.scheduler)
+    encode_ids(base.tokenizer, config.negative_prompt)
+    found = find_assets(base.tokenizer, config.prompt, learned.assets)
+    size = latent_size(config, base)
+    if not config.box_control:
+        return Scene(config, base, names, (), None, size, device, dtype)
+    if subject_token_indices is None:
+        subjects = [[position] for _, position in found]
+    else:
+        subjects = [list(positions) for positions in subject_token_indices]
+        names = _subject_names(subjects, found)
+    tokens = token_roles(base.tokenizer, config.prompt, subjects)
+    placed = place_boxes(names, boxes, get_boxes)
+    grid = layer_grid(base.unet, size, decoder_block(base.unet))
+    for index, box in enumerate(placed):
+        check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
+    return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
+
+
+def read_learned(config: SynthesisConfig) -> Learned:
+    """The learned folder of a request, or the single files that it names."""
+    if config.lora is not None or config.tokens:
+        return read_learned_files(config.lora, config.tokens, config.model_path)
+    return read_learned_folder(Path(config.models_dir) / config.model_id)
+
+
+def check_numbers(config: SynthesisConfig) -> None:
+    """Raises UserError for a number that is out of its range."""
+    counts = {
+        "batch_size": config.runtime.batch_size,
+        "num_inference_steps": config.num_inference_steps,
+    }
+    if config.num_images is not None:
+        counts["num_images"] = config.num_images
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}; give a whole number from 1 on")
+    if config.num_inference_steps > MOST_STEPS:
+        raise UserError(
+            f"--num_inference_steps is {config.num_inference_steps}; give {MOST_STEPS} at most"
+        )
+    if config.seed is None:
+        raise UserError("there is no seed; give one (only the commands draw it)")
+    numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
+    for name, value in numbers.items():
+        if not 0 <= value < float("inf"):
+            raise UserError(f"--{name} is {value}; give a number from 0 on")
+
+
+def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
+    """The assets that a prompt names, in its order; a UserError where one was not learned."""
+    names = tuple(ASSET.findall(prompt))
+    for name in names:
+        if name not in learned.tokens:
+            raise UserError(
+                f"the prompt names {name}, which {learned.where} does not hold; it holds "
+                f"{', '.join(learned.tokens) or 'nothing'}"
+            )
+    return names
+
+
+def latent_size(config: SynthesisConfig, base: StableDiffusion) -> tuple[int, int]:
+    """Rows and columns of the latents; a UserError for a height or width that does not fit."""
+    size = []
+    for name in ("height", "width"):
+        pixels = getattr(config, name)
+        if pixels is None:
+            pixels = base.resolution
+        least, most = 2 * base.multiple, MOST_TIMES * base.resolution
+        if pixels % base.multiple or not least <= pixels <= most:
+            raise UserError(
+                f"--{name} is {pixels}; give a multiple of {base.multiple} from {least} to {most}, "
+                f"such as {base.resolution}"
+            )
+        size.append(pixels // base.vae_factor)
+    return size[0], size[1]
+
+
+def _subject_names(
+    subjects: Sequence[Sequence[int]], found: Sequence[tuple[str, int]]
+) -> tuple[str, ...]:
+    """Of subjects given by token positions: the asset that each holds, or its number."""
+    at = {position: name for name, position in found}
+    return tuple(
+        next((at[p] for p in positions if p in at), f"subject {index + 1}")
+        for index, positions in enumerate(subjects)
+    )
+
+
+def place_boxes(
+    names: Sequence[str], boxes: GivenBoxes | None, get_boxes: GetBoxes | None
+) -> list[Box]:
+    """The box of each subject, in the order of ``names``; a UserError where they do not fit."""
+    if not names:
+        raise UserError(
+            "the prompt names no asset; name one, such as <asset0>, or give --no_box_control"
+        )
+    if isinstance(boxes, dict):
+        return _place_named(names, boxes)
+    placed = list(get_boxes(len(names)) if boxes is None else boxes)
+    if len(placed) != len(names):
+        raise UserError(
+            f"there are {len(placed)} boxes and {len(names)} assets in the prompt "
+            f"({', '.join(names)}); give one box for each"
+        )
+    return [parse_box(box) for box in placed]
+
+
+def _place_named(names: Sequence[str], boxes: dict[str, list[Box]]) -> list[Box]:
+    for name, given in boxes.items():
+        if name not in names:
+            raise UserError(
+                f"--box names {name}, which the prompt does not; it names {', '.join(names)}"
+            )
+        if len(given) != names.count(name):
+            raise UserError(
+                f"--box gives {len(given)} boxes for {name}, which the prompt names "
+                f"{names.count(name)} times; give one box each time"
+            )
+    if missing := [name for name in names if name not in boxes]:
+        raise UserError(
+            f"--box gives no box for {missing[0]}; give one for each asset of the prompt"
+        )
+    waiting = {name: iter(given) for name, given in boxes.items()}
+    return [next(waiting[name]) for name in names]
