@@ -38,7 +38,7 @@ from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from imagelab.io.atomic import write_json
 from mifo.learning.config import LearningConfig
 from mifo.method.guidance import GuidanceConfig
-from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.config import Runtime, SynthesisConfig
 
 # ----------------------------------------------------------------------------------------------
 # instance folders
@@ -85,8 +85,8 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
 
 def prepare(work: Path, settings: Settings) -> list[str]:
     """Check that ``work`` is this comparison's, and make its instance folders; their names."""
+    from imagelab.io.folders import check_writable
     from imagelab.models.sources import check_folder, locate_model, model_digest
-    from mifo.learned import check_writable
     from mifo.learning.plan import check_settings
     from toybox.stable_diffusion.architecture import trained_kinds
 
@@ -152,12 +152,11 @@ def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
     had gone through it.
     """
     from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
-    from mifo.learned import MANIFEST, recover
-    from mifo.learning.plan import CHECKPOINT, kept_settings, make_plan, target_folder
+    from mifo.learning.places import CHECKPOINT, is_learned
+    from mifo.learning.plan import kept_settings, make_plan
     from mifo.learning.run import learn
 
-    recover(target_folder(config))
-    if (target_folder(config) / MANIFEST).is_file():
+    if is_learned(config):
         return
     plan = make_plan(config, device)
     checkpoint, kept = plan.work / CHECKPOINT, work / "stage1" / stage_1_name(plan)
@@ -217,7 +216,6 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
     config = SynthesisConfig(
         models_dir=str(work / "learned" / variant.learned),
         num_images=settings.seeds,
-        batch_size=settings.batch_size,
         seed=folder_seed(settings.seed, name),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -229,7 +227,9 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
             final_step_size=settings.final_step_size,
             refine_every=variant.painting.get("refine_every", GuidanceConfig().refine_every),
         ),
-        mixed_precision=settings.mixed_precision,
+        runtime=Runtime(
+            batch_size=settings.batch_size, mixed_precision=settings.mixed_precision
+        ),
     )
     return plan_cases(config, [name], [], str(work / "folders"), get_boxes)[0]
 

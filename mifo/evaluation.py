@@ -34,9 +34,10 @@ from imagelab.evaluation.measures import (
     reference_crops,
 )
 from imagelab.io.atomic import written_aside
+from imagelab.io.folders import check_name
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
-from mifo.learned import LearnedFolder, check_name, learned_names, open_learned
+from mifo.learned import Learned, learned_names, read_learned_folder
 from mifo.learning.instance import Instance, read_instance
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.paint import Scene, asset_names, check_numbers, make_scene, paint, prepare
@@ -51,7 +52,7 @@ REFERENCE_SIDE = 512  # pixels of the short side of the photo that reference cro
 class Case:
     """One learned folder with one prompt: what is painted, and what it is compared with."""
 
-    learned: LearnedFolder
+    learned: Learned
     config: SynthesisConfig
     instance: Instance
     assets: tuple[int, ...]  # of the prompt, in its order
@@ -184,7 +185,7 @@ def plan_cases(
     check_numbers(config)
     cases = []
     for model_id in model_ids:
-        learned = open_learned(Path(config.models_dir) / model_id)
+        learned = read_learned_folder(Path(config.models_dir) / model_id)
         instance = _instance(learned, folder_path)
         for prompt in prompts or [view_prompt(tuple(learned.assets))]:
             assets = _prompt_assets(prompt, learned)
@@ -200,7 +201,7 @@ def plan_cases(
     return cases
 
 
-def _instance(learned: LearnedFolder, folder_path: str | None) -> Instance:
+def _instance(learned: Learned, folder_path: str | None) -> Instance:
     """What a learned folder was learned from."""
     settings = learned.manifest["settings"]
     folder = Path(folder_path or settings["folder_path"]) / settings["instance"]
@@ -208,13 +209,13 @@ def _instance(learned: LearnedFolder, folder_path: str | None) -> Instance:
     hashes = learned.manifest["image_sha256"], tuple(learned.manifest["mask_sha256"])
     if hashes != (instance.image_hash, instance.mask_hashes):
         raise UserError(
-            f"{learned.path} was learned from another photo or other masks than {folder} holds; "
+            f"{learned.where} was learned from another photo or other masks than {folder} holds; "
             "give the folder of its instance folder with --folder_path"
         )
     return instance
 
 
-def _prompt_assets(prompt: str, learned: LearnedFolder) -> tuple[int, ...]:
+def _prompt_assets(prompt: str, learned: Learned) -> tuple[int, ...]:
     """The assets that a prompt names, in its order."""
     names = asset_names(prompt, learned)
     if not names:

@@ -2,10 +2,9 @@
 
 import copy
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -14,22 +13,14 @@ import torch
 from torch import Tensor
 
 from imagelab.errors import UserError
+from imagelab.io.atomic import folder_lock, put, recover, scratch_folder, write_json
+from imagelab.io.folders import check_writable
+from imagelab.io.tensors import write_tensors
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.learned import (
-    LORA,
-    MANIFEST,
-    PIPELINE,
-    LearnedFolder,
-    check_writable,
-    load_learned,
-    portable,
-    recover,
-    replacing,
-    write_pipeline,
-)
 from imagelab.prompts import encode_ids
+from mifo.learned import LORA, MANIFEST, PIPELINE, Learned, portable, write_pipeline
 from mifo.tokens import view_prompt
-from mifo_lora import kohya_metadata, lora_state_dict, save_lora, to_kohya
+from mifo_lora import kohya_metadata, lora_state_dict, to_kohya
 
 TOLERANCE = 1e-4  # largest difference of two noise predictions, of the largest prediction
 TIMESTEP = 500  # at which the predictions are compared
@@ -51,7 +42,7 @@ class Export(NamedTuple):
 
 
 def export(
-    learned: LearnedFolder,
+    learned: Learned,
     output_path: Path,
     formats: Sequence[str],
     overwrite: bool = False,
@@ -65,45 +56,35 @@ def export(
         FloatingPointError: diffusers reads an export and predicts another noise than the learned
             model does; everything is as it was before.
     """
-    formats = [name for name in WRITERS if name in formats]
-    name = learned.path.resolve().name
+    formats = [form for form in WRITERS if form in formats]
+    name = learned.folder.resolve().name
     folder = output_path / name
     targets = {form: folder / _file_name(form, name) for form in formats}
     check_formats(learned, formats)
     check_writable(folder, "output_path")
-    for target in targets.values():
-        recover(target)
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} is there already; give --overwrite to replace it")
-    base, _ = load_learned(learned, model_path, offline)
-    prompt = view_prompt(tuple(learned.assets))
-    wanted = predict_noise(base, prompt)
-    exports = []
-    with _aside(folder) as fresh:
-        for form, target in targets.items():
-            WRITERS[form](fresh / target.name, learned, base)
-        del base  # before another one is loaded
-        read = _reader(learned, model_path, offline, formats)
-        for form, target in targets.items():
-            found = predict_noise(read(form, fresh / target.name), prompt)
-            exports.append(Export(target, _checked_difference(form, found, wanted)))
-        folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder, "--output_path"):
         for target in targets.values():
-            _place(fresh / target.name, target)
-    return exports
+            recover(target)
+            if target.exists() and not overwrite:
+                raise UserError(f"{target} is there already; give --overwrite to replace it")
+        with scratch_folder(folder) as scratch:
+            fresh = {form: scratch / target.name for form, target in targets.items()}
+            differences = _write_and_compare(learned, fresh, model_path, offline)
+            folder.mkdir(parents=True, exist_ok=True)
+            for form, target in targets.items():
+                put(fresh[form], target)
+    return [Export(target, differences[form]) for form, target in targets.items()]
 
 
-def check_formats(learned: LearnedFolder, formats: Sequence[str]) -> None:
-    """Raises UserError for a format that a learned folder cannot have, or that peft is lacking."""
-    finetune = learned.manifest["settings"]["finetune"]
-    if finetune == "lora" and not (learned.path / LORA).is_file():
-        finetune = "none"  # learned with no step of stage 2
+def check_formats(learned: Learned, formats: Sequence[str]) -> None:
+    """Raises UserError for a format that a learned folder cannot have, or that needs peft."""
+    finetune = "full" if learned.pipeline else "lora" if learned.lora else "none"
     for form in formats:
         if finetune not in LEARNED_AS[form]:
             fitting = [name for name, ways in LEARNED_AS.items() if finetune in ways]
             reason = {"none": "has no LoRA", "full": "is a whole fine-tuned model"}[finetune]
             raise UserError(
-                f"{learned.path} {reason}, so there is no {form} export of it; "
+                f"{learned.where} {reason}, so there is no {form} export of it; "
                 f"give --format {' '.join(fitting)}"
             )
     if finetune == "lora" and set(formats) != {"pipeline"} and find_spec("peft") is None:
@@ -122,64 +103,56 @@ def _file_name(form: str, name: str) -> str:
     }[form]
 
 
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` to write into, gone in the end."""
-    aside = folder.with_name(f".{folder.name}.export")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _place(fresh: Path, target: Path) -> None:
-    """Move a checked export, a file or a folder, to its place."""
-    if fresh.is_file():
-        os.replace(fresh, target)
-        return
-    with replacing(target) as folder:
-        for path in fresh.iterdir():
-            os.replace(path, folder / path.name)
+def _write_and_compare(
+    learned: Learned, paths: dict[str, Path], model_path: str | None, offline: bool
+) -> dict[str, float]:
+    """Write exports, by format; how far each of them is from the learned model."""
+    model, _ = learned.load(model_path, offline)
+    prompt = view_prompt(tuple(learned.assets))
+    wanted = predict_noise(model, prompt)
+    for form, path in paths.items():
+        WRITERS[form](path, learned, model)
+    del model  # before another one is loaded
+    read = _reader(learned, model_path, offline, paths)
+    return {
+        form: _checked_difference(form, predict_noise(read(form, path), prompt), wanted)
+        for form, path in paths.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------
 # writing
 
 
-def _write_kohya(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
+def _write_kohya(path: Path, learned: Learned, model: StableDiffusion) -> None:
     tensors = {
-        **to_kohya(lora_state_dict(base.unet), "unet"),
-        **to_kohya(lora_state_dict(base.text_encoder), "text_encoder"),
+        **to_kohya(lora_state_dict(model.unet), "unet"),
+        **to_kohya(lora_state_dict(model.text_encoder), "text_encoder"),
     }
-    metadata = kohya_metadata(tensors, architecture(base), path.stem)
-    save_lora(path, tensors, {**metadata, "mifo": json.dumps(portable(learned.manifest))})
+    metadata = kohya_metadata(tensors, architecture(model), path.stem)
+    write_tensors(path, tensors, {**metadata, "mifo": json.dumps(portable(learned.manifest))})
 
 
-def _write_diffusers(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
+def _write_diffusers(path: Path, learned: Learned, model: StableDiffusion) -> None:
     """A learned folder keeps its LoRA in this format."""
-    shutil.copyfile(learned.path / LORA, path)
+    shutil.copyfile(learned.lora.path, path)
 
 
-def _write_embeddings(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
+def _write_embeddings(path: Path, learned: Learned, model: StableDiffusion) -> None:
     """A learned folder keeps its tokens in this format."""
     path.mkdir()
-    for asset in learned.assets:
-        shutil.copyfile(
-            learned.path / f"asset{asset}.safetensors", path / f"asset{asset}.safetensors"
-        )
+    for file in learned.row_files.values():
+        shutil.copyfile(file, path / file.name)
 
 
-def _write_pipeline(path: Path, learned: LearnedFolder, base: StableDiffusion) -> None:
-    """The LoRA is merged into ``base`` for good."""
-    write_pipeline(path, base)
-    text = json.dumps(portable(learned.manifest), indent=2) + "\n"
-    (path / MANIFEST).write_text(text, encoding="utf-8")
+def _write_pipeline(path: Path, learned: Learned, model: StableDiffusion) -> None:
+    """The LoRA is merged into ``model`` for good."""
+    write_pipeline(path, model)
+    write_json(path / MANIFEST, portable(learned.manifest))
 
 
 #: The formats in the order of writing: the pipeline comes last, as it changes the model.
-WRITERS: dict[str, Callable[[Path, LearnedFolder, StableDiffusion], None]] = {
+WRITERS: dict[str, Callable[[Path, Learned, StableDiffusion], None]] = {
     "kohya": _write_kohya,
     "diffusers": _write_diffusers,
     "embeddings": _write_embeddings,
@@ -187,11 +160,11 @@ WRITERS: dict[str, Callable[[Path, LearnedFolder, StableDiffusion], None]] = {
 }
 
 
-def architecture(base: StableDiffusion) -> str:
+def architecture(model: StableDiffusion) -> str:
     """The base model's kind in the words of the modelspec, told from its configs."""
-    if not base.unet.config.use_linear_projection:
+    if not model.unet.config.use_linear_projection:
         return "stable-diffusion-v1"
-    velocity = base.scheduler.config.prediction_type == "v_prediction"
+    velocity = model.scheduler.config.prediction_type == "v_prediction"
     return "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
 
 
@@ -231,7 +204,7 @@ def _checked_difference(form: str, found: Tensor, wanted: Tensor) -> float:
 
 
 def _reader(
-    learned: LearnedFolder, model_path: str | None, offline: bool, formats: Sequence[str]
+    learned: Learned, model_path: str | None, offline: bool, formats: Collection[str]
 ) -> Callable[[str, Path], object]:
     """A function from a format and a path to diffusers' pipeline with that export in it.
 
@@ -247,21 +220,16 @@ def _reader(
     def read(form: str, path: Path) -> StableDiffusionPipeline:
         if form == "pipeline":
             return StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
-        pipeline = StableDiffusionPipeline(
-            vae=plain.vae,
-            text_encoder=copy.deepcopy(plain.text_encoder),  # tokens cannot be taken out again
+        fresh = replace(  # tokens cannot be taken out again
+            plain,
+            text_encoder=copy.deepcopy(plain.text_encoder),
             tokenizer=copy.deepcopy(plain.tokenizer),
-            unet=plain.unet,
-            scheduler=plain.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
         )
-        tokens = path if form == "embeddings" else learned.path
-        for asset in learned.assets:
-            pipeline.load_textual_inversion(tokens / f"asset{asset}.safetensors")
-        lora = path if form in ("kohya", "diffusers") else learned.path / LORA
-        if lora.is_file():
+        pipeline = fresh.to_pipeline()
+        for file in learned.row_files.values():
+            pipeline.load_textual_inversion(path / file.name if form == "embeddings" else file)
+        if learned.lora:
+            lora = path if form in ("kohya", "diffusers") else learned.lora.path
             pipeline.unload_lora_weights()  # of the call before
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name, local_files_only=True)
         return pipeline

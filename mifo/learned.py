@@ -1,89 +1,253 @@
-"""A learned folder: asset rows, LoRA, manifest, pictures. Written aside, then renamed.
+"""What was learned: embeddings of asset tokens, a LoRA, and the base model that they belong to.
 
-assetN.safetensors                  one token each, a textual-inversion file
-pytorch_lora_weights.safetensors    diffusers' LoRA of UNet and text encoder
-pipeline/                           a whole pipeline (--finetune full, --save_pipeline)
-manifest.json  learning.png  attention.png
+A learned folder, which appears only when it is whole:
+
+    assetN.safetensors                  one token each, a textual-inversion file
+    pytorch_lora_weights.safetensors    diffusers' LoRA of UNet and text encoder
+    pipeline/                           a whole pipeline (--finetune full, --save_pipeline)
+    manifest.json  learning.png  attention.png
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from imagelab.errors import UserError
+from imagelab.io.atomic import folder_names, whole
+from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
 from imagelab.models.sources import check_folder, locate_model, model_digest
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
-from mifo.tokens import add_asset_tokens, asset_token, write_rows
+from mifo.tokens import add_tokens, asset_token, write_rows
 from mifo_lora import (
     LoraError,
-    from_diffusers,
+    from_file,
     has_lora,
     inject_from,
     lora_state_dict,
-    read_lora,
     remove,
-    save_lora,
     to_diffusers,
 )
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LORA = "pytorch_lora_weights.safetensors"
 PIPELINE = "pipeline"
 FORMAT = 1
+FINETUNES = ("lora", "full", "none")
+#: What is read of a manifest of this format; see :func:`imagelab.io.tensors.misfit`.
+FORM = {
+    "base_model": {"source": str, "sha256": str},
+    "tokens": [str],
+    "image_sha256": str,
+    "mask_sha256": [str],
+    "settings": {"instance": str, "folder_path": str, "finetune": str, "finetune_steps": int},
+    "separation": [float],
+}
+LEARN_AGAIN = "learn the instance again with --overwrite"
 
 
 @dataclass(frozen=True)
-class LearnedFolder:
-    """What a learned folder says of itself; nothing heavy is read yet."""
+class Base:
+    """The base model that a file was learned with, as that file says: where it was, its digest."""
+
+    file: Path
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in the keys of diffusers or kohya: float32 tensors by key, and the metadata."""
 
     path: Path
-    manifest: dict
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What was learned, checked as far as it can be without the base model.
+
+    Attributes:
+        rows: the embedding, float32 [width], of each asset by its number.
+        row_files: where each of them is from.
+        lora: None if there is none.
+        bases: the base model, by each file that names it. A learned folder has to have the very
+            one; for single files, whose folder is None, the user may choose another.
+        where: what a message calls the place of the assets.
+        folder: the learned folder; ``manifest``: how it was learned.
+        pipeline: a whole fine-tuned model, which has the rows in it, in place of a LoRA.
+    """
+
+    rows: dict[int, Tensor]
+    row_files: dict[int, Path]
+    lora: LoraFile | None
+    bases: tuple[Base, ...]
+    where: str
+    folder: Path | None = None
+    manifest: dict = field(default_factory=dict)
+    pipeline: Path | None = None
 
     @property
     def assets(self) -> list[int]:
-        """Numbers of the assets, from 0 on."""
-        return list(range(len(self.tokens)))
+        """Numbers of the assets, in their order."""
+        return sorted(self.rows)
 
     @property
     def tokens(self) -> list[str]:
         """Names of the tokens, by asset: ``<asset0>`` and so on."""
-        return self.manifest["tokens"]
-
-    @property
-    def where(self) -> str:
-        """What a sentence calls the place of the assets."""
-        return str(self.path)
+        return [asset_token(asset) for asset in self.assets]
 
     @property
     def base_source(self) -> str:
-        """The base model that it was learned with: a path, a hub id or ``toybox``."""
-        return self.manifest["base_model"]["source"]
+        """The base model to load unless the user names one: a path, a hub id or ``toybox``."""
+        return self.bases[0].source
+
+    def load(
+        self, model_path: str | None = None, offline: bool = False
+    ) -> tuple[StableDiffusion, list[int]]:
+        """The base model with what was learned in it, and the ids of the asset tokens.
+
+        Args:
+            model_path: the base model; None: the one that was learned with.
+
+        Raises:
+            UserError: something does not fit the base model, or that is not the one that was
+                learned with. For single files and a chosen ``model_path`` the latter is a warning.
+        """
+        if self.pipeline:
+            return self._load_pipeline(model_path, offline)
+        model = load_base(model_path or self.base_source, offline)
+        self._check_base(model.source, model.digest, is_chosen=bool(model_path))
+        self._check_width(model)
+        ids = []
+        if self.rows:
+            ids = add_tokens(model.tokenizer, model.text_encoder, self.tokens)
+            write_rows(model.text_encoder, ids, torch.stack([self.rows[i] for i in self.assets]))
+        if self.lora:
+            self._inject_lora(model)
+        return model, ids
+
+    def _load_pipeline(
+        self, model_path: str | None, offline: bool
+    ) -> tuple[StableDiffusion, list[int]]:
+        if model_path:
+            path = locate_model(model_path, offline)
+            weights = {"single_file": path} if path.is_file() else check_folder(path)
+            self._check_base(model_path, model_digest(weights), is_chosen=True)
+        model = load_base(str(self.pipeline), offline)
+        return model, model.tokenizer.convert_tokens_to_ids(self.tokens)
+
+    def _check_base(self, source: str, digest: str, is_chosen: bool) -> None:
+        for base in self.bases:
+            if base.sha256 == digest:
+                continue
+            difference = (
+                f"{base.file} was learned with {base.source} (sha256 {base.sha256[:12]}…), and "
+                f"{source} is another model ({digest[:12]}…)"
+            )
+            if self.folder or not is_chosen:
+                raise UserError(f"{difference}; give its own base model with --model_path")
+            log.warning("%s: what is learned may look different with it", difference)
+            return
+
+    def _check_width(self, model: StableDiffusion) -> None:
+        width = model.text_encoder.config.hidden_size
+        for asset, row in self.rows.items():
+            if len(row) != width:
+                raise UserError(
+                    f"{self.row_files[asset]} holds {len(row)} numbers, and a token of "
+                    f"{model.source} has {width}; give --model_path the base model that it was "
+                    "made for"
+                )
+
+    def _inject_lora(self, model: StableDiffusion) -> None:
+        parts = {"unet": model.unet, "text_encoder": model.text_encoder}
+        try:
+            for part, state in from_file(self.lora.tensors, parts, self.lora.metadata).items():
+                if state:
+                    inject_from(parts[part], state)
+        except LoraError as error:
+            raise UserError(f"{self.lora.path} on {model.source}: {error}") from error
 
 
-def check_name(name: str, option: str) -> None:
-    """Raises UserError unless a name is that of a folder right below another."""
-    if Path(name).name != name or name.startswith("."):
+# ----------------------------------------------------------------------------------------------
+# reading a folder
+
+
+def learned_names(models_dir: Path) -> list[str]:
+    """Names of the learned folders in a folder; hidden ones are left out."""
+    return folder_names(models_dir, MANIFEST)
+
+
+def read_manifest(path: Path) -> dict:
+    """How a learned folder was learned; a UserError says what is wrong with it."""
+    folder = whole(path)
+    if not folder.is_dir():
+        there = ", ".join(learned_names(path.parent)) or "none"
         raise UserError(
-            f"--{option} {name!r} is not the plain name of a folder; give the name alone, such as "
-            "toy_car, and the folder above it by its own option"
+            f"there is no learned folder {path}; learned so far: {there} "
+            "(semantic_learning.py makes them)"
         )
+    file = folder / MANIFEST
+    manifest = read_json(file, {"format": int}, LEARN_AGAIN)
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {manifest['format']}, and this version of mifo reads format "
+            f"{FORMAT}; use the version that wrote it, or {LEARN_AGAIN}"
+        )
+    wrong = misfit(manifest, FORM)
+    if not wrong and manifest["settings"]["finetune"] not in FINETUNES:
+        wrong = f"settings.finetune is {manifest['settings']['finetune']!r}"
+    tokens = manifest["tokens"] if not wrong else []
+    if not wrong and tokens != [asset_token(i) for i in range(max(1, len(tokens)))]:
+        wrong = f"tokens is {tokens}"
+    if wrong:
+        raise UserError(f"{file}: {wrong}; {LEARN_AGAIN}")
+    return manifest
 
 
-def check_writable(folder: Path, option: str) -> None:
-    """Raises UserError where a folder is not there and cannot be made, or cannot be written to."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file, not a folder; give another --{option}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"the folder {there} cannot be written to; give another --{option}")
+def read_learned_folder(path: Path) -> Learned:
+    """What a learned folder holds; a UserError says what is wrong with it."""
+    manifest = read_manifest(path)
+    settings, base = manifest["settings"], manifest["base_model"]
+    folder = whole(path)
+    files = {i: folder / f"asset{i}.safetensors" for i in range(len(manifest["tokens"]))}
+    has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
+    wanted = [*files.values()]
+    wanted += [folder / LORA] if has_lora else []
+    wanted += [folder / PIPELINE] if settings["finetune"] == "full" else []
+    for file in wanted:
+        if not file.exists():
+            raise UserError(f"{path} has no {file.name}; {LEARN_AGAIN}")
+    lora = LoraFile(folder / LORA, *read_tensors(folder / LORA, LEARN_AGAIN)) if has_lora else None
+    return Learned(
+        rows={i: _read_row(file, asset_token(i)) for i, file in files.items()},
+        row_files=files,
+        lora=lora,
+        bases=(Base(path, base["source"], base["sha256"]),),
+        where=str(path),
+        folder=path,
+        manifest=manifest,
+        pipeline=folder / PIPELINE if settings["finetune"] == "full" else None,
+    )
+
+
+def _read_row(file: Path, token: str) -> Tensor:
+    """The embedding [width] of a token."""
+    row = read_tensors(file, LEARN_AGAIN)[0].get(token)
+    if row is None or row.ndim != 2 or len(row) != 1 or not row.is_floating_point():
+        raise UserError(f"{file} holds no embedding of {token}; {LEARN_AGAIN}")
+    return row[0].float()
+
+
+# ----------------------------------------------------------------------------------------------
+# writing a folder
 
 
 #: Settings that are paths, apart from the base model's, which is needed to find it again.
@@ -95,7 +259,7 @@ PATHS = {
 def portable(facts: dict) -> dict:
     """A manifest, or the facts of a picture, as files that travel carry them.
 
-    Of absolute paths in the settings only the last part is kept, so they tell nobody's home.
+    Of absolute paths in the settings only the last part is kept, as the rest may name a person.
     """
 
     def name(path):
@@ -108,178 +272,44 @@ def portable(facts: dict) -> dict:
     return facts | {"settings": settings | shortened}
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of ``target`` at the end, or vanishes on an error."""
-    recover(target)
-    aside, old = target.with_name(f".{target.name}.new"), _old(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(aside, target)
-    except BaseException:
-        recover(target)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Put back an earlier result that :func:`replacing` had moved away when it was killed."""
-    if _old(target).exists() and not target.exists():
-        os.replace(_old(target), target)
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
 def write_learned(
-    folder: Path, base: StableDiffusion, rows: Tensor, lora: bool, manifest: dict
+    folder: Path, model: StableDiffusion, rows: Tensor, has_lora: bool, manifest: dict
 ) -> None:
-    """Write asset rows [assets, width], the LoRA of the base's modules if any, the manifest."""
+    """Fill a learned folder.
+
+    Args:
+        folder: is there and empty.
+        model: its modules hold the LoRA, if there is one.
+        rows: embeddings of the assets, [assets, width].
+    """
     words = {"mifo": json.dumps(portable(manifest))}
     for index, row in enumerate(rows):
         tensors = {asset_token(index): row.detach().float().cpu()[None]}
-        save_lora(folder / f"asset{index}.safetensors", tensors, words)
-    if lora:
+        write_tensors(folder / f"asset{index}.safetensors", tensors, words)
+    if has_lora:
         state = {
-            **to_diffusers(lora_state_dict(base.unet), "unet"),
-            **to_diffusers(lora_state_dict(base.text_encoder), "text_encoder"),
+            **to_diffusers(lora_state_dict(model.unet), "unet"),
+            **to_diffusers(lora_state_dict(model.text_encoder), "text_encoder"),
         }
-        save_lora(folder / LORA, state, words)
+        write_tensors(folder / LORA, state, words)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def merge_lora(base: StableDiffusion) -> None:
-    """Merge a LoRA, if there is one, into the base model's weights for good."""
-    for module in (base.unet, base.text_encoder):
+def merge_lora(model: StableDiffusion) -> None:
+    """Merge a LoRA, if there is one, into the model's weights for good."""
+    for module in (model.unet, model.text_encoder):
         if has_lora(module):
             remove(module, keep_merged=True)
 
 
-def write_pipeline(folder: Path, base: StableDiffusion) -> None:
-    """Save the base model as it is now, as a pipeline that plain diffusers loads.
+def write_pipeline(folder: Path, model: StableDiffusion) -> None:
+    """Save a model as it is now, as a pipeline that plain diffusers loads.
 
     A LoRA in it is merged into its weights for good.
     """
-    from diffusers import StableDiffusionPipeline
-
-    merge_lora(base)
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=base.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    merge_lora(model)
     # In a group of processes transformers writes in the first alone; here each has its own folders.
-    base.text_encoder.should_save_on_this_rank = bool
-    try:
-        pipeline.save_pretrained(folder)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(
-            f"the pipeline could not be written ({error}); free some space and try again"
-        ) from error
+    model.text_encoder.should_save_on_this_rank = bool
+    with disk_errors(folder):
+        model.to_pipeline().save_pretrained(folder)
     check_folder(folder)
-
-
-def learned_names(models_dir: Path) -> list[str]:
-    """Names of the learned folders in a folder; names that begin with a dot are skipped."""
-    return sorted(path.parent.name for path in models_dir.glob(f"[!.]*/{MANIFEST}"))
-
-
-def open_learned(path: Path) -> LearnedFolder:
-    """Check a learned folder and read its manifest; a UserError says what is wrong with it."""
-    recover(path)
-    if not path.is_dir():
-        there = learned_names(path.parent)
-        raise UserError(
-            f"there is no learned folder {path}; learned so far: {', '.join(there) or 'none'} "
-            "(semantic_learning.py makes them)"
-        )
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        tokens, settings = manifest["tokens"], manifest["settings"]
-        if not tokens or tokens != [asset_token(i) for i in range(len(tokens))]:
-            raise UserError("tokens")
-        has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
-        manifest["base_model"]["source"], manifest["base_model"]["sha256"]
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path / MANIFEST} is missing or not what semantic_learning.py writes "
-            f"({type(error).__name__}); learn the instance again with --overwrite"
-        ) from error
-    if version != FORMAT:
-        raise UserError(
-            f"{path} has format {version}, and this version of mifo reads format {FORMAT}; use the "
-            "version that wrote it, or learn the instance again with --overwrite"
-        )
-    wanted = [f"asset{i}.safetensors" for i in range(len(tokens))]
-    wanted += [LORA] if has_lora else []
-    wanted += [PIPELINE] if settings["finetune"] == "full" else []
-    for name in wanted:
-        if not (path / name).exists():
-            raise UserError(f"{path} has no {name}; learn the instance again with --overwrite")
-    return LearnedFolder(path, manifest)
-
-
-def load_learned(
-    learned: LearnedFolder, model_path: str | None = None, offline: bool = False
-) -> tuple[StableDiffusion, list[int]]:
-    """The base model with what was learned in it, and the ids of the asset tokens.
-
-    Raises UserError when the base model is not the one that the folder was learned with.
-    """
-    if learned.manifest["settings"]["finetune"] == "full":
-        if model_path:
-            path = locate_model(model_path, offline)
-            weights = {"single_file": path} if path.is_file() else check_folder(path)
-            _check_base(learned, model_path, model_digest(weights))
-        base = load_base(str(learned.path / PIPELINE), offline)
-        return base, base.tokenizer.convert_tokens_to_ids(learned.manifest["tokens"])
-    base = load_base(model_path or learned.base_source, offline)
-    _check_base(learned, base.source, base.digest)
-    rows = _read_rows(learned, base.text_encoder.config.hidden_size)
-    ids = add_asset_tokens(base.tokenizer, base.text_encoder, len(learned.assets))
-    write_rows(base.text_encoder, ids, rows)
-    if (learned.path / LORA).is_file():
-        file, metadata = read_lora(learned.path / LORA)
-        for part, module in (("unet", base.unet), ("text_encoder", base.text_encoder)):
-            inject_from(module, from_diffusers(file, module, part, metadata))
-    return base, ids
-
-
-def _check_base(learned: LearnedFolder, source: str, digest: str) -> None:
-    wanted = learned.manifest["base_model"]["sha256"]
-    if digest != wanted:
-        raise UserError(
-            f"{learned.path} was learned with {learned.base_source} (sha256 {wanted[:12]}…), and "
-            f"{source} is another model ({digest[:12]}…); give its own base model with --model_path"
-        )
-
-
-def _read_rows(learned: LearnedFolder, width: int) -> Tensor:
-    """The embeddings of all assets, [assets, width]."""
-    rows = []
-    for index in learned.assets:
-        path = learned.path / f"asset{index}.safetensors"
-        try:
-            row = read_lora(path)[0].get(asset_token(index))
-        except LoraError:  # no safetensors file at all
-            row = None
-        if row is None or row.shape != (1, width) or not row.isfinite().all():
-            raise UserError(
-                f"{path} holds no {asset_token(index)} of {width} finite numbers; learn the "
-                "instance again with --overwrite"
-            )
-        rows.append(row[0])
-    return torch.stack(rows)

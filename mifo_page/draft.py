@@ -17,8 +17,8 @@ from PIL import Image
 
 from imagelab.boxes import Box, color_of, draw_boxes
 from imagelab.errors import UserError
+from imagelab.io.atomic import folder_lock, replacing
 from imagelab.io.images import mask_window, read_image, read_mask, resize_mask
-from mifo.learned import replacing
 from mifo.learning.instance import (
     IMAGE_NAMES,
     MASK_NAME,
@@ -165,7 +165,7 @@ def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) ->
                 f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
                 f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
             )
-    with replacing(target) as folder:
+    with folder_lock(target), replacing(target) as folder:
         _write(draft, folder)
         _read(draft, folder)
     return target

@@ -92,30 +92,47 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of ``target`` at the end, or is gone on an error.
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` to write to, gone in the end.
 
-    The caller holds the `folder_lock` of ``target``.
+    The caller holds the `folder_lock` of ``target``, or of a folder that it is in.
     """
-    aside, old = _aside(target, "new"), _old(target)
+    aside = _aside(target, "new")
     try:
         aside.mkdir(parents=True)
         yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A `scratch_folder` to fill; it takes the place of ``target`` unless there is an error."""
+    with scratch_folder(target) as aside:
+        yield aside
+        put(aside, target)
+
+
+def put(source: Path, target: Path) -> None:
+    """Give a finished file or folder the name ``target``, in place of what is there.
+
+    The caller holds the `folder_lock` of ``target``, or of a folder that it is in.
+    """
+    for path in (source, *source.rglob("*")):
+        if path.is_file():
+            _flush(path)
+    try:
+        if source.is_dir() and target.exists():
+            os.replace(target, _old(target))
+        os.replace(source, target)
+    finally:
         recover(target)
 
 
 def recover(target: Path) -> None:
-    """Put back an earlier result that `replacing` had moved away, or drop it if there is a later.
+    """Put back an earlier folder that `put` had moved away, or drop it if there is a later one.
 
-    Only for who holds the `folder_lock` of ``target``, which has called this already.
+    The caller holds the `folder_lock` of ``target``, which has called this, or of a folder above.
     """
     old = _old(target)
     if not target.exists() and old.exists():
@@ -124,7 +141,7 @@ def recover(target: Path) -> None:
 
 
 def whole(target: Path) -> Path:
-    """Where to read a folder: ``target``, or what `replacing` has moved away from there.
+    """Where to read a folder: ``target``, or what `put` has moved away from there.
 
     The latter while another process is between its two renames, or was killed there.
     """

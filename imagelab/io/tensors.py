@@ -26,6 +26,8 @@ DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
 
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
 
 # ----------------------------------------------------------------------------------------------
 # tensors
@@ -66,6 +68,8 @@ def _opened(path: Path, advice: str) -> Iterator[safe_open]:
     """Whatever goes wrong within is the file's fault."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; {advice}")
+    if path.suffix in PICKLES:
+        raise UserError(f"{path} is a pickle, which can run code, and is never opened; {advice}")
     try:
         with memory_errors(), safe_open(path, framework="pt") as file:
             yield file

@@ -93,6 +93,21 @@ class StableDiffusion:
         text = text.to(self.device, self.dtype)
         return self.unet(latents.to(self.device, self.dtype), timesteps, text).sample.float()
 
+    def to_pipeline(self):
+        """diffusers' StableDiffusionPipeline of these very modules, without a safety checker."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
 
 def picture_sizes(unet: Mapping, vae: Mapping) -> tuple[int, int]:
     """:attr:`StableDiffusion.resolution` and :attr:`StableDiffusion.multiple`, from the parts' configs."""

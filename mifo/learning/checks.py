@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from imagelab.errors import UserError
-from mifo.learned import check_name, check_writable
+from imagelab.io.folders import check_name, check_writable
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET

@@ -8,8 +8,7 @@ from imagelab.io.atomic import replacing
 from mifo.learned import (
     FORMAT,
     PIPELINE,
-    LearnedFolder,
-    load_learned,
+    read_learned_folder,
     write_learned,
     write_pipeline,
 )
@@ -44,9 +43,9 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
             write_rows(model.text_encoder, session.ids, session.rows)
             write_pipeline(folder / PIPELINE, model)
         elif plan.config.save_pipeline:  # from weights in float32, not in the run's precision
-            learned = LearnedFolder(folder, manifest)
-            whole, _ = load_learned(learned, offline=plan.config.runtime.offline)
-            write_pipeline(folder / PIPELINE, whole)
+            learned = read_learned_folder(folder)
+            loaded, _ = learned.load(offline=plan.config.runtime.offline)
+            write_pipeline(folder / PIPELINE, loaded)
 
 
 def describe_result(session: Session, curves: dict[str, list[float]], scores: list[float]) -> dict:

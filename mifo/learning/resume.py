@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from imagelab.errors import UserError
 from imagelab.training.checkpoint import Checkpoint, read_facts
-from mifo.learned import open_learned
+from mifo.learned import read_manifest
 from mifo.learning.config import LearningConfig
 from mifo.learning.instance import find_files
 from mifo.learning.places import CHECKPOINT, instance_folder, target_folder, work_folder
@@ -74,7 +74,7 @@ def learned_otherwise(config: LearningConfig) -> str:
 
     A config without a seed goes with any. Its model_path is one that choose_model returned.
     """
-    manifest = open_learned(target_folder(config)).manifest
+    manifest = read_manifest(target_folder(config))
     then = manifest["settings"] | {"model_path": manifest["base_model"]["source"]}
     if config.seed is None:
         then["seed"] = None

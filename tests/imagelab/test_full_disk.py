@@ -15,7 +15,7 @@ import semantic_learning
 import semantic_synthesis
 import visual_box_mask
 from imagelab.training.checkpoint import read_checkpoint
-from mifo.learned import open_learned
+from mifo.learned import read_manifest
 
 SIZE = 4 << 20  # bytes
 EARLIER = (
@@ -108,7 +108,7 @@ def test_learning(free, stage, disk, commands, fails):
         (disk / "filler").unlink()
         learn([*argv, "--resume"])
         assert not checkpoint.exists()
-        settings = open_learned(disk / "out/toys").manifest["settings"]
+        settings = read_manifest(disk / "out/toys")["settings"]
         assert settings["output_dir"] == str(disk / "out")  # not the earlier result's
 
 

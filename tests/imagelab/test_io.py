@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -288,6 +290,16 @@ def test_numbered_pictures(tmp_path):
     assert json.loads((tmp_path / "0009.json").read_text()) == {"seed": 1}
     with Image.open(paths[1]) as picture:
         assert picture.text == {"prompt": "a ☃"} and picture.getpixel((0, 0)) == (255, 0, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(words=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=99))
+def test_what_a_picture_says_is_read_back(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("pictures")
+    path = save_picture(folder, 3, Image.new("RGB", (2, 2)), {"a": words}, {"prompt": words})
+    with Image.open(path) as picture:
+        assert picture.text["prompt"] == words
+    assert json.loads(path.with_suffix(".json").read_text()) == {"a": words}
 
 
 def squares(*colours, side=16):

@@ -186,12 +186,12 @@ SYNTHESIS = [
     # the learned folder
     ("--model_id cars", "no learned folder learned/cars; learned so far: toys"),
     ("--model_id ../learned/toys", "is not the plain name of a folder"),
-    ("", "manifest.json is missing or not what", remove(MANIFEST)),
-    ("", "manifest.json is missing or not what", cut(MANIFEST)),
-    ("", "manifest.json is missing or not what", write(MANIFEST, b"[1]")),
-    ("", "manifest.json is missing or not what", told(settings={})),
-    ("", "manifest.json is missing or not what", told(tokens=["<asset1>"])),
-    ("", "manifest.json is missing or not what", told(base_model="toybox")),
+    ("", "no file learned/toys/manifest.json; learn the instance again", remove(MANIFEST)),
+    ("", "manifest.json is not valid JSON", cut(MANIFEST)),
+    ("", "manifest.json: it is a list and not an object", write(MANIFEST, b"[1]")),
+    ("", "manifest.json: settings has no 'instance'", told(settings={})),
+    ("", "manifest.json: tokens is ['<asset1>']; learn", told(tokens=["<asset1>"])),
+    ("", "manifest.json: base_model is 'toybox' and not an", told(base_model="toybox")),
     ("", "learned/toys has no asset1.safetensors", remove(ROW)),
     ("", "learned/toys has no pytorch_lora_weights.safetensors", remove(LORA)),
     # prompt and boxes
@@ -240,17 +240,17 @@ SYNTHESIS = [
     ("--output_path locked", "locked cannot be written to; give another --output_path"),
 ]
 SYNTHESIS_LOADED = [
-    ("", "asset1.safetensors holds no <asset1> of", cut(ROW)),
-    ("", "holds no <asset1> of 32 finite numbers", tensors(ROW, lambda k, v: v / 0)),
-    ("", "holds no <asset1> of 32 finite numbers", tensors(ROW, lambda k, v: v[:, 1:])),
-    ("", "holds no <asset1> of 32 finite numbers", copy(LEARNED / "asset0.safetensors", ROW)),
+    ("", "asset1.safetensors cannot be read as safetensors", cut(ROW)),
+    ("", "asset1.safetensors holds NaN or infinity", tensors(ROW, lambda k, v: v / 0)),
+    ("", "holds 31 numbers, and a token of model has 32", tensors(ROW, lambda k, v: v[:, 1:])),
+    ("", "holds no embedding of <asset1>", copy(LEARNED / "asset0.safetensors", ROW)),
     ("", "cannot be read as safetensors", write(LORA)),
     (
         "",
         "give the rank and the model it was made for",
         tensors(LORA, lambda k, v: v[:, 1:] if "lora_A" in k else v),
     ),
-    ("", "has NaN, infinity or an alpha", tensors(LORA, lambda k, v: v / 0)),
+    ("", "holds NaN or infinity in", tensors(LORA, lambda k, v: v / 0)),
     (
         "--model_path model",
         "model is another model",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from imagelab.evaluation.measures import (
 )
 from imagelab.evaluation.report import Mean, mean_interval, over_all, summarise, total_confusion
 from mifo import evaluation
+from mifo.learned import Learned
 from mifo.learning.instance import read_instance
-from mifo.synthesis import paint as synthesis
 from mifo.synthesis.config import SynthesisConfig
 from toybox.scenes.scenes import Look, Placement, Scene, render
 
@@ -435,8 +436,8 @@ def test_other_settings_are_painted_anew(learned_dir, output, painted):
 
 
 def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted, monkeypatch):
-    loads, load = [], synthesis.load_learned
-    monkeypatch.setattr(synthesis, "load_learned", lambda *a: loads.append(a) or load(*a))
+    loads, load = [], Learned.load
+    monkeypatch.setattr(Learned, "load", lambda *a: loads.append(a) or load(*a))
     options = ["--num_images", "1", "--boxes", "[[0.25, 0.25, 0.75, 0.75]]"]
     run(learned_dir, tmp_path, *options, "--prompt", "<asset1> here", "an <asset0>")
     found = result(tmp_path)
@@ -484,7 +485,8 @@ def test_without_features_only_toybox_can_be_judged(learned_dir, tmp_path):
     cases = evaluation.plan_cases(config, ["toys"], [], None, semantic_evaluation.get_boxes)
     with pytest.raises(ValueError, match="give --features"):
         evaluation.choose_spaces([], cases)
-    cases[0].learned.manifest["base_model"]["source"] = "toybox"
+    base = replace(cases[0].learned.bases[0], source="toybox")
+    cases = [replace(cases[0], learned=replace(cases[0].learned, bases=(base,)))]
     assert [space.name for space in evaluation.choose_spaces([], cases)] == ["toybox"]
 
 

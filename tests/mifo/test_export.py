@@ -15,9 +15,17 @@ import semantic_export
 from benchmarks.cases import full_size_model
 from imagelab.models.stable_diffusion import load_base
 from mifo import export
-from mifo.learned import FORMAT, open_learned, portable, write_learned, write_pipeline
+from mifo.cli.export import FORMATS
+from mifo.learned import (
+    FORMAT,
+    Learned,
+    portable,
+    read_learned_folder,
+    write_learned,
+    write_pipeline,
+)
 from mifo.learning.config import LearningConfig
-from mifo.learning.run import TEXT_TARGETS, UNET_TARGETS
+from mifo.learning.stages import TEXT_TARGETS, UNET_TARGETS
 from mifo.tokens import add_asset_tokens, write_rows
 from mifo_lora import from_kohya, inject, lora_parameters, lora_state_dict, read_lora, save_lora
 
@@ -46,7 +54,15 @@ def make_learned(folder: Path, model: Path, finetune: str, seed: int = 0) -> Pat
         "format": FORMAT,
         "base_model": {"source": str(model), "sha256": base.digest},
         "tokens": ["<asset0>", "<asset1>"],
-        "settings": {"finetune": finetune, "finetune_steps": 1},
+        "image_sha256": "",
+        "mask_sha256": ["", ""],
+        "settings": {
+            "instance": "toys",
+            "folder_path": "example",
+            "finetune": finetune,
+            "finetune_steps": 1,
+        },
+        "separation": [1.0, 1.0],
     }
     folder.mkdir(parents=True)
     write_learned(folder, base, rows, finetune == "lora", manifest)
@@ -81,7 +97,7 @@ def plain_pipeline(small_sd: Path) -> StableDiffusionPipeline:
 
 
 def learned_prediction(models_dir: Path, model_id: str = "toys") -> torch.Tensor:
-    base, _ = export.load_learned(open_learned(models_dir / model_id))
+    base, _ = read_learned_folder(models_dir / model_id).load()
     return export.predict_noise(base, PROMPT)
 
 
@@ -91,7 +107,7 @@ def learned_prediction(models_dir: Path, model_id: str = "toys") -> torch.Tensor
 
 @pytest.fixture(scope="module")
 def exported(models_dir, tmp_path_factory) -> Path:
-    return run(models_dir, tmp_path_factory.mktemp("exports"), "--format", *semantic_export.FORMATS)
+    return run(models_dir, tmp_path_factory.mktemp("exports"), "--format", *FORMATS)
 
 
 def test_every_format_has_its_name(exported):
@@ -121,12 +137,12 @@ def test_pipeline_in_plain_diffusers(model_id, models_dir, tmp_path):
     wanted = learned_prediction(models_dir, model_id)
     assert export.relative_difference(found, wanted) <= 1e-4
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest == open_learned(models_dir / model_id).manifest
+    assert manifest == read_learned_folder(models_dir / model_id).manifest
 
 
 def test_kohya_holds_the_learned_factors(exported, models_dir):
-    learned = open_learned(models_dir / "toys")
-    base, _ = export.load_learned(learned)
+    learned = read_learned_folder(models_dir / "toys")
+    base, _ = learned.load()
     file, metadata = read_lora(exported / FILES["kohya"])
     for part in ("unet", "text_encoder"):
         module = getattr(base, part)
@@ -141,7 +157,7 @@ def test_kohya_holds_the_learned_factors(exported, models_dir):
 
 
 def test_manifest_travels_in_every_file(exported, models_dir):
-    manifest = portable(open_learned(models_dir / "toys").manifest)
+    manifest = portable(read_learned_folder(models_dir / "toys").manifest)
     tokens = [f"embeddings/asset{i}.safetensors" for i in range(2)]
     for name in (FILES["kohya"], FILES["diffusers"], *tokens):
         with safe_open(exported / name, framework="pt") as file:
@@ -161,7 +177,7 @@ def test_default_formats_and_printed_differences(models_dir, tmp_path, capsys):
 
 
 def test_script_offers_every_format():
-    assert tuple(export.WRITERS) == tuple(export.LEARNED_AS) == semantic_export.FORMATS
+    assert tuple(export.WRITERS) == tuple(export.LEARNED_AS) == FORMATS
 
 
 # ----------------------------------------------------------------------------------------------
@@ -181,7 +197,7 @@ def corrupt(path: Path) -> None:
     save_lora(path, {**tensors, key: 1.5 * tensors[key]}, metadata)
 
 
-@pytest.mark.parametrize("form", semantic_export.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_wrong_export_is_refused(form, models_dir, tmp_path, monkeypatch, fails):
     write = export.WRITERS[form]
 
@@ -200,7 +216,7 @@ def test_a_wrong_export_leaves_the_former_ones(models_dir, exported, tmp_path, m
     before = contents(tmp_path / "toys")
     found = iter((0.0, 0.0, 0.0, 1.0))  # the last one is wrong
     monkeypatch.setattr(export, "relative_difference", lambda *_: next(found))
-    options = ("--overwrite", "--format", *semantic_export.FORMATS)
+    options = ("--overwrite", "--format", *FORMATS)
     fails(run, models_dir, tmp_path, *options, code=1)
     assert contents(tmp_path / "toys") == before
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
@@ -277,7 +293,7 @@ def test_another_base_model_is_refused(models_dir, small_sd, tmp_path, fails):
 def test_peft_is_asked_for_before_anything_is_loaded(models_dir, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    monkeypatch.delattr(export, "load_learned")
+    monkeypatch.delattr(Learned, "load")
     message = fails(run, models_dir, tmp_path).err
     assert "pip install peft" in message
 
@@ -295,7 +311,7 @@ def test_output_path_that_is_no_folder(models_dir, tmp_path, fails):
 
 def test_lora_of_stable_diffusion_2_is_below_20_megabytes():
     base = full_size_model("meta")
-    rank = LearningConfig().lora_rank
+    rank = LearningConfig().recipe.lora_rank
     inject(base.unet, UNET_TARGETS, rank)
     inject(base.text_encoder, TEXT_TARGETS, rank)
     # A layer from i to o features has r·(i + o) numbers. attn2 of the UNet: 5, 5 and 6 blocks of

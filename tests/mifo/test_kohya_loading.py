@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import semantic_export
 import semantic_synthesis
-from mifo import learned_files
-from mifo.learned_files import load_files, open_files
+from mifo import learned
+from mifo.learned_files import read_learned_files
 from mifo.synthesis import paint as synthesis
 from mifo_lora import LoRALinear, read_lora, save_lora
 
@@ -51,7 +51,7 @@ def wanted(learned_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def learned_lora(exports, small_sd):
     """What the exported LoRA adds to the weights."""
-    return added(open_files(str(exports / "toys/toys.safetensors"), []), small_sd)
+    return added(read_learned_files(str(exports / "toys/toys.safetensors"), []), small_sd)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def change(path, key, value):
 
 def added(files, model):
     """What the LoRA of files adds to the weights, by part and module."""
-    base, _ = load_files(files, str(model))
+    base, _ = files.load(str(model))
     return {
         f"{part}.{name}": layer.scaling * (layer.lora_B @ layer.lora_A).detach()
         for part in ("unet", "text_encoder")
@@ -143,7 +143,7 @@ def test_without_alphas_the_ranks_are_taken_and_metadata_are_not_needed(learned_
     tensors = {k: v for k, v in load_file(KOHYA).items() if not k.endswith(".alpha")}
     assert load_file(KOHYA)[ALPHA] == len(tensors[DOWN])
     save_file(tensors, "bare.safetensors")
-    found = added(open_files("bare.safetensors", [], str(small_sd)), small_sd)
+    found = added(read_learned_files("bare.safetensors", [], str(small_sd)), small_sd)
     assert found.keys() == learned_lora.keys()
     assert all(torch.equal(found[name], learned_lora[name]) for name in found)
 
@@ -153,7 +153,7 @@ def test_a_layer_may_have_a_rank_and_an_alpha_of_its_own(learned_lora, small_sd)
     change(KOHYA, UP, torch.cat(3 * [tensors[UP]], dim=1))
     change(KOHYA, DOWN, torch.cat(3 * [tensors[DOWN]]))
     change(KOHYA, ALPHA, torch.tensor(1.0))
-    found = added(open_files(str(KOHYA), []), small_sd)
+    found = added(read_learned_files(str(KOHYA), []), small_sd)
     name = f"unet.{MODULE}"
     assert learned_lora[name].abs().max() > 0
     # alpha 1 of rank 6, where it was 2 of 2, and three times B A
@@ -164,7 +164,7 @@ def test_a_layer_may_have_a_rank_and_an_alpha_of_its_own(learned_lora, small_sd)
 def test_half_precision_and_one_part_alone(learned_lora, small_sd):
     tensors = {k: v.bfloat16() for k, v in load_file(KOHYA).items() if k.startswith("lora_te_")}
     save_file(tensors, "text.safetensors")
-    found = added(open_files("text.safetensors", [], str(small_sd)), small_sd)
+    found = added(read_learned_files("text.safetensors", [], str(small_sd)), small_sd)
     assert found.keys() == {name for name in learned_lora if name.startswith("text_encoder.")}
     for name, delta in found.items():
         limit = 0.02 * learned_lora[name].abs().max()
@@ -184,7 +184,7 @@ def test_half_precision_and_one_part_alone(learned_lora, small_sd):
 def test_names_of_tokens(name, key, asset, shape):
     row = torch.arange(32.0)
     save_file({key: row.reshape(shape).half()}, f"{name}.safetensors")
-    files = open_files(None, [f"{name}.safetensors"], "model")
+    files = read_learned_files(None, [f"{name}.safetensors"], "model")
     assert files.tokens == [f"<asset{asset}>"] and files.assets == [asset]
     assert torch.equal(files.rows[asset], row)
 
@@ -193,12 +193,12 @@ def test_a_base_model_of_the_same_shape_is_told(small_sd, caplog):
     shutil.copytree(small_sd, "other")
     weights = Path("other/unet/diffusion_pytorch_model.safetensors")
     change(weights, "conv_out.bias", load_file(weights)["conv_out.bias"] + 1)
-    files = open_files(str(KOHYA), [str(TOKEN0)], "other")
-    load_files(files, "other")
+    files = read_learned_files(str(KOHYA), [str(TOKEN0)], "other")
+    files.load("other")
     assert f"{KOHYA} was learned with {small_sd} (sha256 " in caplog.text
     assert "other is another model" in caplog.text
     caplog.clear()
-    load_files(files, str(small_sd))
+    files.load(str(small_sd))
     assert caplog.text == ""
 
 
@@ -228,8 +228,12 @@ CASES = [
     (["--lora", ""], "there is no file .; give --lora"),
     (["--lora", "exports"], "there is no file exports; give --lora"),
     (["--lora", KOHYA, "--tokens"], "argument --tokens: expected at least one argument"),
-    (["--lora", "a.ckpt"], "pickles (.pt, .bin, .ckpt) are never opened", write("a.ckpt")),
-    (["--tokens", "asset0.pt"], "asset0.pt cannot be read as safetensors", write("asset0.pt")),
+    (
+        ["--lora", "a.ckpt"],
+        "a.ckpt is a pickle, which can run code, and is never opened; give",
+        write("a.ckpt"),
+    ),
+    (["--tokens", "asset0.pt"], "asset0.pt is a pickle", write("asset0.pt")),
     (FILES, "toys.safetensors cannot be read as safetensors", write(KOHYA, b"")),
     (FILES, "toys.safetensors is empty; give --lora another file", put(KOHYA)),
     (FILES, "holds 2 tensors, the first is 'clip_g'", put(TOKEN1, clip_l=ONE, clip_g=2 * ONE)),
@@ -248,7 +252,7 @@ CASES = [
     ([*FILES, "--prompt", "a photo"], "the prompt names no asset"),
     (["--tokens", BARE], "does not say which base model it was made for", put(BARE, x=ONE)),
     (FILES, "the manifest in the metadata of exports/toys/toys", tell(KOHYA, base_model="toybox")),
-    (FILES, "embeddings/asset0.safetensors is not what semantic_export.py writes", tell(TOKEN0)),
+    (FILES, "asset0.safetensors: it has no 'base_model'; export it again", tell(TOKEN0)),
     ([*FILES, "--boxes", "[[0,0,1,1]]"], "there are 1 boxes and 2 assets in the prompt"),
 ]
 
@@ -262,7 +266,7 @@ def test_bad_input(options, says, prepare, refusal, monkeypatch):
     def loaded(*args):
         raise AssertionError("the base model was loaded before the input was checked")
 
-    monkeypatch.setattr(learned_files, "load_base", loaded)
+    monkeypatch.setattr(learned, "load_base", loaded)
     prepare()
     assert says in refusal(*options)
 
@@ -299,4 +303,4 @@ def test_a_base_model_that_has_changed_since(refusal):
     tell(KOHYA, **manifest)()
     said = refusal(*FILES)
     assert "(sha256 000000000000…)" in said and "is another model" in said
-    assert "give --model_path the base model to use" in said
+    assert "give its own base model with --model_path" in said

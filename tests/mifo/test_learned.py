@@ -1,29 +1,32 @@
 """What is written beside learned assets and pictures is read back as it was."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from conftest import GOLDEN, load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from imagelab.errors import UserError
+from imagelab.io.tensors import write_tensors
 from imagelab.models.stable_diffusion import load_base
+from mifo.export import predict_noise
 from mifo.learned import (
     FORMAT,
     MANIFEST,
-    open_learned,
+    learned_names,
     portable,
-    replacing,
+    read_learned_folder,
     write_learned,
     write_pipeline,
 )
-from mifo.learned_files import open_files
-from mifo.synthesis.paint import save_picture
+from mifo.learned_files import read_learned_files
 
 TEXT = st.text(st.characters(), max_size=20)  # any, as a path may hold bytes that are no letters
-NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
     lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXT, values, max_size=3),
@@ -39,20 +42,30 @@ def test_any_manifest_is_read_back(tmp_path_factory, count, source, sha256, more
         "format": FORMAT,
         "base_model": {"source": source, "sha256": sha256},
         "tokens": [f"<asset{i}>" for i in range(count)],
-        "settings": {**more, "finetune": "none", "finetune_steps": 0},
+        "image_sha256": sha256,
+        "mask_sha256": [sha256] * count,
+        "settings": {
+            **more,
+            "instance": "toys",
+            "folder_path": source,
+            "finetune": "none",
+            "finetune_steps": 0,
+        },
+        "separation": [0.5] * count,
     }
     path = tmp_path_factory.mktemp("learned") / "toys"
     rows = torch.randn(count, 4)
-    with replacing(path) as folder:
-        write_learned(folder, None, rows, False, manifest)
-    learned = open_learned(path)
+    path.mkdir()
+    write_learned(path, None, rows, False, manifest)
+    learned = read_learned_folder(path)
     assert learned.manifest == manifest
     assert learned.assets == list(range(count)) and learned.tokens == manifest["tokens"]
     files = [path / f"asset{i}.safetensors" for i in range(count)]
-    found = open_files(None, [str(file) for file in files])
-    assert list(found.bases) == files
-    assert all(base == manifest["base_model"] for base in found.bases.values())
-    assert torch.equal(torch.stack([found.rows[i] for i in range(count)]), rows)
+    found = read_learned_files(None, [str(file) for file in files])
+    assert [base.file for base in found.bases] == files
+    assert all((base.source, base.sha256) == (source, sha256) for base in found.bases)
+    for each in (learned, found):
+        assert torch.equal(torch.stack([each.rows[i] for i in range(count)]), rows)
 
 
 def test_a_process_that_is_not_the_first_writes_a_whole_pipeline(small_sd, tmp_path, monkeypatch):
@@ -72,21 +85,58 @@ def test_another_format_is_told(learned_dir, tmp_path):
     manifest = json.loads((folder / MANIFEST).read_text()) | {"format": FORMAT + 1}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"has format {FORMAT + 1}, and .* reads format {FORMAT}"):
-        open_learned(folder)
+        read_learned_folder(folder)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    prompt=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=99), facts=VALUES
-)
-def test_what_a_picture_says_is_read_back(tmp_path_factory, prompt, facts):
-    folder = tmp_path_factory.mktemp("pictures")
-    facts = {"settings": {"prompt": prompt}, "more": facts}
-    path = save_picture(folder, 3, Image.new("RGB", (2, 2)), facts)
-    with Image.open(path) as picture:
-        assert json.loads(picture.text["mifo"]) == facts
-        assert picture.text["prompt"] == prompt
-    assert json.loads(path.with_suffix(".json").read_text()) == facts
+@pytest.mark.parametrize("name", ["lora", "none"])
+def test_golden_folders_predict_what_they_did(name, tiny_sd):
+    """Folders learned and predictions computed by an earlier version; the digest has to fit."""
+    model, ids = read_learned_folder(GOLDEN / "learned" / name).load(str(tiny_sd))
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["<asset0>", "<asset1>"]
+    golden = load_golden("golden_learned")
+    for index, prompt in enumerate(["a photo of <asset0> and <asset1>", "<asset1> on the grass"]):
+        wanted = golden[f"{name}_{index}"]
+        assert (predict_noise(model, prompt) - wanted).abs().max() <= 1e-5
+
+
+BAD_MANIFESTS = [
+    ({"tokens": ["<asset1>"]}, "tokens is ['<asset1>']"),
+    ({"tokens": []}, "tokens is []"),
+    ({"tokens": {}}, "tokens is an object and not a list"),
+    ({"settings": []}, "settings is a list and not an object"),
+    ({"separation": [None, 1]}, "separation[0] is None and not a number"),
+    ({"format": "1"}, "format is '1' and not a whole number"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BAD_MANIFESTS)
+def test_a_manifest_of_wrong_types(change, sentence, tmp_path):
+    folder = shutil.copytree(GOLDEN / "learned" / "none", tmp_path / "toys")
+    manifest = json.loads((folder / MANIFEST).read_text()) | change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=re.escape(f"{folder / MANIFEST}: {sentence}; learn")):
+        read_learned_folder(folder)
+
+
+def test_rows_of_another_width_or_name(tmp_path, tiny_sd):
+    folder = shutil.copytree(GOLDEN / "learned" / "none", tmp_path / "toys")
+    row = folder / "asset1.safetensors"
+    write_tensors(row, {"<asset1>": torch.ones(1, 3)})
+    with pytest.raises(UserError, match="asset1.safetensors holds 3 numbers, and a token of .* 32"):
+        read_learned_folder(folder).load(str(tiny_sd))
+    for tensors in ({"<asset0>": torch.ones(1, 32)}, {"<asset1>": torch.ones(32)}):
+        write_tensors(row, tensors)
+        with pytest.raises(UserError, match="holds no embedding of <asset1>; learn the instance"):
+            read_learned_folder(folder)
+
+
+def test_a_killed_writer_leaves_the_folder_readable(tmp_path, tiny_sd):
+    shutil.copytree(GOLDEN / "learned" / "none", tmp_path / ".toys.old")
+    assert learned_names(tmp_path) == ["toys"]
+    learned = read_learned_folder(tmp_path / "toys")
+    assert learned.where == str(tmp_path / "toys")
+    learned.load(str(tiny_sd))
+    assert [path.name for path in tmp_path.iterdir()] == [".toys.old"]
 
 
 def test_written_files_hold_no_absolute_paths():
@@ -100,12 +150,3 @@ def test_written_files_hold_no_absolute_paths():
         "base_model": {"source": "toybox"},
     }
     assert settings["folder_path"] == "/home/ada/photos"
-
-
-def test_a_failure_leaves_the_earlier_folder(tmp_path):
-    (tmp_path / "toys").mkdir()
-    (tmp_path / "toys/mine").write_text("mine")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "toys") as folder:
-        (folder / "new").write_text("new")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.rglob("*")] == ["toys", "mine"]

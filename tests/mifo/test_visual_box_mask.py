@@ -11,7 +11,7 @@ from PIL import Image
 
 import visual_box_mask
 from imagelab.boxes import color_of
-from imagelab.io.atomic import written_aside
+from mifo.cli import boxes
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,8 +118,9 @@ def test_a_turned_picture_is_shown_upright_without_its_metadata(folder):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_pictures_of_every_mode(mode):
-    Image.new(mode, (32, 32)).save("picture.tif")
-    assert run("--image", "picture.tif").mode == "RGB"
+    name = "picture.jpg" if mode == "CMYK" else "picture.png"
+    Image.new(mode, (32, 32)).save(name)
+    assert run("--image", name).mode == "RGB"
 
 
 def test_the_command_says_what_it_drew_and_where(capsys):
@@ -134,16 +135,6 @@ def test_the_command_says_what_it_drew_and_where(capsys):
 def test_an_earlier_output_is_replaced_and_nothing_else_is_left(folder):
     run("--size", 64)
     assert run("--size", 32).size == (32, 32)
-    assert os.listdir(folder) == ["mask.png"]
-
-
-def test_another_process_that_writes_the_same_output_keeps_its_part(folder, monkeypatch):
-    output, own = folder / "mask.png", os.getpid()
-    with written_aside(output) as theirs:
-        theirs.write_bytes(b"written by another process")
-        monkeypatch.setattr(os, "getpid", lambda: own + 1)
-        run("--size", 32)
-    assert output.read_bytes() == b"written by another process"
     assert os.listdir(folder) == ["mask.png"]
 
 
@@ -175,13 +166,13 @@ def test_a_failed_write_leaves_the_earlier_output(folder, monkeypatch, capsys, o
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--image none.jpg", r"--image none.jpg cannot be read \(No such file"),
-        ("--image folder", "--image folder cannot be read"),
-        ("--image text.png", "--image text.png cannot be read .* give a PNG, JPEG or WebP"),
-        ("--image cut.png", "--image cut.png cannot be read"),
-        ("--image wide.ppm", "--image wide.ppm is too large; give one of at most 8192 pixels"),
-        ("--image large.ppm", "--image large.ppm is too large"),
-        ("--image vast.ppm", "--image vast.ppm is too large"),
+        ("--image none.jpg", r"none.jpg cannot be read as a picture \(No such file"),
+        ("--image folder", "folder cannot be read as a picture"),
+        ("--image text.png", "text.png cannot be read .* give a JPEG, PNG or WebP file"),
+        ("--image cut.png", "cut.png cannot be read as a picture"),
+        ("--image wide.png", "wide.png is 16385 x 1 pixels, which is too large; shrink it"),
+        ("--image script.eps", r"script.eps cannot be read as a picture \(unknown format\)"),
+        ("--image photo.tif", r"photo.tif cannot be read as a picture \(unknown format\)"),
         ("--image photo.png --output photo.png", "is the picture of --image; name anoth"),
         ("--image photo.png --output link.png", "is the picture of --image; name anoth"),
         ("--image photo.png --size 64", "--size '64' cannot be combined with --image"),
@@ -215,9 +206,9 @@ def test_bad_input_ends_with_a_sentence(folder, photo, capsys, argv, message):
     Path("text.png").write_text("no picture")
     Path("cut.png").write_bytes(Path(photo).read_bytes()[:3000])
     Path("link.png").hardlink_to(photo)
-    Path("wide.ppm").write_bytes(b"P5 8193 1 255\n" + bytes(8193))
-    Path("large.ppm").write_bytes(b"P5 10000 10000 255\n")
-    Path("vast.ppm").write_bytes(b"P5 20000 20000 255\n")
+    Image.new("L", (16385, 1)).save("wide.png")
+    Image.new("L", (32, 32)).save("photo.tif")
+    Image.new("L", (32, 32)).save("script.eps")  # which Pillow gives to Ghostscript
     before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
     with pytest.raises(SystemExit) as stop:
@@ -233,10 +224,10 @@ def test_help_shows_the_defaults(capsys):
         visual_box_mask.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert visual_box_mask.__doc__.split("\n")[0] in text
-    for default in (" ".join(visual_box_mask.TOP_LEFT), " ".join(visual_box_mask.BOTTOM_RIGHT)):
+    assert boxes.__doc__.split("\n")[0] in text
+    for default in (" ".join(boxes.TOP_LEFT), " ".join(boxes.BOTTOM_RIGHT)):
         assert f"(default: {default}" in text
-    assert f"(default: {visual_box_mask.SIZE}, or" in text and "(default: mask.png)" in text
+    assert f"(default: {boxes.SIZE}, or" in text and "(default: mask.png)" in text
 
 
 def test_the_command_in_a_process_of_its_own():

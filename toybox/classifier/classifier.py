@@ -23,7 +23,7 @@ from tqdm import tqdm
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
-from mifo.learned import check_writable
+from imagelab.io.folders import check_writable
 from toybox.scenes.scenes import HUES, KINDS, draw_scene, render
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"

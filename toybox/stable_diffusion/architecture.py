@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
-from imagelab.models.stable_diffusion import quiet_libraries
+from imagelab.models.stable_diffusion import StableDiffusion, quiet_libraries
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 
@@ -158,18 +158,10 @@ def build_scheduler() -> DDIMScheduler:
 
 def build_pipeline(vae, text_encoder, tokenizer, unet):
     quiet_libraries()
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    model = StableDiffusion(
+        tokenizer, text_encoder, vae, unet, build_scheduler(), source="toybox", digest=""
     )
+    pipeline = model.to_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -25,10 +25,10 @@ from imagelab.attention import Recorder, attention_layers, pixel_grids, processo
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
+from imagelab.io.folders import check_writable
 from imagelab.models.device import choose_device
 from imagelab.models.sources import check_folder
 from imagelab.models.stable_diffusion import quiet_libraries
-from mifo.learned import check_writable
 from toybox.classifier.classifier import (
     SCENE,
     Classifier,

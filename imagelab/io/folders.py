@@ -1,0 +1,24 @@
+"""Checks of the folders that options name, before any work is done."""
+
+import os
+from pathlib import Path
+
+from imagelab.errors import UserError
+
+
+def check_name(name: str, option: str) -> None:
+    """Raises UserError unless a name is that of a folder right below another."""
+    if Path(name).name != name or name.startswith("."):
+        raise UserError(
+            f"--{option} {name!r} is not the plain name of a folder; give the name alone, such as "
+            "toy_car, and the folder above it by its own option"
+        )
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises UserError where a folder is not there and cannot be made, or cannot be written to."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, not a folder; give another --{option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {there} cannot be written to; give another --{option}")
