@@ -227,9 +227,7 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
             final_step_size=settings.final_step_size,
             refine_every=variant.painting.get("refine_every", GuidanceConfig().refine_every),
         ),
-        runtime=Runtime(
-            batch_size=settings.batch_size, mixed_precision=settings.mixed_precision
-        ),
+        runtime=Runtime(batch_size=settings.batch_size, mixed_precision=settings.mixed_precision),
     )
     return plan_cases(config, [name], [], str(work / "folders"), get_boxes)[0]
 

@@ -5,23 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from experiments.comparison_settings import Settings, Variant
 from imagelab.evaluation.report import (
-    GAP,
-    TILE,
     Mean,
     as_json,
     confusion_figure,
-    contact_sheet,
     mean_interval,
     over_all,
     summarise,
     total_confusion,
 )
+from imagelab.evaluation.report import sheet as contact_sheet
+from imagelab.evaluation.runner import PICTURES, Case
 from imagelab.io.atomic import written_aside
-from mifo.evaluation import PICTURES, Case
+from mifo.tokens import asset_token
 
 SPACE = "toybox"
 IDENTITY = f"{SPACE}: right instance"
@@ -98,7 +97,8 @@ def write_comparison(found: Comparison, work: Path, case_of: Callable[[str], Cas
         return
     matrices = {name: _confusion(each) for name, each in found.results.items()}
     with written_aside(work / "confusion.png") as path:
-        confusion_figure(path, matrices)
+        labels = [asset_token(index) for index in range(max(map(len, matrices.values())))]
+        confusion_figure(path, matrices, labels)
     shown = set.intersection(*(set(each) for each in found.results.values()))
     if shown:
         cases = [case_of(name) for name in sorted(shown)[:: -(-len(shown) // SHEET_ROWS)]]
@@ -171,19 +171,11 @@ def sheet(
     """A row for each folder: its photo, then its first picture in each variant, all of one seed."""
     records = []
     for case in cases:
-        name = case.config.model_id
-        first = {variant: each[name].records[0] for variant, each in results.items()}
+        first = {variant: each[case.name].records[0] for variant, each in results.items()}
         records.append(
             [
-                record | {"picture": f"{variant}/{name}/{PICTURES}/{record['picture']}"}
+                record | {"picture": f"{variant}/{case.name}/{PICTURES}/{record['picture']}"}
                 for variant, record in first.items()
             ]
         )
-    body = contact_sheet(cases, records, evaluation)
-    line = TILE // 8
-    whole = Image.new("RGB", (body.width, body.height + line), "white")
-    whole.paste(body, (0, line))
-    draw = ImageDraw.Draw(whole)
-    for column, text in enumerate(("photo", *results)):
-        draw.text((column * (TILE + GAP) + 2, 2), text, "black", ImageFont.load_default(line - 8))
-    return whole
+    return contact_sheet(cases, records, evaluation, list(results))

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from imagelab.boxes import parse_boxes
 from imagelab.errors import UserError
 from mifo.learning.config import LearningConfig
-from mifo.method.guidance import GuidanceConfig
 from mifo.synthesis.config import SynthesisConfig
 from mifo_page.places import Places, folder_in
 
@@ -60,7 +59,7 @@ def learning_command(places: Places, instance: str, start: str, **settings) -> l
         "offline": places.offline,
     }
     flags = [] if start == "new" else [f"--{start}"]
-    return command("semantic_learning", vars(LearningConfig()), values | settings, flags)
+    return command("semantic_learning", LearningConfig().settings(), values | settings, flags)
 
 
 def synthesis_command(places: Places, model_id: str, boxes: str, **settings) -> list[str]:
@@ -74,7 +73,7 @@ def synthesis_command(places: Places, model_id: str, boxes: str, **settings) -> 
         "device": places.device,
         "offline": places.offline,
     }
-    defaults = vars(SynthesisConfig()) | vars(GuidanceConfig())
+    defaults = SynthesisConfig().settings()
     return command("semantic_synthesis", defaults, values | settings, ["--boxes", boxes])
 
 

@@ -1,6 +1,5 @@
 """Feature spaces in which pictures are compared: CLIP, DINOv2, and those of installed packages."""
 
-from imagelab.errors import UserError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -11,7 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Spaces of transformers' models, and where their weights come from unless a source is given.
+from imagelab.errors import UserError
+
+#: Spaces of transformers' models, and where their weights come from by default.
 SOURCES = {
     "clip": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
     "dinov2": "facebook/dinov2-small",
@@ -20,12 +21,13 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Unit vectors of pictures, to be compared by their cosine.
+    """Functions from pictures to unit vectors, which are compared by their cosine.
 
-    source: what tells these weights from others of the name.
-    images: [b, d] of crops, pictures of any size with one thing in them.
-    scenes: the same of whole pictures, where those are read in another way.
-    text: [d] of a text in the same space, where there is such a thing.
+    Attributes:
+        source: identifies the weights, among all of this name.
+        images: features [b, d] of crops, pictures of any size with one thing in them.
+        text: the feature [d] of a text; None for a space without texts.
+        scenes: features of whole pictures; None where ``images`` serves for them.
     """
 
     name: str
@@ -36,7 +38,7 @@ class FeatureSpace:
 
 
 def load_features(spec: str, offline: bool = False) -> FeatureSpace:
-    """The feature space that ``name`` or ``name=source`` asks for; source: a folder or hub id.
+    """The feature space of ``name`` or ``name=source``, source being a folder or hub id.
 
     Raises UserError for an unknown name or weights that cannot be loaded.
     """
@@ -61,7 +63,7 @@ def load_features(spec: str, offline: bool = False) -> FeatureSpace:
 
 
 def squared(picture: Image.Image) -> Image.Image:
-    """RGB, padded to a square with the median colour of its border: nothing is cut or squeezed."""
+    """RGB, padded to a square with the median colour of its border, not cropped or squeezed."""
     picture = picture.convert("RGB")
     pixels = np.asarray(picture)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

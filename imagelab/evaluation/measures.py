@@ -9,19 +9,19 @@ from PIL import Image
 from imagelab.boxes import Box, box_mask, raster
 from imagelab.errors import UserError
 from imagelab.io.images import mask_window
-from mifo.learning.instance import Instance
 
 LEAST_CONTRAST = 0.1  # of an object to the background, as a distance of RGB colours in [0, 1]
 CLEAR = 6.0  # how many times the usual spread of the background an object differs from it
 
 
-def reference_crops(instance: Instance) -> list[Image.Image]:
-    """Of each instance, the bounding box of its mask in the photo."""
-    return [Image.fromarray(instance.image[mask_window(mask)]) for mask in instance.masks]
+def mask_crops(picture: Image.Image, masks: Sequence[np.ndarray]) -> list[Image.Image]:
+    """The bounding box of each mask, bool [H, W] of the picture's size."""
+    windows = map(mask_window, masks)
+    return [picture.crop((x.start, y.start, x.stop, y.stop)) for y, x in windows]
 
 
 def crop(picture: Image.Image, box: Box) -> Image.Image:
-    """What a box shows."""
+    """The part of a picture that is inside a box."""
     down, across = raster(box, picture.height, picture.width)
     return picture.crop((across.start, down.start, across.stop, down.stop))
 
@@ -37,7 +37,7 @@ def confusion(own: Sequence[int], similarities: Sequence[Sequence[float]]) -> np
 
 
 def margins(own: Sequence[int], similarities: Sequence[Sequence[float]]) -> list[float]:
-    """Of each crop, its similarity with its own instance less that with the nearest other one."""
+    """Each crop's similarity with its own instance, less that with the nearest other one."""
     rows = np.array(similarities, dtype=float)
     each = np.arange(len(own))
     mine = rows[each, list(own)]
@@ -95,7 +95,7 @@ def _union(boxes: Sequence[Box], shape: tuple[int, int]) -> np.ndarray:
 
 
 def _iou(first: Sequence[slice], second: Sequence[slice]) -> float:
-    """Of two windows (rows, columns)."""
+    """Intersection over union of two windows (rows, columns)."""
     pairs = zip(first, second, strict=True)
     shared = _area([slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs])
     return shared / (_area(first) + _area(second) - shared)

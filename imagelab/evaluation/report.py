@@ -1,20 +1,21 @@
-"""What an evaluation found: a table, JSON, a contact sheet and confusion matrices."""
+"""What an evaluation found: a table, JSON, a contact sheet and confusion matrices.
 
-import json
+A record is what :func:`imagelab.evaluation.runner.measure` found of one picture.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
-from imagelab.boxes import draw_boxes
-from mifo.evaluation import PICTURES, Case
-from imagelab.io.atomic import written_aside
-from mifo.tokens import asset_token
 from imagelab.evaluation.measures import confusion, diversity, margins
+from imagelab.evaluation.runner import PICTURES, Case
+from imagelab.io.atomic import write_json, written_aside
+from imagelab.io.pictures import Tile, contact_sheet
 
-TILE, GAP = 192, 4  # pixels of a contact sheet's pictures, and between them
+TILE = 192  # pixels of the longer side of a contact sheet's pictures
 
 
 class Mean(NamedTuple):
@@ -28,7 +29,7 @@ class Mean(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Mean | None:
-    """Mean and Student's 95% interval, values being independent; None for no value."""
+    """Mean and Student's 95% interval of independent values; None for no value."""
     from scipy.stats import t
 
     count = len(values)
@@ -39,9 +40,9 @@ def mean_interval(values: Sequence[float]) -> Mean | None:
 
 
 def summarise(records: Sequence[dict]) -> dict[str, Mean | None]:
-    """The measures of one case by name, means over its pictures.
+    """The measures of one case by name: means over the records of its pictures.
 
-    Identity is None for a single instance, which cannot be mistaken for another.
+    Those of identity are None for a single instance, which cannot be mistaken for another.
     """
     values: dict[str, list[float]] = {}
     for name in records[0]["spaces"]:
@@ -61,7 +62,7 @@ def summarise(records: Sequence[dict]) -> dict[str, Mean | None]:
 
 
 def over_all(rows: Sequence[dict[str, Mean | None]]) -> dict[str, Mean | None]:
-    """Means over the means of cases, as each is one draw of what could have been learned."""
+    """Means and intervals over the means of cases, each of which counts once."""
     return {
         name: mean_interval([row[name].mean for row in rows if row[name] is not None])
         for name in rows[0]
@@ -69,7 +70,7 @@ def over_all(rows: Sequence[dict[str, Mean | None]]) -> dict[str, Mean | None]:
 
 
 def total_confusion(records: Sequence[dict], space: str) -> np.ndarray:
-    """Counts [n, n] over all records, n being the most instances that there are."""
+    """Counts [n, n] over all records, where n is the largest number of instances."""
     parts = [confusion(r["own"], r["spaces"][space]["similarities"]) for r in records]
     total = np.zeros((max(map(len, parts)),) * 2, dtype=int)
     for part in parts:
@@ -87,14 +88,29 @@ def write_report(cases: Sequence[Case], records: Sequence[Sequence[dict]], outpu
     every = [record for each in records for record in each]
     matrices = {name: total_confusion(every, name) for name in every[0]["spaces"]}
     table = markdown(cases, rows)
-    facts = {
+    write_json(output / "evaluation.json", as_facts(cases, records, rows, matrices))
+    with written_aside(output / "evaluation.md") as path:
+        path.write_text(table + "\n", encoding="utf-8")
+    with written_aside(output / "sheet.png") as path:
+        sheet(cases, records, output / PICTURES).save(path, "PNG")
+    with written_aside(output / "confusion.png") as path:
+        confusion_figure(path, matrices, max((case.labels for case in cases), key=len))
+    return table
+
+
+def as_facts(
+    cases: Sequence[Case],
+    records: Sequence[Sequence[dict]],
+    rows: Sequence[dict[str, Mean | None]],
+    matrices: dict[str, np.ndarray],
+) -> dict:
+    """All that was found, for JSON."""
+    return {
         "cases": [
             {
-                "model_id": case.config.model_id,
-                "prompt": case.config.prompt,
+                "prompt": case.prompt,
                 "boxes": case.boxes,
-                "box_control": case.config.box_control,
-                "settings": case.learned.manifest["settings"],
+                **case.about,
                 "seeds": [record["seed"] for record in each],
                 "measures": as_json(row),
             }
@@ -103,73 +119,70 @@ def write_report(cases: Sequence[Case], records: Sequence[Sequence[dict]], outpu
         "all": as_json(over_all(rows)),
         "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
     }
-    for name, text in (("evaluation.json", json.dumps(facts, indent=2)), ("evaluation.md", table)):
-        with written_aside(output / name) as path:
-            path.write_text(text + "\n", encoding="utf-8")
-    with written_aside(output / "sheet.png") as path:
-        contact_sheet(cases, records, output / PICTURES).save(path, "PNG")
-    with written_aside(output / "confusion.png") as path:
-        confusion_figure(path, matrices)
-    return table
 
 
 def as_json(row: dict[str, Mean | None]) -> dict:
+    """A row of measures for JSON."""
     return {name: None if value is None else value._asdict() for name, value in row.items()}
 
 
 def markdown(cases: Sequence[Case], rows: Sequence[dict[str, Mean | None]]) -> str:
-    """One row a case; several cases have their mean in the last one."""
+    """The table: a row for each case, and for several a last one with the means of all."""
     names = list(rows[0])
-    heads = [(case.config.model_id, case.config.prompt) for case in cases]
+    heads = [(case.name, f"`{case.prompt}`") for case in cases]
     if len(rows) > 1:
         rows, heads = [*rows, over_all(rows)], [*heads, ("all", "")]
-    lines = ["| learned folder | prompt | " + " | ".join(names) + " |"]
+    lines = ["| name | prompt | " + " | ".join(names) + " |"]
     lines.append("|" + "---|" * (2 + len(names)))
-    for (model_id, prompt), row in zip(heads, rows, strict=True):
-        cells = ["–" if row[name] is None else str(row[name]) for name in names]
-        shown = f"`{prompt}`" if prompt else ""
-        lines.append(f"| {model_id} | {shown} | " + " | ".join(cells) + " |")
+    for (name, prompt), row in zip(heads, rows, strict=True):
+        cells = ["–" if row[measure] is None else str(row[measure]) for measure in names]
+        lines.append(f"| {name} | {prompt} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def contact_sheet(
-    cases: Sequence[Case], records: Sequence[Sequence[dict]], folder: Path
+def sheet(
+    cases: Sequence[Case],
+    records: Sequence[Sequence[dict]],
+    folder: Path,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
-    """A row for each case: its photo, then the pictures with their boxes.
+    """A contact sheet with a row for each case: its photo, then its pictures with their boxes.
 
     A box says which instance it is for; "0 > 1" is a box for 0 that the first feature space takes
     for 1.
+
+    Args:
+        folder: where the records' pictures are.
+        captions: of the columns of pictures; without them each picture has its seed.
     """
-    columns = 1 + max(map(len, records))
-    line = TILE // 12
-    tall = TILE + line + GAP
-    sheet = Image.new("RGB", (columns * (TILE + GAP) - GAP, len(cases) * tall - GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (case, each) in enumerate(zip(cases, records, strict=True)):
-        tiles = [Image.fromarray(case.instance.image)]
-        for record in each:
-            with Image.open(folder / record["picture"]) as file:
-                picture = file.convert("RGB")
-            tiles.append(draw_boxes(picture, case.boxes, _labels(record)))
-        head = f"{case.config.model_id}: {case.config.prompt}"
-        draw.text((2, row * tall), head, "black", ImageFont.load_default(line - 3))
-        for column, tile in enumerate(tiles):
-            at = (column * (TILE + GAP), row * tall + line)
-            sheet.paste(ImageOps.pad(tile, (TILE, TILE), color="white"), at)
-    return sheet
+    columns = max(map(len, records))
+    blank = Tile(Image.new("RGB", (1, 1), "white"))
+    tiles = []
+    for case, each in zip(cases, records, strict=True):
+        texts = captions or [f"seed {record['seed']}" for record in each]
+        tiles.append(Tile(case.photo, f"{case.name}: {case.prompt}"))
+        tiles += [
+            Tile(folder / record["picture"], text, boxes=case.boxes, labels=_box_labels(record))
+            for record, text in zip(each, texts, strict=True)
+        ]
+        tiles += [blank] * (columns - len(each))
+    return contact_sheet(tiles, 1 + columns, TILE)
 
 
-def _labels(record: dict) -> list[str]:
+def _box_labels(record: dict) -> list[str]:
     first = next(iter(record["spaces"].values()))
-    labels = []
-    for own, row in zip(record["own"], first["similarities"], strict=True):
-        taken = int(np.argmax(row))
-        labels.append(f"{own}" if taken == own else f"{own} > {taken}")
-    return labels
+    nearest = np.argmax(first["similarities"], axis=1)
+    return [
+        f"{own}" if own == taken else f"{own} > {taken}"
+        for own, taken in zip(record["own"], nearest, strict=True)
+    ]
 
 
-def confusion_figure(path: Path, matrices: dict[str, np.ndarray]) -> None:
-    """For each feature space, whose box (rows) was taken for which instance (columns)."""
+def confusion_figure(path: Path, matrices: dict[str, np.ndarray], labels: Sequence[str]) -> None:
+    """Draw matrices by title: whose box (rows) was taken for which instance (columns).
+
+    labels: of the instances, at least as many as the largest matrix has.
+    """
     from matplotlib.figure import Figure
 
     columns = min(4, len(matrices))
@@ -178,14 +191,13 @@ def confusion_figure(path: Path, matrices: dict[str, np.ndarray]) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel in panels[len(matrices) :]:
         panel.set_axis_off()
-    for panel, (name, counts) in zip(panels, matrices.items(), strict=False):
-        names = [asset_token(index) for index in range(len(counts))]
+    for panel, (title, counts) in zip(panels, matrices.items(), strict=False):
         shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(counts):
             ink = "white" if shares[row, column] > 0.5 else "black"
             panel.text(column, row, str(count), ha="center", va="center", color=ink)
-        panel.set_xticks(range(len(names)), names)
-        panel.set_yticks(range(len(names)), names, rotation=90, va="center")
-        panel.set(title=name, xlabel="is nearest to", ylabel="box of")
+        panel.set_xticks(range(len(counts)), labels[: len(counts)])
+        panel.set_yticks(range(len(counts)), labels[: len(counts)], rotation=90, va="center")
+        panel.set(title=title, xlabel="is nearest to", ylabel="box of")
     figure.savefig(path, dpi=110, format="png")

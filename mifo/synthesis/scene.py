@@ -20,7 +20,7 @@ from mifo.method.regions import TokenRoles
 from mifo.synthesis.config import SynthesisConfig
 from mifo.tokens import ASSET, find_assets, token_roles
 
-MOST_STEPS = 999
+MOST = {"batch_size": 10_000, "num_images": 1_000_000, "num_inference_steps": 999}
 MOST_TIMES = 4  # the model's own resolution, for a side of a picture
 
 GetBoxes = Callable[[int], Sequence[Box]]  # the layout of so many subjects
@@ -112,12 +112,8 @@ def check_numbers(config: SynthesisConfig) -> None:
     if config.num_images is not None:
         counts["num_images"] = config.num_images
     for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{name} is {value}; give a whole number from 1 on")
-    if config.num_inference_steps > MOST_STEPS:
-        raise UserError(
-            f"--num_inference_steps is {config.num_inference_steps}; give {MOST_STEPS} at most"
-        )
+        if not 1 <= value <= MOST[name]:
+            raise UserError(f"--{name} is {value}; give a whole number from 1 to {MOST[name]}")
     if config.seed is None:
         raise UserError("there is no seed; give one (only the commands draw it)")
     numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}

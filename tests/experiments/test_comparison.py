@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from thin import contents
 
 import imagelab.figures
@@ -22,7 +22,7 @@ import semantic_learning
 from experiments import comparison
 from experiments.comparison_report import IDENTITY, Comparison, Result, chance, difference, markdown
 from experiments.comparison_settings import LONG, SHORT, VARIANTS, Settings
-from imagelab.evaluation.report import GAP, TILE, Mean
+from imagelab.evaluation.report import TILE, Mean
 from mifo import evaluation
 from mifo.learning import priors
 from mifo.learning import run as learning
@@ -45,7 +45,7 @@ STEPS = 2 * (3 + 1) + 2 * 1  # two folders: both stages, then stage 2 of rank4 a
 def hurry(patch):
     """Class images take one step, and the figures of learning are empty."""
     patch.setattr(priors, "STEPS", 1)
-    for name in ("learning_curves", "attention_figure"):
+    for name in ("plot_losses", "plot_attention"):
         patch.setattr(imagelab.figures, name, lambda path, *args: path.touch())
 
 
@@ -269,14 +269,14 @@ def test_everything_is_written(finished, capsys):
 def test_sheet_shows_each_variant(finished):
     with Image.open(finished / "sheet.png") as file:
         sheet = np.asarray(file.convert("RGB"))
-    assert sheet.shape[1] == 4 * (TILE + GAP) - GAP
+    gap = 4
+    assert sheet.shape[1] == 4 * (TILE + gap) - gap
     for column, variant in enumerate(("mifo", "rank4", "no_boxes"), 1):
         [path] = (finished / "evaluation" / variant / "kind2_000" / "pictures").iterdir()
         with Image.open(path) as file:
-            tile = np.asarray(ImageOps.pad(file.convert("RGB"), (TILE, TILE)))
-        left = column * (TILE + GAP)
-        top = TILE // 8 + TILE // 12
-        corner = sheet[top : top + 20, left : left + 20]
+            tile = np.asarray(file.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC))
+        left = column * (TILE + gap)
+        corner = sheet[:20, left : left + 20]
         assert np.array_equal(corner, tile[:20, :20])
 
 

@@ -226,10 +226,13 @@ SYNTHESIS = [
     ("--subject_token_indices 4", "'4' is no list of lists of positions; write it as [[4]]"),
     ("--subject_token_indices [[]]", "is no list of lists of positions"),
     # options
-    ("--batch_size 0", "--batch_size is 0; give a whole number from 1 on"),
+    ("--batch_size 0", "--batch_size is 0; give a whole number from 1 to 10000"),
     ("--num_images -1", "--num_images is -1"),
     ("--num_inference_steps 0", "--num_inference_steps is 0"),
-    ("--num_inference_steps 1000", "--num_inference_steps is 1000; give 999 at most"),
+    (
+        "--num_inference_steps 1000",
+        "--num_inference_steps is 1000; give a whole number from 1 to 999",
+    ),
     ("--guidance_scale nan", "--guidance_scale is nan; give a number from 0 on"),
     ("--step_size inf", "--step_size is inf"),
     ("--guidance_steps -1", "--guidance_steps is -1"),

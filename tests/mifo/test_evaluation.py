@@ -1,6 +1,7 @@
 """Evaluation: measures with numbers worked by hand, resumption, and the command on a thin model."""
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Din
 
 import semantic_evaluation
 from imagelab.boxes import Box
+from imagelab.errors import UserError
+from imagelab.evaluation import runner
 from imagelab.evaluation.features import FeatureSpace, load_features, squared
 from imagelab.evaluation.measures import (
     confusion,
@@ -21,14 +24,15 @@ from imagelab.evaluation.measures import (
     diversity,
     layout,
     margins,
+    mask_crops,
     objects_by_colour,
-    reference_crops,
 )
 from imagelab.evaluation.report import Mean, mean_interval, over_all, summarise, total_confusion
 from mifo import evaluation
 from mifo.learned import Learned
 from mifo.learning.instance import read_instance
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import preset_boxes
 from toybox.scenes.scenes import Look, Placement, Scene, render
 
 LEFT, RIGHT = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
@@ -102,7 +106,7 @@ def test_diversity_is_the_mean_distance_of_pairs():
 
 def test_crops(examples):
     instance = read_instance(examples / "toys", 128, 8)
-    first, second = reference_crops(instance)
+    first, second = mask_crops(Image.fromarray(instance.image), instance.masks)
     assert first.size == second.size == (48, 64)
     assert np.array_equal(np.asarray(second), instance.image[32:96, 72:120])
     picture = Image.fromarray(instance.image)
@@ -285,22 +289,57 @@ def test_features_that_are_not_there(spec, words):
 
 def test_records_drop_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "records.jsonl"
-    records = evaluation.Records(path)
+    records = runner.Records(path)
     records.add({"key": "a", "value": 1})
     records.add({"key": "b", "value": 2})
     path.write_bytes(path.read_bytes()[:-5])
-    again = evaluation.Records(path)
+    again = runner.Records(path)
     assert again.found == {"a": {"key": "a", "value": 1}}
     again.add({"key": "c", "value": 3})
-    assert evaluation.Records(path).found.keys() == {"a", "c"}
+    assert runner.Records(path).found.keys() == {"a", "c"}
 
 
-def test_a_file_of_something_else_is_kept(tmp_path):
+@pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"key": "a"}\nmy notes'])
+def test_a_file_of_something_else_is_kept(content, tmp_path):
     path = tmp_path / "records.jsonl"
-    path.write_text("my notes\n")
-    with pytest.raises(ValueError, match="is no record of an evaluation"):
-        evaluation.Records(path)
-    assert path.read_text() == "my notes\n"
+    path.write_text(content)
+    with pytest.raises(UserError, match="is no record of an evaluation"):
+        runner.Records(path)
+    assert path.read_text() == content
+
+
+def test_two_processes_append_each_record_once(tmp_path):
+    """Both have seen an empty file; each keeps what the other was first to find."""
+    path = tmp_path / "records.jsonl"
+    one, two = runner.Records(path), runner.Records(path)
+    one.add({"key": "a", "value": 1})
+    two.add({"key": "a", "value": 2})
+    two.add({"key": "b", "value": 3})
+    one.add({"key": "c", "value": 4})
+    assert len(path.read_bytes().splitlines()) == 3
+    values = {key: record["value"] for key, record in one.found.items()}
+    assert values == {"a": 1, "b": 3, "c": 4}
+    assert two.found["a"]["value"] == 1
+
+
+def append(path, start):
+    """A process's work: many records, half of them also another's."""
+    records = runner.Records(path)
+    for number in range(start, start + 100):
+        records.add({"key": str(number), "value": "x" * number})
+
+
+def test_records_of_two_processes_at_once_stay_whole(tmp_path):
+    path, start = tmp_path / "records.jsonl", multiprocessing.get_context("spawn")
+    workers = [start.Process(target=append, args=(path, first)) for first in (0, 50)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert sorted(int(line["key"]) for line in lines) == list(range(150))
+    assert all(len(line["value"]) == int(line["key"]) for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -372,7 +411,7 @@ def result(output: Path) -> dict:
 
 
 def records(output: Path) -> list[dict]:
-    return list(evaluation.Records(output / "records.jsonl").found.values())
+    return list(runner.Records(output / "records.jsonl").found.values())
 
 
 def test_command(finished):
@@ -390,7 +429,7 @@ def test_command(finished):
     table = (finished / "evaluation.md").read_text()
     assert f"| toys | `a photo of <asset0> and <asset1>` | {right:.3f}" in table
     with Image.open(finished / "sheet.png") as sheet:
-        assert sheet.size == (3 * 196 - 4, 192 + 16)
+        assert sheet.width == 3 * 196 - 4 and sheet.height > 192
     with Image.open(finished / "confusion.png") as figure:
         assert min(figure.size) > 200
     assert len(list((finished / "pictures").glob("*.png"))) == 2
@@ -479,10 +518,8 @@ def test_another_photo_is_refused(learned_dir, examples, tmp_path, fails):
 
 
 def test_without_features_only_toybox_can_be_judged(learned_dir, tmp_path):
-    config = semantic_evaluation.SynthesisConfig(
-        models_dir=str(learned_dir), num_images=1, seed=0, device="cpu"
-    )
-    cases = evaluation.plan_cases(config, ["toys"], [], None, semantic_evaluation.get_boxes)
+    config = SynthesisConfig(models_dir=str(learned_dir), num_images=1, seed=0)
+    cases = evaluation.plan_cases(config, ["toys"], [], None, preset_boxes)
     with pytest.raises(ValueError, match="give --features"):
         evaluation.choose_spaces([], cases)
     base = replace(cases[0].learned.bases[0], source="toybox")
