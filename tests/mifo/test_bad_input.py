@@ -231,7 +231,7 @@ SYNTHESIS = [
     ("--num_inference_steps 0", "--num_inference_steps is 0"),
     (
         "--num_inference_steps 1000",
-        "--num_inference_steps is 1000; give a whole number from 1 to 999",
+        "give a whole number from 1 to 999",
     ),
     ("--guidance_scale nan", "--guidance_scale is nan; give a number from 0 on"),
     ("--step_size inf", "--step_size is inf"),

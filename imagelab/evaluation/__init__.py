@@ -1,0 +1,1 @@
+"""What pictures show: features, measures, the run over many pictures, the report."""
