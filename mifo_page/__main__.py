@@ -124,7 +124,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM; a command that runs then is stopped and saves."""
     from starlette.middleware import Middleware
 
-    from mifo.learned import check_writable
+    from imagelab.io.folders import check_writable
     from mifo_page.job import Job
     from mifo_page.page import CSS, build_page, theme
     from mifo_page.places import Places

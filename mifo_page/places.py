@@ -10,18 +10,18 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from imagelab.errors import UserError
-from imagelab.figures import learning_curves
+from imagelab.figures import plot_losses
+from imagelab.io.atomic import whole
+from imagelab.io.folders import check_name
 from imagelab.io.images import read_image
-from mifo.learned import check_name, learned_names
-from mifo.learning.config import LearningConfig
+from imagelab.training.checkpoint import read_curves, read_facts
+from mifo.learned import learned_names
+from mifo.learning.config import LearningConfig, Runtime
 from mifo.learning.instance import list_instances
-from mifo.learning.plan import CHECKPOINT, work_folder
+from mifo.learning.places import CHECKPOINT, work_folder
 from mifo.synthesis.config import SynthesisConfig
-
-LOSSES = ("loss", "reconstruction", "attention")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Places:
     models_dir: str = LearningConfig.output_dir
     output_path: str = SynthesisConfig.output_path
     model_path: str = LearningConfig.model_path
-    device: str = LearningConfig.device
-    offline: bool = LearningConfig.offline
+    device: str = Runtime.device
+    offline: bool = Runtime.offline
 
 
 def folder_in(root: str | Path, name: str | None, option: str) -> Path:
@@ -82,16 +82,13 @@ def curves(places: Places, instance: str) -> Image.Image | None:
     target = folder_in(places.models_dir, instance, "instance")
     config = LearningConfig(instance=instance, output_dir=places.models_dir)
     try:
-        with safe_open(work_folder(config) / CHECKPOINT, framework="np") as file:
-            losses = {name: file.get_tensor(f"losses.{name}").tolist() for name in LOSSES}
-            settings = json.loads(file.metadata()["mifo"])["facts"]["settings"]
-    except (OSError, SafetensorError):  # there is none, or it has just become the result
-        path = target / "learning.png"
+        checkpoint = work_folder(config) / CHECKPOINT
+        curves, facts = read_curves(checkpoint), read_facts(checkpoint)
+    except UserError:  # there is none, or it has just become the result
+        path = whole(target) / "learning.png"
         return read_image(path) if path.is_file() else None
-    steps = {1: settings["train_steps"], 2: settings["finetune_steps"]}
-    stages = [(stage, count) for stage, count in steps.items() if count]
     picture = BytesIO()
-    learning_curves(picture, losses, stages, settings["reward_steps"])
+    plot_losses(picture, curves, LearningConfig.from_settings(**facts["settings"]).recipe.turns)
     return Image.open(picture)
 
 

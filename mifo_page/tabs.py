@@ -13,12 +13,12 @@ from imagelab.boxes import PALETTE, parse_boxes
 from imagelab.errors import FAILURES, UserError, sentence
 from mifo.learning.config import LearningConfig
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import preset_boxes
 from mifo.tokens import ASSET
 from mifo_page import draft as drafts
 from mifo_page.draft import Draft
 from mifo_page.job import STARTS, Job, as_words, learning_command, shown, synthesis_command
 from mifo_page.places import Places, instances
-from semantic_synthesis import get_boxes
 
 PROMPT = "a photo of <asset0> and <asset1>"
 
@@ -133,7 +133,7 @@ def _opened(draft: Draft | None) -> Draft:
 
 def learning_tab(places: Places, job: Job) -> tuple:
     """Start learning and watch it; returns what is kept up to date."""
-    default = LearningConfig()
+    default = LearningConfig().recipe
     with gr.Row():
         with gr.Column(scale=2):
             instance = gr.Dropdown(label="Instance", elem_id="instance")
@@ -264,7 +264,7 @@ def painting_tab(places: Places, job: Job) -> tuple:
 def _staged(prompt: str) -> dict:
     """What the stage shows for a prompt: its assets in the preset layout."""
     names = ASSET.findall(prompt)
-    boxes = [list(box) for box in get_boxes(len(names))] if names else []
+    boxes = [list(box) for box in preset_boxes(len(names))] if names else []
     return {"names": names, "boxes": boxes, "colors": [f"rgb{color}" for color in PALETTE]}
 
 

@@ -34,19 +34,21 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def read_tensors(
-    path: Path, advice: str, finite: bool = True
+    path: Path, advice: str, finite: bool = True, prefix: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, on the CPU as stored, and its metadata.
 
     Args:
         advice: what to do about a file that cannot be used; ends the message.
         finite: refuse NaN and infinity.
+        prefix: read those alone whose names begin with this.
 
     Raises:
         UserError: the file is missing, damaged, or holds what cannot be computed with.
     """
     with _opened(path, advice) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no dict)
+        tensors = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:

@@ -1,20 +1,17 @@
-"""Checkpoints of an unfinished learning run: one safetensors file, written aside and renamed."""
+"""Checkpoints of an unfinished run: one safetensors file, which appears when it is whole."""
 
 import json
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from imagelab.errors import UserError, memory_errors
-from imagelab.io.atomic import written_aside
+from imagelab.io.tensors import parse_json, read_metadata, read_tensors, write_tensors
+
+ADVICE = "start anew with --overwrite, without --resume"
+#: What a checkpoint says of itself.
+FORM = {"stage": str, "step": int, "facts": {"schedule": dict, "scaler": dict, "curves": [str]}}
 
 
 @dataclass
@@ -30,54 +27,30 @@ class Checkpoint:
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, by way of a copy in the CPU's memory; OSError when there is no room."""
     facts = {"stage": checkpoint.stage, "step": checkpoint.step, "facts": checkpoint.facts}
-    tensors = _by_themselves(checkpoint.tensors)
-    try:
-        with written_aside(path) as aside:
-            save_file(tensors, aside, {"mifo": json.dumps(facts)})
-    except SafetensorError as error:  # what safetensors makes of an OSError, such as a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def _by_themselves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and no two of them in one storage, such as bitsandbytes' tables are."""
-    seen, separate = set(), {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return separate
+    write_tensors(path, checkpoint.tensors, {"checkpoint": json.dumps(facts)})
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Raises UserError when there is no readable checkpoint."""
-    with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = json.loads(file.metadata()["mifo"])
+    tensors, metadata = read_tensors(path, ADVICE, finite=False)  # curves have NaN
+    facts = _parse(path, metadata)
     return Checkpoint(facts["stage"], facts["step"], tensors, facts["facts"])
 
 
 def read_facts(path: Path) -> dict:
     """The facts of a checkpoint, without its tensors. Raises UserError likewise."""
-    with _opened(path) as file:
-        return json.loads(file.metadata()["mifo"])["facts"]
+    return _parse(path, read_metadata(path, ADVICE))["facts"]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with memory_errors(), safe_open(path, framework="pt") as file:
-            yield file
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}); start anew with "
-            "--overwrite, without --resume"
-        ) from error
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """The losses of every step by name, without the other tensors. Raises UserError likewise."""
+    tensors, metadata = read_tensors(path, ADVICE, finite=False, prefix="curves.")
+    names = _parse(path, metadata)["facts"]["curves"]
+    return {name: tensors[f"curves.{name}"].tolist() for name in names}
+
+
+def _parse(path: Path, metadata: dict[str, str]) -> dict:
+    return parse_json(metadata.get("checkpoint", ""), FORM, str(path), ADVICE)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

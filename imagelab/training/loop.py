@@ -193,6 +193,7 @@ class Trainer:
         tensors |= pack_optimizer(stage.optimizer)
         schedule = {k: v for k, v in stage.schedule.state_dict().items() if k != "lr_lambdas"}
         facts = self.facts | {"schedule": schedule, "scaler": self.scaler.state_dict()}
+        facts["curves"] = list(self.curves)  # in their order, which tensors of a file do not keep
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(self.path, Checkpoint(stage.name, done, tensors, facts))
 
@@ -201,7 +202,7 @@ class Trainer:
         tensors = saved.tensors
         stage.load_state(_below("trained.", tensors))
         curves = _below("curves.", tensors)
-        self.curves = {name: values.tolist() for name, values in curves.items()}
+        self.curves = {name: curves[name].tolist() for name in saved.facts["curves"]}
         for index, callback in enumerate(self.callbacks):
             callback.load_state(_below(f"callbacks.{index}.", tensors))
         unpack_optimizer(stage.optimizer, tensors)

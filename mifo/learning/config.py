@@ -57,6 +57,14 @@ class Recipe:
         return {stage: count for stage, count in steps.items() if count}
 
     @property
+    def turns(self) -> dict[str, int]:
+        """The steps, counted from the first, at which the loss changes by design."""
+        turns = {"stage 1 → 2": self.train_steps} if set(self.steps) == {1, 2} else {}
+        if self.attention_loss == "mifo" and 0 < self.reward_steps < self.train_steps:
+            turns["reward → penalty"] = self.reward_steps
+        return turns
+
+    @property
     def needs_class_images(self) -> bool:
         """Whether stage 2 preserves what the class looks like."""
         return bool(self.prior_weight) and 2 in self.steps

@@ -25,7 +25,7 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
     Args:
         curves: every step's losses, by name.
     """
-    from imagelab.figures import attention_figure, learning_curves
+    from imagelab.figures import plot_attention, plot_losses
 
     plan, recipe, model = session.plan, session.recipe, session.model
     with embed_as(model.text_encoder, session.ids, session.rows):
@@ -36,9 +36,13 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
     with replacing(plan.target) as folder:
         has_lora = recipe.finetune == "lora" and 2 in recipe.steps
         write_learned(folder, model, session.rows, has_lora, manifest)
-        reward_steps = recipe.reward_steps if recipe.attention_loss == "mifo" else 0
-        learning_curves(folder / "learning.png", curves, tuple(recipe.steps.items()), reward_steps)
-        attention_figure(folder / "attention.png", plan.instance, maps, scores)
+        plot_losses(folder / "learning.png", curves, recipe.turns)
+        image, masks = plan.instance.image, plan.instance.masks
+        titles = [
+            (f"mask of {asset_token(i)}", f"its attention, {score:.0%} on its own")
+            for i, score in enumerate(scores)
+        ]
+        plot_attention(folder / "attention.png", image, masks, maps.numpy(), titles)
         if recipe.finetune == "full":
             write_rows(model.text_encoder, session.ids, session.rows)
             write_pipeline(folder / PIPELINE, model)

@@ -59,7 +59,7 @@ def learn_until(argv, moment):
 
 def kill_and_resume(argv, earlier, kills):
     """In folders of the current one: whole/, and for each moment n/killed and, resumed, n/out."""
-    for name in ("learning_curves", "attention_figure"):
+    for name in ("plot_losses", "plot_attention"):
         setattr(imagelab.figures, name, lambda path, *args: path.touch())
     main([*argv, "--dry_run"])  # what this loads, the forks need not
     here = Path.cwd()

@@ -21,11 +21,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
-import semantic_learning
-import semantic_synthesis
 from imagelab.training.checkpoint import Checkpoint, write_checkpoint
+from mifo.cli import learning, synthesis
 from mifo.learning.instance import read_instance
-from mifo.synthesis.paint import save_picture
+from mifo.synthesis.paint import save_painting
 from mifo_page import __main__ as app
 from mifo_page import draft as drafts
 from mifo_page import places as folders
@@ -362,7 +361,7 @@ def test_the_commands_say_what_the_page_says(places):
         places, "toys", "resume", train_steps=7, seed=None, initializer_tokens=as_words("car, van")
     )
     assert argv[:5] == ["python", "-m", "semantic_learning", "--instance", "toys"]
-    options = semantic_learning.parse_args(argv[3:])[1]
+    options = learning.parse_args(argv[3:])[1]
     assert (options.instance, options.folder_path) == (["toys"], places.folder_path)
     assert (options.output_dir, options.train_steps) == (places.models_dir, 7)
     assert options.initializer_tokens == ["car", "van"] and options.resume
@@ -370,7 +369,7 @@ def test_the_commands_say_what_the_page_says(places):
     settings = {"seed": 3, "num_images": 2, "step_size": 2.5, "final_step_size": 2.0}
     argv = synthesis_command(places, "toys", BOXES, prompt="a <asset0>", **settings)
     assert "--final_step_size" not in argv
-    options = semantic_synthesis.parse_args(argv[3:])[1]
+    options = synthesis.parse_args(argv[3:])[1]
     assert (options.model_id, options.prompt, options.boxes) == ("toys", "a <asset0>", BOXES)
     assert (options.models_dir, options.output_path) == (places.models_dir, places.output_path)
     assert (options.seed, options.num_images, options.step_size) == (3, 2, 2.5)
@@ -380,11 +379,11 @@ def test_the_commands_say_what_the_page_says(places):
 @pytest.mark.parametrize("text", ["--output_path=/etc", "-h", "--debug", "$(reboot); 'x' \"y\""])
 def test_no_text_becomes_an_option(places, text):
     argv = synthesis_command(places, "toys", BOXES, prompt=text, negative_prompt=text)
-    options = semantic_synthesis.parse_args(argv[3:])[1]
+    options = synthesis.parse_args(argv[3:])[1]
     assert (options.prompt, options.negative_prompt) == (text, text)
     assert options.output_path == places.output_path and not options.debug
     argv = learning_command(places, "toys", "new", class_prompt=text)
-    assert semantic_learning.parse_args(argv[3:])[1].class_prompt == text
+    assert learning.parse_args(argv[3:])[1].class_prompt == text
 
 
 def test_bad_settings_are_told(places):
@@ -461,16 +460,15 @@ time.sleep(60)"""
 
 def test_curves_of_an_unfinished_run(places):
     assert folders.curves(places, "toys") is None
-    losses = {name: torch.linspace(2, 1, 8).double() for name in folders.LOSSES}
+    losses = {name: torch.linspace(2, 1, 8).double() for name in ("loss", "attention")}
     losses["attention"][:] = float("nan")
     settings = {"train_steps": 5, "finetune_steps": 5, "reward_steps": 2}
-    tensors = {f"losses.{name}": values for name, values in losses.items()}
+    tensors = {f"curves.{name}": values for name, values in losses.items()}
     work = Path(places.models_dir, ".toys.work")
     work.mkdir(parents=True)
     before = folders.stamps(places, "toys", None)
-    write_checkpoint(
-        work / "checkpoint.safetensors", Checkpoint(2, 3, tensors, {"settings": settings})
-    )
+    facts = {"settings": settings, "schedule": {}, "scaler": {}, "curves": [*losses]}
+    write_checkpoint(work / "checkpoint.safetensors", Checkpoint("stage 2", 3, tensors, facts))
     picture = folders.curves(places, "toys")
     assert len(picture.convert("L").getcolors(1 << 20)) > 20
     after = folders.stamps(places, "toys", None)
@@ -482,7 +480,7 @@ def test_pictures_come_newest_first_with_their_seeds(places):
     folder.mkdir(parents=True)
     for number in range(2):
         facts = {"settings": {"seed": 5 + number, "prompt": "a <asset0>"}}
-        path = save_picture(folder, number, Image.new("RGB", (8, 8)), facts)
+        path = save_painting(folder, number, Image.new("RGB", (8, 8)), facts)
         os.utime(path, (number, number))
     assert folders.pictures(places, "toys") == [
         (str(folder / "0001.png"), "0001.png, seed 6"),

@@ -22,21 +22,6 @@ def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
     return float(min(1.0, (step + 1) / max(1, warmup)) * fall)
 
 
-def draw_curves(path: Path, curves: dict[str, list[float]]) -> None:
-    """Losses over the steps, each and their running mean, a panel a curve, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(curves), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (name, losses) in zip(panels, curves.items(), strict=True):
-        panel.plot(losses, ".", markersize=1, alpha=0.3, color="tab:grey")
-        window = min(100, len(losses))
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        panel.plot(range(window - 1, len(losses)), mean, color="tab:blue")
-        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(path, dpi=110)
-
-
 class Ema:
     """Exponential moving average of modules' weights, faster while young."""
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from imagelab.attention import Recorder, attention_layers, processors
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
+from imagelab.figures import plot_losses
 from imagelab.io.atomic import write_json
 from imagelab.models.device import choose_device
 from imagelab.processes import Processes
@@ -33,7 +34,7 @@ from toybox.stable_diffusion import architecture as toybox_model
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import HELP, TrainConfig
 from toybox.stable_diffusion.data import encode_scenes, scene_of
-from toybox.stable_diffusion.loop import Trainer, draw_curves
+from toybox.stable_diffusion.loop import Trainer
 
 log = logging.getLogger("toybox")
 
@@ -410,7 +411,7 @@ def train(
         shutil.copy(work / name, output / "tokenizer" / name)
     trainers = (vae_trainer, decoder_trainer, trainer)
     if curves := {one.name: one.losses for one in trainers if one.losses}:
-        draw_curves(output / "training.png", curves)
+        plot_losses(output / "training.png", curves)
     record = {
         "train": asdict(config),
         "shape": asdict(shape),
