@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from imagelab.errors import UserError
+from imagelab.io.atomic import whole
 from imagelab.io.folders import check_name, check_writable
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
@@ -14,11 +15,12 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     check_name(config.instance, "instance")
     target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
-    if not is_learned(config) and target.exists():
+    is_there = whole(target).exists()
+    if is_there and not is_learned(config):
         raise UserError(f"{target} is there and is no learned folder; give another --output_dir")
     if resume and not is_begun(config):
         raise UserError(f"there is no unfinished run at {work}; leave out --resume")
-    if target.exists() and not (overwrite or resume):
+    if is_there and not (overwrite or resume):
         raise UserError(f"{target} is there already; give --overwrite to learn it anew")
     if is_begun(config) and not (overwrite or resume):
         raise UserError(

@@ -14,12 +14,10 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.images import read_image
+from imagelab.io.tensors import read_tensors, write_tensors
 from imagelab.models.base import DiffusionModel
 from imagelab.sampling import denoise, initial_noise
 from imagelab.training.seeds import seed_for
-from mifo_lora import LoraError
-from mifo_lora import read_lora as read_tensors
-from mifo_lora import save_lora as save_tensors
 
 log = logging.getLogger(__name__)
 STEPS, GUIDANCE_SCALE = 25, 7.5
@@ -78,10 +76,10 @@ def class_latents(
 def _read_cache(path: Path) -> Tensor | None:
     if not path.is_file():
         return None
-    try:
-        return read_tensors(path)[0]["latents"]
-    except (LoraError, KeyError) as error:
-        raise UserError(f"the kept class images cannot be read; delete {path}") from error
+    tensors, _ = read_tensors(path, f"delete {path}")
+    if "latents" not in tensors:
+        raise UserError(f"{path} holds no class images; delete {path}")
+    return tensors["latents"]
 
 
 def _write_cache(path: Path, latents: Tensor, prompt: str) -> None:
@@ -89,7 +87,7 @@ def _write_cache(path: Path, latents: Tensor, prompt: str) -> None:
     kept = _read_cache(path)
     if kept is None or len(kept) < len(latents):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {"latents": latents}, {"prompt": prompt})
+        write_tensors(path, {"latents": latents}, {"prompt": prompt})
 
 
 def find_class_images(folder: str) -> list[Path]:

@@ -403,7 +403,9 @@ def test_killed_between_the_renames(learn, fails, folder):
     before = contents(learn("--finetune", "none"))
     (folder / "out/toys").rename(folder / "out/.toys.old")
     assert "is there already" in fails(2)
-    assert contents(folder / "out/toys") == before
+    assert contents(folder / "out/.toys.old") == before  # who only looks renames nothing
+    assert contents(learn("--finetune", "none", "--overwrite")).keys() == before.keys()
+    assert tree(folder) == ["out", "out/toys"]
 
 
 def test_infinite_loss_leaves_nothing(fails, folder, monkeypatch):
