@@ -245,12 +245,12 @@ SYNTHESIS = [
 SYNTHESIS_LOADED = [
     ("", "asset1.safetensors cannot be read as safetensors", cut(ROW)),
     ("", "asset1.safetensors holds NaN or infinity", tensors(ROW, lambda k, v: v / 0)),
-    ("", "holds 31 numbers, and a token of model has 32", tensors(ROW, lambda k, v: v[:, 1:])),
+    ("", "holds 31 numbers, and a token of ", tensors(ROW, lambda k, v: v[:, 1:])),
     ("", "holds no embedding of <asset1>", copy(LEARNED / "asset0.safetensors", ROW)),
     ("", "cannot be read as safetensors", write(LORA)),
     (
         "",
-        "give the rank and the model it was made for",
+        "and the model it was made for",
         tensors(LORA, lambda k, v: v[:, 1:] if "lora_A" in k else v),
     ),
     ("", "holds NaN or infinity in", tensors(LORA, lambda k, v: v / 0)),

@@ -85,7 +85,9 @@ def kill_and_resume(argv, earlier, kills):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_resume_bit_by_bit(learn_argv, learned_dir, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        str(ROOT / name) for name in (".", "tests", "lora-master")
+    )
     work = json.dumps([[*learn_argv, *OPTIONS], str(learned_dir), KILLS])
     command = [sys.executable, __file__, work]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from thin import contents
 
 import imagelab.figures
+from imagelab.io.atomic import whole
 from imagelab.models.stable_diffusion import load_base
 from imagelab.prompts import encode_ids
 from imagelab.training.checkpoint import read_checkpoint, read_facts
@@ -405,7 +406,7 @@ def test_killed_between_the_renames(learn, fails, folder):
     assert "is there already" in fails(2)
     assert contents(folder / "out/.toys.old") == before  # who only looks renames nothing
     assert contents(learn("--finetune", "none", "--overwrite")).keys() == before.keys()
-    assert tree(folder) == ["out", "out/toys"]
+    assert os.listdir(folder / "out") == ["toys"]
 
 
 def test_infinite_loss_leaves_nothing(fails, folder, monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from imagelab.models.stable_diffusion import load_base
-from mifo.learning.phrases import fit_phrases
-from mifo.tokens import add_asset_tokens, initial_rows, lend_rows
 from imagelab.prompts import encode_ids
+from mifo.learning.phrases import fit_phrases
+from mifo.tokens import add_asset_tokens, embed_as, initial_rows
 from toybox.scenes.scenes import HUES
 
 KINDS = ("balloon", "bear", "car", "cat", "fish", "fox", "lizard", "teapot")
@@ -43,7 +43,7 @@ def test_tokens_say_their_phrases(base, ids):
     def read(rows, phrases, asset: int, others: tuple[int, ...] = ()) -> str:
         said = "".join(f"{phrases[i]} and " for i in others)
         wanted = states(base, [f"a photo of {said}{phrase}" for phrase in known])
-        with lend_rows(base.text_encoder, ids, rows):
+        with embed_as(base.text_encoder, ids, rows):
             said = "".join(f"<asset{i}> and " for i in others)
             found = states(base, [f"a photo of {said}<asset{asset}>"])
         return known[torch.cdist(found, wanted).argmin().item()]

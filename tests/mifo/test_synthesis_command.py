@@ -276,12 +276,15 @@ def test_failures_underway(paint, tmp_path, capsys, monkeypatch, error, words):
     assert names(tmp_path / "pictures/toys") == []
 
 
-def test_unexpected_errors_keep_their_traceback(paint, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError])
+def test_unexpected_errors_keep_their_traceback(paint, monkeypatch, error):
+    """A ValueError too, unless it is a UserError: it is a fault of the program."""
+
     def broken(*args):
-        raise RuntimeError("shapes do not fit")
+        raise error("shapes do not fit")
 
     monkeypatch.setattr(painting, "denoise", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(error, match="shapes do not fit"):
         paint()
 
 

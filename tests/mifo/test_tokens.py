@@ -6,18 +6,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from imagelab.prompts import (
+    encode_ids,
+)
 from mifo.tokens import (
     ASSET,
     FUNCTION_WORDS,
     add_asset_tokens,
+    embed_as,
     find_assets,
     initial_rows,
-    lend_rows,
     token_roles,
     write_rows,
-)
-from imagelab.prompts import (
-    encode_ids,
 )
 
 WORDS = 552  # of the tiny vocabulary, before any asset
@@ -134,7 +134,7 @@ def test_lent_rows_read_like_written_ones(tokenizer, text_encoder, ids):
     rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     prompt = "a photo of <asset2> and <asset0> and <asset2>"
     without = states(tokenizer, text_encoder, prompt)
-    with lend_rows(text_encoder, ids, rows):
+    with embed_as(text_encoder, ids, rows):
         lent = states(tokenizer, text_encoder, prompt)
     assert torch.equal(states(tokenizer, text_encoder, prompt), without)
     write_rows(text_encoder, ids, rows)
@@ -144,7 +144,7 @@ def test_lent_rows_read_like_written_ones(tokenizer, text_encoder, ids):
 
 def test_lent_rows_are_taken_back_after_an_exception(tokenizer, text_encoder, ids):
     without = states(tokenizer, text_encoder, "<asset0>")
-    with pytest.raises(RuntimeError), lend_rows(text_encoder, ids, torch.ones(3, 32)):
+    with pytest.raises(RuntimeError), embed_as(text_encoder, ids, torch.ones(3, 32)):
         raise RuntimeError
     assert torch.equal(states(tokenizer, text_encoder, "<asset0>"), without)
 
@@ -161,7 +161,7 @@ def test_training_changes_the_rows_of_the_prompts_assets_and_no_bit_of_the_table
     trained = [p for p in text_encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([rows, *trained], lr=5e-3, weight_decay=0)
     for _ in range(3):
-        with lend_rows(text_encoder, ids, rows):
+        with embed_as(text_encoder, ids, rows):
             loss = states(tokenizer, text_encoder, "a photo of <asset0> and <asset2>")[0, 4:].mean()
         optimizer.zero_grad()
         loss.backward()
