@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imagelab.errors import UserError
-from imagelab.io.atomic import folder_names, whole
+from imagelab.io.atomic import folder_names, readable
 from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
 from imagelab.models.sources import check_folder, locate_model, model_digest
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
@@ -187,7 +187,7 @@ def learned_names(models_dir: Path) -> list[str]:
 
 def read_manifest(path: Path) -> dict:
     """How a learned folder was learned; a UserError says what is wrong with it."""
-    folder = whole(path)
+    folder = readable(path)
     if not folder.is_dir():
         there = ", ".join(learned_names(path.parent)) or "none"
         raise UserError(
@@ -216,7 +216,7 @@ def read_learned_folder(path: Path) -> Learned:
     """What a learned folder holds; a UserError says what is wrong with it."""
     manifest = read_manifest(path)
     settings, base = manifest["settings"], manifest["base_model"]
-    folder = whole(path)
+    folder = readable(path)
     files = {i: folder / f"asset{i}.safetensors" for i in range(len(manifest["tokens"]))}
     has_lora = settings["finetune"] == "lora" and settings["finetune_steps"]
     wanted = [*files.values()]

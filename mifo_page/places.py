@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagelab.errors import UserError
 from imagelab.figures import plot_losses
-from imagelab.io.atomic import whole
+from imagelab.io.atomic import readable
 from imagelab.io.folders import check_name
 from imagelab.io.images import read_image
 from imagelab.training.checkpoint import read_curves, read_facts
@@ -85,7 +85,7 @@ def curves(places: Places, instance: str) -> Image.Image | None:
         checkpoint = work_folder(config) / CHECKPOINT
         curves, facts = read_curves(checkpoint), read_facts(checkpoint)
     except UserError:  # there is none, or it has just become the result
-        path = whole(target) / "learning.png"
+        path = readable(target) / "learning.png"
         return read_image(path) if path.is_file() else None
     picture = BytesIO()
     plot_losses(picture, curves, LearningConfig.from_settings(**facts["settings"]).recipe.turns)

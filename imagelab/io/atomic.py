@@ -1,7 +1,7 @@
 """Files and folders that appear only when they are whole.
 
 Whoever writes does so aside, under a unique name in the same folder, and renames at the end. A
-folder that is replaced has a moment without a name: `whole` finds what to read then. Readers never
+folder that is replaced has a moment without a name: `readable` finds what to read then. Readers never
 rename; who writes a folder holds its `folder_lock`, which also clears away what a killed writer of
 that folder left.
 """
@@ -140,7 +140,7 @@ def recover(target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def whole(target: Path) -> Path:
+def readable(target: Path) -> Path:
     """Where to read a folder: ``target``, or what `put` has moved away from there.
 
     The latter while another process is between its two renames, or was killed there.
@@ -151,7 +151,7 @@ def whole(target: Path) -> Path:
 
 
 def folder_names(parent: Path, file: str) -> list[str]:
-    """Names of the folders in ``parent`` that hold ``file``, sorted, read as `whole` says.
+    """Names of the folders in ``parent`` that hold ``file``, sorted, read as `readable` says.
 
     Other hidden folders are left out.
     """

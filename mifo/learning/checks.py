@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from imagelab.errors import UserError
-from imagelab.io.atomic import whole
+from imagelab.io.atomic import readable
 from imagelab.io.folders import check_name, check_writable
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
@@ -15,7 +15,7 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     check_name(config.instance, "instance")
     target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
-    is_there = whole(target).exists()
+    is_there = readable(target).exists()
     if is_there and not is_learned(config):
         raise UserError(f"{target} is there and is no learned folder; give another --output_dir")
     if resume and not is_begun(config):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from imagelab.io.atomic import whole
+from imagelab.io.atomic import readable
 from mifo.learned import MANIFEST
 from mifo.learning.config import LearningConfig
 
@@ -31,4 +31,4 @@ def is_begun(config: LearningConfig) -> bool:
 
 def is_learned(config: LearningConfig) -> bool:
     """Is the learned folder there?"""
-    return (whole(target_folder(config)) / MANIFEST).is_file()
+    return (readable(target_folder(config)) / MANIFEST).is_file()

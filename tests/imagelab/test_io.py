@@ -23,9 +23,9 @@ from imagelab.io import pictures
 from imagelab.io.atomic import (
     folder_lock,
     folder_names,
+    readable,
     replacing,
     sweep,
-    whole,
     write_json,
     write_new,
     written_aside,
@@ -129,7 +129,7 @@ def killed_between_the_renames(tmp_path) -> Path:
 def test_readers_find_what_a_killed_writer_moved_away_and_rename_nothing(tmp_path):
     target = killed_between_the_renames(tmp_path)
     before = sorted(os.listdir(tmp_path))
-    assert (whole(target) / "text").read_text() == "earlier"
+    assert (readable(target) / "text").read_text() == "earlier"
     assert folder_names(tmp_path, "text") == ["toys"]
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -145,7 +145,7 @@ def test_a_result_is_newer_than_what_was_moved_away_for_it(tmp_path):
     target = tmp_path / "toys"
     fill(target, "later")
     (tmp_path / ".toys.old").mkdir()
-    assert whole(target) == target
+    assert readable(target) == target
     with folder_lock(target):
         assert (target / "text").read_text() == "later"
     assert os.listdir(tmp_path) == ["toys"]

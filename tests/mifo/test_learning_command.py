@@ -20,7 +20,6 @@ from safetensors.torch import save
 from thin import contents
 
 import imagelab.figures
-from imagelab.io.atomic import whole
 from imagelab.models.stable_diffusion import load_base
 from imagelab.prompts import encode_ids
 from imagelab.training.checkpoint import read_checkpoint, read_facts
