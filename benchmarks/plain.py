@@ -169,7 +169,10 @@ def denoise(
     config: GuidanceConfig,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Sampling with :class:`mifo.method.sampling.BoxSampling`; ``control`` starts with boxes and is left refined."""
+    """Denoising with :class:`mifo.method.sampling.BoxSampling`.
+
+    ``control`` starts with boxes and is left refined.
+    """
     scheduler.set_timesteps(steps, device=latents.device)
     both = text.repeat_interleave(len(latents), dim=0)
     decoder = decoder_block(control.unet)

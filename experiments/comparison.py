@@ -211,7 +211,7 @@ def share_class_images(learned: Path, mine: Path) -> None:
 def make_case(work: Path, settings: Settings, variant: Variant, name: str):
     """What is painted of a learned folder: all its assets, in the boxes of the presets."""
     from mifo.evaluation import plan_cases
-    from semantic_synthesis import get_boxes
+    from mifo.synthesis.layouts import preset_boxes
 
     config = SynthesisConfig(
         models_dir=str(work / "learned" / variant.learned),
@@ -229,7 +229,7 @@ def make_case(work: Path, settings: Settings, variant: Variant, name: str):
         ),
         runtime=Runtime(batch_size=settings.batch_size, mixed_precision=settings.mixed_precision),
     )
-    return plan_cases(config, [name], [], str(work / "folders"), get_boxes)[0]
+    return plan_cases(config, [name], [], str(work / "folders"), preset_boxes)[0]
 
 
 def compare(settings: Settings, variants: Sequence[Variant], work: Path, processes):

@@ -43,7 +43,7 @@ def pixel_grids(unet, size: tuple[int, int]) -> dict[int, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class PixelGroups:
-    """A self-attention mask of one sample as groups of pixels that see the same, without n² entries.
+    """A self-attention mask of one sample, without n² entries: groups of pixels that see the same.
 
     Attributes:
         parts: (queries, keys) int64: the pixels of a group, and those that they may attend to.

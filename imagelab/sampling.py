@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 def ddim_scheduler(scheduler):
-    """DDIM (Song et al., arXiv 2010.02502) with a model's own noise schedule and prediction type."""
+    """DDIM (Song et al., arXiv 2010.02502) with a model's noise schedule and prediction type."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_config(

@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
     add("output_path", "where the evaluation goes")
     add("num_images", "pictures of each prompt")
-    add("seed", "picture i has the seed plus i")
+    add("seed", "of the first picture; every next one has the next seed")
     add("batch_size", "pictures painted at a time")
     add("negative_prompt", "what not to paint")
     add("num_inference_steps", "DDIM steps")

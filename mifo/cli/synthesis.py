@@ -73,7 +73,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("model_id", "name of the learned folder")
     add("output_path", "where the folder of pictures goes")
     add("prompt", "what to paint, with the names of the assets")
-    add("seed", "picture i has the seed plus i; None: random", type=seed_option)
+    add(
+        "seed",
+        "of the first picture; every next one has the next seed; None: random",
+        type=seed_option,
+    )
     parser.add_argument(
         "--subject_token_indices",
         type=token_indices,

@@ -98,14 +98,14 @@ class BoxControl:
         return masses
 
     def refine(self, step: int) -> None:
-        """Replace the regions by those that the recorded maps show before denoising step ``step``."""
+        """Replace the regions, before denoising step ``step``, by what the recorded maps show."""
         refined = self.refiner.refine(self.regions.at(*self.map_grid), step)
         self.regions = RegionSet(refined, self.tokens, self.unet.device)
 
     def _self_bounds(
         self, hidden_states: Tensor, probabilities: bool
     ) -> Tensor | list[PixelGroups]:
-        """The mask of a self-attention layer over ``hidden_states`` [b, n, c], in the faster form."""
+        """The self mask of a layer over ``hidden_states`` [b, n, c], in the faster form."""
         samples, pixels, _ = hidden_states.shape
         grid = self.grids[pixels]
         if pixels >= GROUPED_PIXELS and not probabilities:

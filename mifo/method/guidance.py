@@ -1,14 +1,14 @@
-"""The numbers of the box control."""
+"""Settings of the box control."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """Settings of the box control (method: arXiv 2511.00542, section 4)."""
+    """The method's own numbers (arXiv 2511.00542, section 4)."""
 
-    guidance_steps: int = 15  # denoising steps that start with guidance, boxes as regions
-    guidance_iterations: int = 5  # at most, a step
+    guidance_steps: int = 15  # denoising steps with guidance, in which the boxes are the regions
+    guidance_iterations: int = 5  # at most, in each of these steps
     step_size: float = 8.0  # at step 0
     final_step_size: float = 2.0  # toward step guidance_steps
     cross_weight: float = 1.5

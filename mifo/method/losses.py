@@ -26,7 +26,7 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tens
 
 
 def reward_loss(attention: Tensor, mask: Tensor) -> Tensor:
-    """mean((0.5·G − A)²): draws a token's attention into its mask.
+    """mean((0.5·G − A)²): rewards a token's attention inside its mask.
 
     Args:
         attention: A [h, w], the token's cross-attention probability, mean over heads.
@@ -36,12 +36,12 @@ def reward_loss(attention: Tensor, mask: Tensor) -> Tensor:
 
 
 def penalty_loss(attention: Tensor, mask: Tensor) -> Tensor:
-    """mean((A·(1 − G))²): pushes attention out of where the instance is not. Shapes as above."""
+    """mean((A·(1 − G))²): penalises attention outside the mask. Shapes as above."""
     return (attention * (1 - mask)).square().mean()
 
 
 def break_a_scene_loss(attention: Tensor, mask: Tensor) -> Tensor:
-    """mean((A / max A − G)²), the baseline (Avrahami et al., arXiv 2305.16311). Shapes as above."""
+    """mean((A / max A − G)²), of Break-A-Scene (Avrahami et al., arXiv 2305.16311). As above."""
     return (attention / attention.max() - mask).square().mean()
 
 

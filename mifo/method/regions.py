@@ -1,8 +1,10 @@
-"""Who may attend to what: regions of the picture, the attention masks they imply, their refinement.
+"""Regions of subjects, the attention masks that follow from them, and their refinement.
 
-A region is the set of pixels that belong to a subject: its box at first, later the shape that the
-subject has taken inside it. Axes: b samples, s subjects, n pixels (row-major), k tokens.
-Hidden is True throughout: ``mask[b, q, j]`` hides key ``j`` from query pixel ``q``.
+Method: arXiv 2511.00542, section 4. A region is the set of pixels that belong to a subject: its box
+at first, later the shape that the subject has taken inside it. In masks True hides:
+``mask[b, q, j]`` hides key ``j`` from query pixel ``q``.
+
+Axes: b samples, s subjects, n pixels (row-major), k tokens.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ class TokenRoles:
 
     Attributes:
         subjects: the positions of each subject's tokens.
-        filtered: positions of function words, which say nothing that a pixel could show.
+        filtered: positions of function words, which no pixel can show.
         end: position of the (first) end-of-text token.
         length: tokens in all, padding included.
         leading: the one position that stands for each subject in its attention map.
@@ -50,10 +52,10 @@ def resize_regions(regions: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def self_mask(regions: Tensor) -> Tensor:
-    """A pixel of some region may not attend to pixels of other regions only.
+    """Hides, from each pixel of some region, the pixels that are in other regions only.
 
-    regions: bool [b, s, n] → hidden [b, n, n]. Background pixels attend everywhere and are seen by
-    everyone; pixels that share a region see each other.
+    regions: bool [b, s, n] → hidden [b, n, n]. Background pixels see all pixels and are seen by
+    all; pixels that share a region see each other.
     """
     inside = regions.float()
     shared = inside.transpose(-1, -2) @ inside > 0
@@ -62,7 +64,9 @@ def self_mask(regions: Tensor) -> Tensor:
 
 
 def pixel_groups(regions: Tensor) -> PixelGroups:
-    """Groups of regions bool [s, n]: one for each set of subjects that share pixels, or none."""
+    """:func:`self_mask` of regions bool [s, n] as groups: one for each set of subjects that share
+    pixels, and one for the background.
+    """
     background = ~regions.any(dim=0)
     memberships, group = regions.T.unique(dim=0, return_inverse=True)
     parts = []
@@ -75,10 +79,11 @@ def pixel_groups(regions: Tensor) -> PixelGroups:
 
 
 def cross_mask(regions: Tensor, tokens: TokenRoles, guidance: bool) -> Tensor:
-    """A subject's tokens are for the pixels of its region (in guidance: and of the background).
+    """Hides a subject's tokens from all pixels but those of its region.
 
-    regions: bool [b, s, n] → hidden [b, n, k]. Filtered tokens are hidden from everyone; in
-    denoising passes the end-of-text token is hidden from the background.
+    regions: bool [b, s, n] → hidden [b, n, k]. In guidance passes the background sees these tokens
+    too; in denoising passes the end-of-text token is hidden from it. Filtered tokens are hidden
+    from all pixels.
     """
     b, _, n = regions.shape
     background = ~regions.any(dim=1)
@@ -94,9 +99,12 @@ def cross_mask(regions: Tensor, tokens: TokenRoles, guidance: bool) -> Tensor:
 
 
 class RegionSet:
-    """One set of regions at every resolution of a UNet; each mask is built once, when asked for.
+    """The regions of a batch and their masks at every resolution of a UNet, each made once.
 
-    Made of boxes, rasterised at each resolution, or of refined regions, resized to it.
+    Args:
+        source: boxes, which are rasterised at each resolution; or refined regions bool
+            [b, s, rows, columns], which are resized to it.
+        device: where masks and regions are made.
     """
 
     def __init__(self, source: Sequence[Box] | Tensor, tokens: TokenRoles, device="cpu"):
@@ -125,7 +133,7 @@ class RegionSet:
         return self._cached((rows, columns, "self"), lambda: self_mask(self.at(rows, columns)))
 
     def groups(self, rows: int, columns: int) -> list[PixelGroups]:
-        """The self mask by groups of pixels: of each sample, or one for all."""
+        """The self mask as groups of pixels, of each sample or one for all."""
         return self._cached(
             (rows, columns, "groups"),
             lambda: [pixel_groups(regions) for regions in self.at(rows, columns)],
@@ -139,12 +147,15 @@ class RegionSet:
         )
 
     def bias(self, rows: int, columns: int, kind: str, samples: int, dtype: torch.dtype) -> Tensor:
-        """A mask as what is added to the logits of a pass over so many samples.
+        """A mask in the form that is added to the logits of a pass.
 
-        kind: ``"self"``; or cross-attention: ``"guidance"``, or ``"denoising"``, whose first half
-        of the samples is the unconditional one, from which nothing is hidden.
+        Args:
+            kind: ``"self"``; or, of cross-attention, ``"guidance"`` or ``"denoising"``. The latter
+                hides nothing from the first half of the samples, the unconditional one.
+            samples: of the pass.
 
-        Returns [1 or samples, 1, n, keys]: −∞ where hidden, 0 elsewhere.
+        Returns:
+            [1 or samples, 1, n, keys]: −∞ where hidden, 0 elsewhere.
         """
 
         def make() -> Tensor:
@@ -188,8 +199,8 @@ def assign_clusters(
     """Give each cluster to the subject whose soft mask it overlaps best, or to the background.
 
     Overlap = Σ(cluster · soft) / min(Σ cluster, Σ soft); below ``threshold`` it is background.
-    A subject left with nothing gets its box back, taken from the others; one that has no pixels
-    but there shares them.
+    A subject without any cluster gets its box back, taken from the others. Another subject that has
+    no pixels elsewhere keeps them, too.
 
     Args:
         labels: int [n], the cluster of each pixel, in [0, clusters).
@@ -215,10 +226,14 @@ def assign_clusters(
 
 
 class Refiner:
-    """Running means of attention over denoising passes, and the regions they imply.
+    """Running means of attention over denoising passes, and the regions that they show.
 
-    One for a batch of images; each image is clustered by itself, with its own seed, and its
-    centres start the next clustering.
+    It serves a batch of images. Each is clustered by itself, with its own seed; the next clustering
+    starts from its centres.
+
+    Attributes:
+        grid: rows and columns of the maps; ``boxes``: bool [s, n] on it.
+        centres: by image, float [clusters, n] of the last clustering.
     """
 
     def __init__(self, grid: tuple[int, int], boxes: Sequence[Box], seeds: Sequence[int]):
@@ -235,6 +250,7 @@ class Refiner:
         self._counts[kind] = self._counts.get(kind, 0) + 1
 
     def mean(self, kind: str) -> Tensor:
+        """The mean of all maps of a kind so far, shaped as they are."""
         return self._sums[kind] / self._counts[kind]
 
     def refine(self, current: Tensor, step: int) -> Tensor:

@@ -53,10 +53,10 @@ def guide(
 ) -> Tensor:
     """Latent optimisation before a denoising step (arXiv 2511.00542, section 4).
 
-    Up to ``guidance_iterations`` times: forward pass, box loss L, ``latents -= step_size · ∂L/∂latents``.
-    An image stops once its loss, divided by its subjects, is below ``loss_threshold``. The pass
-    is the conditional half alone, and ends after the last layer that the loss reads. The regions
-    are still the boxes, the same for all images.
+    Up to ``guidance_iterations`` times: a pass, its box loss L, latents -= step_size · ∂L/∂latents.
+    An image stops once its loss, divided by the number of subjects, is below ``loss_threshold``.
+    The pass is the conditional half alone, and ends after the last layer that the loss reads. The
+    regions are still the boxes, the same for all images.
 
     Args:
         latents: [b, c, h, w]; they are left as they are.

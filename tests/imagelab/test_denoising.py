@@ -39,7 +39,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_labelled_seeds_are_pinned():
-    """By hand: the first 63 bits of sha256 over "7", "str:noise" and "7", "str:clusters", "int:15"."""
+    """By hand: 63 bits of sha256 over "7", "str:noise" and over "7", "str:clusters", "int:15"."""
     assert seed_for(7, "noise") == 7034650234738456355
     assert seed_for(7, "clusters", 15) == 8207202903834049960
     assert (
@@ -148,7 +148,7 @@ def test_latents_that_are_not_finite_end_the_run(unet, text):
 
 
 class ThinPixArt:
-    """A random PixArt transformer of two blocks behind the protocol; it predicts ε and a variance."""
+    """A random PixArt of two blocks behind the protocol; it predicts ε and a variance."""
 
     device, dtype, scheduler = torch.device("cpu"), torch.float32, thin_scheduler()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from imagelab.boxes import Box
+from imagelab.training.seeds import seed_for
 from mifo.method import regions as module
 from mifo.method.regions import (
     Refiner,
@@ -243,14 +244,15 @@ def test_refiner_finds_the_subject_within_its_box():
     assert first.shape == (3, 6) and refiner.centres[0] == pytest.approx(first)
 
 
-def test_refiner_starts_from_its_last_centres(monkeypatch):
+def test_refiner_starts_from_its_last_centres_with_a_seed_a_step(monkeypatch):
     import sklearn.cluster
 
-    starts = []
+    starts, seeds = [], []
 
     class KMeans(sklearn.cluster.KMeans):
         def __init__(self, n_clusters, **options):
             starts.append((options["init"], options["n_init"]))
+            seeds.append(options["random_state"])
             super().__init__(n_clusters, **options)
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", KMeans)
@@ -261,7 +263,8 @@ def test_refiner_starts_from_its_last_centres(monkeypatch):
     current = refiner.boxes[None]
     refiner.refine(current, 15)
     centres = refiner.centres[0]
-    refiner.refine(current, 15)
+    refiner.refine(current, 20)
+    assert seeds == [seed_for(3, "clusters", step) % 2**32 for step in (15, 20)]
     assert starts[0] == ("k-means++", 100)
     assert starts[1][0] is centres and starts[1][1] == 1
 
