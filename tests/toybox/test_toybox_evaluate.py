@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imagelab.io.pictures import Tile
 from toybox.classifier import classifier as toybox_classifier
 from toybox.classifier.classifier import (
     SCENE,
@@ -24,10 +25,10 @@ from toybox.stable_diffusion import evaluate
 from toybox.stable_diffusion.evaluate import (
     Prompt,
     auc,
-    contact_sheet,
     draw_prompts,
     judge_one,
     judge_two,
+    sample_tiles,
 )
 
 
@@ -173,12 +174,11 @@ def test_missing_weights_are_an_error_that_says_what_to_run(tmp_path):
         load_classifier(tmp_path / "none.safetensors")
 
 
-def test_a_contact_sheet_holds_every_picture():
+def test_wrong_pictures_have_a_red_caption():
     prompt = Prompt("a red car", (Look("car", 0),))
     picture = Image.new("RGB", (16, 16), (10, 200, 30))
-    sheet = np.asarray(contact_sheet([(prompt, picture, True)] * 9))
-    assert sheet.shape == (2 * (16 + 46), 8 * 16, 3)
-    assert (sheet == (10, 200, 30)).all(axis=-1).sum() == 9 * 16 * 16
+    right, wrong = sample_tiles([(prompt, picture, True), (prompt, picture, False)])
+    assert right == Tile(picture, "a red car", "black") and wrong.colour == "red"
 
 
 def test_the_table_lists_what_was_measured():

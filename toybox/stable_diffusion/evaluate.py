@@ -1,14 +1,13 @@
 """Measure a toybox model: its autoencoder, what it draws for prompts, where its words look.
 
 Prints a Markdown table and writes ``evaluation.json`` and ``samples.png`` (wrong pictures have a
-red text). Kinds and hues are read by the classifier of ``toybox.classifier.classifier``; "renders through
-the autoencoder" says how often it is right about pictures that show what they should. It chooses
+red text). Kinds and hues are read by ``toybox.classifier.classifier``; "renders through the
+autoencoder" says how often it is right about pictures that show what they should. It chooses
 among all kinds there are; "of the kinds asked for", among those that prompts name.
 
 Axes: b batch, n pixels of a map, t tokens.
 """
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.io.folders import check_writable
+from imagelab.io.pictures import Tile, contact_sheet
 from imagelab.models.device import choose_device
 from imagelab.models.sources import check_folder
 from imagelab.models.stable_diffusion import quiet_libraries
@@ -240,18 +240,11 @@ def grounding(
 # the command
 
 
-def contact_sheet(rows: list[tuple[Prompt, Image.Image, bool]], columns: int = 8) -> Image.Image:
+def sample_tiles(rows: list[tuple[Prompt, Image.Image, bool]]) -> list[Tile]:
     """Pictures over their prompts, red where they are wrong."""
-    width, height = rows[0][1].size
-    tall = height + 46
-    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * tall), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (prompt, picture, right) in enumerate(rows):
-        x, y = index % columns * width, index // columns * tall
-        sheet.paste(picture, (x, y))
-        text = textwrap.fill(prompt.text, max(10, width // 6))
-        draw.multiline_text((x + 2, y + height), text, "black" if right else "red", spacing=0)
-    return sheet
+    return [
+        Tile(picture, prompt.text, "black" if right else "red") for prompt, picture, right in rows
+    ]
 
 
 def table(result: dict) -> str:
@@ -331,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         }  # fmt: skip
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / "evaluation.json", result)
-        contact_sheet(rows).save(args.output / "samples.png")
+        contact_sheet(sample_tiles(rows), columns=8, gap=0).save(args.output / "samples.png")
         print(table(result))
 
 
