@@ -1,0 +1,229 @@
+"""MIFO for people: learn a folder, load what was learned, paint; a notebook shows the results."""
+
+import html
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from imagelab.boxes import Box, draw_boxes, parse_box
+from imagelab.cli import random_seed_if_none
+from imagelab.errors import UserError
+from imagelab.io.atomic import readable
+from imagelab.io.pictures import Tile, contact_sheet, encode_png, next_number
+from imagelab.models.device import choose_device
+from imagelab.models.stable_diffusion import StableDiffusion
+from mifo.learned import read_manifest
+from mifo.learning.checks import check_target
+from mifo.learning.config import LearningConfig
+from mifo.learning.places import target_folder
+from mifo.learning.plan import make_plan
+from mifo.learning.resume import resumed
+from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import preset_boxes
+from mifo.synthesis.paint import describe, paint, prepare, save_painting
+from mifo.synthesis.scene import make_scene
+
+#: A box as four numbers x0, y0, x1, y1, or as a text such as "10%,20%,50%,60%".
+AnyBox = Sequence[float] | str
+SHEET_SIDE = 256  # pixels of a picture in a notebook
+
+
+def learn(
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings,
+) -> "LearnedInstance":
+    """Learn the instances of one photo; the options of semantic_learning.py, as a function.
+
+    Args:
+        folder: the instance folder, with ``img.jpg`` and ``mask0.png``, ``mask1.png``, …
+        seed: fixes every random draw; None draws one, which the manifest keeps.
+        resume: go on with an unfinished run.
+        overwrite: replace an earlier result.
+        settings: any field of :class:`~mifo.learning.config.LearningConfig` or of its parts, such
+            as ``model_path="toybox"``, ``output_dir="mine"``, ``train_steps=600``.
+
+    Returns:
+        What was learned; it is also in ``output_dir/<name of the folder>``.
+
+    Raises:
+        UserError: something does not fit, with what to do. Nothing has been written then.
+        KeyboardInterrupt: Ctrl-C; the run is saved, ``resume=True`` goes on with it.
+    """
+    from mifo.learning.run import learn as run
+
+    folder = Path(folder)
+    places = {"folder_path": str(folder.parent), "instance": folder.name}
+    config = LearningConfig.from_settings(**settings, **places, seed=seed)
+    check_target(config, resume, overwrite)
+    if resume:
+        config = resumed(config)
+    elif seed is None:
+        config = replace(config, seed=random_seed_if_none(None))
+    run(make_plan(config, choose_device(config.runtime.device)), resume)
+    return LearnedInstance(target_folder(config))
+
+
+def load(name: str | Path, models_dir: str | Path = "Model_ours") -> "LearnedInstance":
+    """What was learned before, by its name in ``models_dir`` or by the path of its folder.
+
+    Raises UserError where there is no such learned folder.
+    """
+    path = Path(name)
+    return LearnedInstance(path if len(path.parts) > 1 else Path(models_dir) / path)
+
+
+class LearnedInstance:
+    """The assets of one photo, ready to paint. A notebook shows their attention and the curves.
+
+    Attributes:
+        folder: the learned folder.
+        manifest: how it was learned.
+        tokens: names of the assets, for prompts.
+        separation: of each asset's attention on the instances, the share on its own, 0 to 1.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.tokens: list[str] = self.manifest["tokens"]
+        self.separation: list[float] = self.manifest["separation"]
+        self._model: StableDiffusion | None = None
+
+    @property
+    def curves(self) -> Image.Image:
+        """The losses over the steps."""
+        return Image.open(readable(self.folder) / "learning.png")
+
+    @property
+    def attention(self) -> Image.Image:
+        """Each asset's attention over the photo, beside its mask."""
+        return Image.open(readable(self.folder) / "attention.png")
+
+    def paint(
+        self,
+        prompt: str,
+        boxes: Mapping[str, AnyBox | Sequence[AnyBox]] | Sequence[AnyBox] | None = None,
+        *,
+        seed: int | None = None,
+        num_images: int = 1,
+        **settings,
+    ) -> "Paintings":
+        """Paint a prompt that names assets, each inside its box.
+
+        Args:
+            prompt: such as ``"a photo of <asset0> and <asset1> in the snow"``.
+            boxes: by asset, one box or a list of boxes where the prompt names it several times; or
+                a list in the order of the prompt; None: a preset layout. A box is x0, y0, x1, y1
+                in fractions from the top left.
+            seed: picture i has the seed ``seed + i``; None draws one.
+            num_images: how many pictures.
+            settings: any field of :class:`~mifo.synthesis.config.SynthesisConfig` or of its parts,
+                such as ``guidance_scale=3``, ``width=768``, ``box_control=False``.
+
+        Raises:
+            UserError: something does not fit, with what to do.
+        """
+        config = SynthesisConfig.from_settings(
+            **settings, prompt=prompt, num_images=num_images, seed=random_seed_if_none(seed),
+            models_dir=str(self.folder.parent), model_id=self.folder.name,
+        )  # fmt: skip
+        device = choose_device(config.runtime.device)
+        scene = make_scene(config, preset_boxes, _parsed(boxes), device=device, base=self._model)
+        self._model = scene.base
+        text = prepare(scene)
+        paintings, size = [], config.runtime.batch_size
+        for start in range(0, num_images, size):
+            indices = range(start, min(start + size, num_images))
+            for index, image in zip(indices, paint(scene, indices, text), strict=True):
+                facts = describe(scene, index)
+                paintings.append(Painting(image, scene.boxes, scene.names, facts))
+        return Paintings(paintings)
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{score:.2f}" for score in self.separation)
+        return f"LearnedInstance({str(self.folder)!r}: {', '.join(self.tokens)}; {scores})"
+
+    def _repr_html_(self) -> str:
+        shown = "".join(_img(picture) for picture in (self.attention, self.curves))
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
+
+
+@dataclass(frozen=True)
+class Painting:
+    """One picture, with the boxes of its subjects and the facts that make it again."""
+
+    image: Image.Image
+    boxes: tuple[Box, ...]
+    names: tuple[str, ...]
+    facts: dict
+
+    def with_boxes(self) -> Image.Image:
+        """The picture with its boxes drawn over it."""
+        return draw_boxes(self.image, self.boxes, self.names) if self.boxes else self.image
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(self.with_boxes())
+
+
+class Paintings(Sequence):
+    """The pictures of one prompt. A notebook shows them side by side, with their boxes."""
+
+    def __init__(self, paintings: Sequence[Painting]):
+        self._paintings = tuple(paintings)
+
+    def __len__(self) -> int:
+        return len(self._paintings)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Paintings(self._paintings[index])
+        return self._paintings[index]
+
+    def sheet(self) -> Image.Image:
+        """A contact sheet, with the boxes."""
+        tiles = [Tile(p.image, boxes=p.boxes, labels=p.names) for p in self._paintings]
+        return contact_sheet(tiles, side=SHEET_SIDE)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write numbered PNGs with their facts beside them; no file is replaced. The paths."""
+        folder = Path(folder)
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; give the name of a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        first = next_number(folder)
+        return [
+            save_painting(folder, first + index, painting.image, painting.facts)
+            for index, painting in enumerate(self._paintings)
+        ]
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(self.sheet())
+
+
+def _parsed(boxes) -> list[Box] | dict[str, list[Box]] | None:
+    """Boxes as make_scene takes them."""
+    if boxes is None:
+        return None
+    if not isinstance(boxes, Mapping):
+        return [parse_box(box) for box in boxes]
+    return {
+        name: [parse_box(box) for box in (found if _holds_boxes(found) else [found])]
+        for name, found in boxes.items()
+    }
+
+
+def _holds_boxes(value) -> bool:
+    """Is this a list of boxes, and not one box?"""
+    return not isinstance(value, str) and not all(isinstance(v, int | float | str) for v in value)
+
+
+def _img(picture: Image.Image) -> str:
+    """A picture as HTML."""
+    return f'<img src="data:image/png;base64,{b64encode(encode_png(picture)).decode()}">'
