@@ -122,7 +122,7 @@ def put(source: Path, target: Path) -> None:
         if path.is_file():
             _flush(path)
     try:
-        if source.is_dir() and target.exists():
+        if source.is_dir() and os.path.lexists(target):  # a link that leads nowhere, too
             os.replace(target, _old(target))
         os.replace(source, target)
     finally:
@@ -135,9 +135,12 @@ def recover(target: Path) -> None:
     The caller holds the `folder_lock` of ``target``, which has called this, or of a folder above.
     """
     old = _old(target)
-    if not target.exists() and old.exists():
+    if os.path.lexists(old) and not os.path.lexists(target):
         os.replace(old, target)
-    shutil.rmtree(old, ignore_errors=True)
+    elif old.is_symlink() or old.is_file():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def readable(target: Path) -> Path:

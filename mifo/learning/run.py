@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from imagelab.errors import memory_errors
-from imagelab.io.atomic import folder_lock
+from imagelab.io.atomic import folder_lock, sweep
 from imagelab.training.checkpoint import Checkpoint, read_checkpoint
 from imagelab.training.loop import Trainer
 from mifo.learning.places import CHECKPOINT
@@ -44,6 +44,7 @@ def learn(
     """
     checkpoint = plan.work / CHECKPOINT
     with folder_lock(plan.target):
+        sweep(plan.work)
         saved = read_checkpoint(checkpoint) if resume else None
         if saved:
             check_same(saved, plan)

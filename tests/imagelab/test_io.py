@@ -117,6 +117,20 @@ def test_a_failed_rename_puts_the_earlier_folder_back(tmp_path, monkeypatch):
     assert (target / "text").read_text() == "first" and os.listdir(tmp_path) == ["toys"]
 
 
+@pytest.mark.parametrize("there", ["a file", "a link", "a dangling link"])
+def test_what_is_no_folder_makes_room_for_one(tmp_path, there):
+    target, other = tmp_path / "toys", tmp_path / "other"
+    other.mkdir()
+    (other / "mine").touch()
+    if there == "a file":
+        target.touch()
+    else:
+        target.symlink_to(other if there == "a link" else tmp_path / "nowhere")
+    fill(target, "new")
+    assert (target / "text").read_text() == "new" and not target.is_symlink()
+    assert os.listdir(other) == ["mine"] and sorted(os.listdir(tmp_path)) == ["other", "toys"]
+
+
 def killed_between_the_renames(tmp_path) -> Path:
     target = tmp_path / "toys"
     fill(target, "earlier")
