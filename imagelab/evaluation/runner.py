@@ -77,7 +77,9 @@ def evaluate(
 ) -> list[list[dict]]:
     """Paint and measure every picture that has no record yet; the records of each case."""
     records = Records(output / RECORDS)
-    keys = [[key(case, i, spaces, painter) for i in range(len(case.seeds))] for case in cases]
+    keys = [
+        [record_key(case, i, spaces, painter) for i in range(len(case.seeds))] for case in cases
+    ]
     done = sum(each in records.found for row in keys for each in row)
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
@@ -97,7 +99,7 @@ def evaluate(
     return [[records.found[each] for each in row] for row in keys]
 
 
-def key(case: Case, index: int, spaces: Sequence[FeatureSpace], painter: Painter) -> str:
+def record_key(case: Case, index: int, spaces: Sequence[FeatureSpace], painter: Painter) -> str:
     """A hash of all that a record depends on."""
     sources = [(space.name, space.source) for space in spaces]
     text = json.dumps([painter.facts(case, index), case.boxes, sources], sort_keys=True)
