@@ -1,7 +1,7 @@
 """The method in the plain order of work: the numbers of :mod:`mifo`, with nothing saved.
 
-It is there to be compared with, in what it computes (tests/benchmarks/test_plain_path.py) and in what it costs
-(benchmarks/run.py). Everything runs in float32, and
+It is there to be compared with, in what it computes (tests/benchmarks/test_plain_path.py) and in
+what it costs (benchmarks/run.py). Everything runs in float32, and
 
 - both halves of the classifier-free batch go through the whole UNet, in guidance too;
 - every layer builds its mask anew, n² entries, and materialises its attention matrix;
