@@ -161,7 +161,7 @@ WRITERS: dict[str, Callable[[Path, Learned, StableDiffusion], None]] = {
 
 
 def architecture(model: StableDiffusion) -> str:
-    """The base model's kind in the words of the modelspec, told from its configs."""
+    """The base model's kind in the words of the modelspec, by its configs."""
     if not model.unet.config.use_linear_projection:
         return "stable-diffusion-v1"
     velocity = model.scheduler.config.prediction_type == "v_prediction"

@@ -16,7 +16,6 @@ from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors
@@ -33,14 +32,14 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-an
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = Parser(prog="python -m mifo_page", description=__doc__, formatter_class=HelpFormatter)
-    learning, synthesis = SimpleNamespace(**LearningConfig().settings()), SynthesisConfig()
+    learning, synthesis = LearningConfig(), SynthesisConfig()
     add_setting(parser, learning, "folder_path", "folder of the instance folders")
     add_setting(parser, synthesis, "models_dir", "folder of the learned folders")
     add_setting(parser, synthesis, "output_path", "where the folders of pictures go")
     add_setting(
         parser, learning, "model_path", "diffusers folder, .safetensors file, hub id, or toybox"
     )
-    add_setting(parser, learning, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
+    add_setting(parser, learning.runtime, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
     parser.add_argument(
         "--listen",
@@ -59,7 +58,7 @@ def in_url(address: str) -> str:
 
 
 def hosts_of(address: str) -> set[str]:
-    """The names that a page served on an address answers to, as in a URL; ANY_NUMBER among them."""
+    """The names that a page served on an address answers to, as URLs write them, or ANY_NUMBER."""
     host, local = in_url(address).lower(), {LOCAL, "localhost", "[::1]"}
     if host in ("0.0.0.0", "[::]"):  # every address of this machine
         return local | {ANY_NUMBER, socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -77,16 +76,17 @@ def is_number(host: str) -> bool:
 class Guard:
     """Serves requests to this host from this page, with POLICY; refuses all others.
 
-    So no other page open in the browser can use this one, not even under a name of its own that
-    leads to this machine: ``hosts`` are the names that this page answers to, and ANY_NUMBER, since
-    nobody can make an address in digits lead elsewhere. What is larger than MAX_SENT, or does not
-    say how large it is, is refused unread.
+    So no other page in the browser can use this one, not even under a name that somebody made lead
+    to this machine. ``hosts`` are the names that this page answers to; with ANY_NUMBER among them
+    it answers to every address in digits, since nobody can make that lead elsewhere. A request
+    that is larger than MAX_SENT, or does not say how large it is, is refused unread.
     """
 
     def __init__(self, app, hosts: set[str]):
         self.app, self.hosts = app, hosts
 
     def knows(self, host: str) -> bool:
+        """Whether a request to this host, with its port, is for this page."""
         name = re.sub(r":\d+$", "", host).lower()
         return name in self.hosts or (ANY_NUMBER in self.hosts and is_number(name))
 
@@ -121,7 +121,7 @@ async def refuse(send, status: int, reason: bytes) -> None:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C or SIGTERM; a command that runs then is stopped and saves."""
+    """Serve the page until Ctrl-C or SIGTERM; a running command is stopped then, and saves."""
     from starlette.middleware import Middleware
 
     from imagelab.io.folders import check_writable

@@ -1,4 +1,4 @@
-"""An instance folder in the making: a photo, its masks, what is to be said of them, saving.
+"""An instance folder in the making: a photo and its masks, a report on them, saving.
 
 Sizes are (width, height) in pixels, masks bool [height, width].
 """
@@ -28,9 +28,7 @@ from mifo.learning.instance import (
     find_masks,
     read_instance,
 )
-from mifo.tokens import (
-    asset_token,
-)
+from mifo.tokens import asset_token
 from mifo_page import MAX_FILE, MAX_SENT
 from mifo_page.places import Places, folder_in
 
@@ -75,10 +73,10 @@ def add_mask_file(draft: Draft, path: str | Path) -> Draft:
 
 
 def add_painted_mask(draft: Draft, sent: dict) -> Draft:
-    """The draft with a mask from what the brush sends as "mask".
+    """The draft with a mask from the brush, which sends it as "mask".
 
-    That is a PNG as a data URL, opaque where painted, or nothing where nothing is. It is read as
-    an uploaded one is, with the same limits.
+    That is a PNG as a data URL, opaque where it is painted; empty if nothing is. It is read as an
+    uploaded mask is, with the same limits.
     """
     strokes = sent.get("mask") if isinstance(sent, dict) else None
     if not isinstance(strokes, str):
@@ -89,10 +87,13 @@ def add_painted_mask(draft: Draft, sent: dict) -> Draft:
         raise UserError(
             f"the painted mask is larger than {MAX_FILE // 2**20} MiB; upload a smaller file"
         )
-    data = strokes.removeprefix("data:image/png;base64,")
+    try:
+        data = b64decode(strokes.removeprefix("data:image/png;base64,"), validate=True)
+    except ValueError as error:
+        raise UserError("the page sent no mask; load it again and paint the mask anew") from error
     with TemporaryDirectory() as folder:
         path = Path(folder, "the painted mask")
-        path.write_bytes(b64decode(data, validate=True))
+        path.write_bytes(data)
         return add_mask_file(draft, path)
 
 
@@ -112,7 +113,7 @@ def open_instance(places: Places, name: str) -> Draft:
 
 
 def report(draft: Draft) -> str:
-    """Coverage and overlaps of the masks and what is worth knowing, by the library's reader."""
+    """Coverage and overlaps of the masks, and the notes that learning would make on them."""
     if not draft.masks:
         return "no mask yet"
     with TemporaryDirectory() as folder:
@@ -144,35 +145,41 @@ def as_data(picture: Image.Image) -> str:
 
 
 def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) -> Path:
-    """Write the instance folder aside, read it as learning will, and move it into place.
+    """Write an instance folder, which appears only when it can be read as learning reads it.
 
-    A folder that is there is replaced only when told so and when it is an instance folder alone.
+    A folder of that name is replaced only if it ``may_replace`` and holds an instance alone.
     """
     target = folder_in(places.folder_path, name, "instance")
     if not draft.masks:
         raise UserError("there is no mask yet; paint or upload one for each thing in the photo")
-    if target.exists():
-        if not may_replace:
-            raise UserError(f"{target} is there already; give another name, or say to replace it")
-        known = target.is_dir() and all(
-            path.is_file() and (path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name))
-            for path in target.iterdir()
-        )
-        if not known:
-            raise UserError(f"{target} holds other things than an instance; give another name")
-        if draft.folder == target and draft.photo.size != draft.opened_size:
-            raise UserError(
-                f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
-                f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
-            )
-    with folder_lock(target), replacing(target) as folder:
-        _write(draft, folder)
-        _read(draft, folder)
+    with folder_lock(target):
+        if target.exists():
+            _check_replaceable(target, draft, may_replace)
+        with replacing(target) as folder:
+            _write(draft, folder)
+            _read(draft, folder)
     return target
 
 
+def _check_replaceable(target: Path, draft: Draft, may_replace: bool) -> None:
+    """Raises UserError where something would be lost that the user has not given up."""
+    if not may_replace:
+        raise UserError(f"{target} is there already; give another name, or say to replace it")
+    is_instance = target.is_dir() and all(
+        path.is_file() and (path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name))
+        for path in target.iterdir()
+    )
+    if not is_instance:
+        raise UserError(f"{target} holds other things than an instance; give another name")
+    if draft.folder == target and draft.photo.size != draft.opened_size:
+        raise UserError(
+            f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
+            f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
+        )
+
+
 def _write(draft: Draft, folder: Path) -> None:
-    """Pixels alone are written: no EXIF, no place, no name of a camera."""
+    """Write pixels alone: no EXIF, no place, no name of a camera."""
     draft.photo.save(folder / "img.png", compress_level=1)
     for index, mask in enumerate(draft.masks):
         Image.fromarray(mask).save(folder / f"mask{index}.png")
@@ -185,7 +192,7 @@ def _read(draft: Draft, folder: Path) -> Instance:
 
 @contextmanager
 def _files_named_alone(folder: Path) -> Iterator[None]:
-    """What is wrong with a file is told without the temporary folder that it lies in."""
+    """Within, messages name a file of ``folder`` alone, without the folder, which is temporary."""
     try:
         yield
     except UserError as error:

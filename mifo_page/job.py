@@ -1,4 +1,4 @@
-"""The commands that the page shows, and the one that runs."""
+"""The commands that the page shows, and the one that is running."""
 
 import os
 import shlex
@@ -18,20 +18,20 @@ from mifo_page.places import Places, folder_in
 #: How a learning run starts: the page's words for what the command calls it.
 STARTS = {"new": "anew", "resume": "go on (--resume)", "overwrite": "replace (--overwrite)"}
 
-LINES = 12  # of what a command says are kept, the last ones
+LINES = 12  # the last ones of what a command prints
 
 
 def command(
     module: str, defaults: Mapping, values: Mapping, flags: Sequence[str] = ()
 ) -> list[str]:
-    """``python -m module`` with what is not left at its default; names are always told.
+    """``python -m module`` with the values that are not the defaults; names are always given.
 
-    A value stays the value of its option whatever it holds: none can become another option.
+    Whatever a value holds, it stays the value of its option: none can become another option.
     """
     words = ["python", "-m", module]
     for name, value in values.items():
-        told = name in ("instance", "model_id", "prompt") or value != defaults[name]
-        if value is None or not told:
+        is_given = name in ("instance", "model_id", "prompt") or value != defaults[name]
+        if value is None or not is_given:
             continue
         if isinstance(value, tuple):
             if bad := [word for word in value if word.startswith("-")]:
@@ -88,7 +88,7 @@ def as_words(text: str) -> tuple[str, ...]:
 
 
 class Job:
-    """At most one command at a time, in a process of its own, and what it says."""
+    """Runs one command at a time in a process of its own, and keeps the last lines it prints."""
 
     def __init__(self):
         self.title = ""
@@ -131,7 +131,7 @@ class Job:
         process.wait()
 
     def output(self) -> str:
-        """The last lines of what the command says."""
+        """The last lines that the command has printed."""
         with self._lock:
             return "\n".join(self._lines)
 
@@ -157,6 +157,7 @@ class Job:
                 self._process.wait()
 
     def status(self) -> str:
+        """What the command is doing, or how it ended."""
         if self._process is None:
             return "nothing has been started"
         code = self._process.poll()

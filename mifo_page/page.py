@@ -1,4 +1,4 @@
-"""The whole page, in gradio: its tabs, the command that runs, and what keeps it up to date."""
+"""The whole page, in gradio: its tabs, the running command, and the timer that updates them."""
 
 import html
 import logging
@@ -11,9 +11,9 @@ from imagelab.errors import FAILURES, sentence
 from mifo_page import places as folders
 from mifo_page.job import LINES, Job
 from mifo_page.places import Places
-from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset, told
+from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset, report_on_page
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CSS = read_asset("page.css")
 
@@ -37,8 +37,8 @@ def build_page(places: Places, job: Job) -> gr.Blocks:
         with gr.Row(equal_height=True):
             status = gr.Textbox(label="Now", scale=5, elem_id="status")
             stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
-        log = gr.Textbox(
-            label="What the command says",
+        printed = gr.Textbox(
+            label="What the command prints",
             info="Stop lets learning finish its step and saves it, to go on from there later; "
             "a second press ends it at once.",
             lines=LINES,
@@ -46,13 +46,13 @@ def build_page(places: Places, job: Job) -> gr.Blocks:
             elem_id="log",
             elem_classes="code",
         )
-        stop.click(told(job.stop))
-        _watch(places, job, instance, model_id, [status, log, curves, maps, gallery])
+        stop.click(report_on_page(job.stop))
+        _watch(places, job, instance, model_id, [status, printed, curves, maps, gallery])
     return page
 
 
 def _watch(places: Places, job: Job, instance, model_id, shown: list) -> None:
-    """Every second or two: what the command says, and what has become new in the folders."""
+    """Every 1.5 seconds, show what the command prints and what is new in the folders."""
     seen = gr.State({})
     inputs = [instance, model_id, seen]
     outputs = [seen, instance, model_id, *shown]
@@ -60,9 +60,9 @@ def _watch(places: Places, job: Job, instance, model_id, shown: list) -> None:
 
 
 def look(places: Places, job: Job, instance: str | None, model_id: str | None, before: dict):
-    """What has changed since the stamps ``before``: the stamps of now, and what to show.
+    """The stamps of now, and what to show of what has changed since the stamps ``before``.
 
-    A part that fails is told once and left empty; the others are shown all the same.
+    A part that fails is reported once and left empty; the others are shown all the same.
     """
     now = folders.stamps(places, instance, model_id)
     new = {key for key in now if now[key] != before.get(key)}
@@ -83,17 +83,17 @@ def look(places: Places, job: Job, instance: str | None, model_id: str | None, b
 
 
 def _found(function: Callable, *where):
-    """What a function finds; where it fails, that is told, and nothing is found."""
+    """What a function returns; None where it fails, which is shown as a warning."""
     try:
         return function(*where)
     except Exception as error:  # in one part of the page
-        logger.warning("%s", sentence(error), exc_info=not isinstance(error, FAILURES))
+        log.warning("%s", sentence(error), exc_info=not isinstance(error, FAILURES))
         gr.Warning(html.escape(sentence(error)))
         return None
 
 
 def _choose(names: Sequence[str] | None, chosen: str | None) -> dict:
-    """The names to choose from, the first one where the chosen one has gone; None: as it was."""
+    """Update a list of names; the first is chosen if the chosen one has gone. None: no change."""
     if names is None:
         return gr.skip()
     value = chosen if chosen in names else next(iter(names), None)

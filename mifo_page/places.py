@@ -1,4 +1,4 @@
-"""The folders that the page may use, and what is in them to choose and to see.
+"""The folders that the page may use, and what they hold to choose from and to look at.
 
 Every name that comes from the page is checked to be that of a folder right below one of them.
 """
@@ -70,7 +70,7 @@ def _taken(root: Path, names: list[str], option: str) -> list[str]:
     def is_taken(name: str) -> bool:
         try:
             folder_in(root, name, option)
-        except ValueError:
+        except UserError:
             return False
         return True
 
@@ -111,19 +111,19 @@ def _output(places: Places, model_id: str) -> Path:
 
 
 def _caption(path: Path) -> str:
-    """The name of a picture, and its seed where the picture itself tells it."""
+    """The name of a picture, and its seed if that is in the picture."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             seed = json.loads(picture.info["mifo"])["settings"]["seed"]
-    except Exception:  # a picture of another making or a damaged one, at which Pillow raises much
+    except Exception:  # of another program or damaged: Pillow raises almost anything
         return path.name
     return f"{path.name}, seed {seed}"
 
 
 def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[str, object]:
-    """What changes when there is something new to choose ("names"), of learning, of pictures.
+    """What changes when there is something new: names to choose, learning, pictures.
 
-    Where one cannot be told, it is what was raised, in words: that is new too.
+    Where one cannot be found out, its stamp is the error in words: that is new too.
     """
     found = {"names": lambda: (instances(places), learned(places))}
     if instance:
@@ -136,12 +136,12 @@ def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[s
 def _or_failure(part: Callable[[], tuple]) -> tuple | str:
     try:
         return part()
-    except Exception as error:  # whoever shows this part meets it again
+    except Exception as error:  # reported when this part is shown
         return repr(error)
 
 
 def _traces(places: Places, instance: str) -> tuple[Path, Path]:
-    """The files that tell of learning: of an unfinished run, of a result."""
+    """The files that change with learning: of an unfinished run, of a result."""
     result = folder_in(places.models_dir, instance, "instance")
     config = LearningConfig(instance=instance, output_dir=places.models_dir)
     return work_folder(config) / CHECKPOINT, result / "learning.png"

@@ -1,4 +1,4 @@
-"""The three tabs of the page, in gradio; what they do is in the other modules."""
+"""The three tabs of the page, in gradio; the other modules do the work."""
 
 import functools
 import html
@@ -28,8 +28,8 @@ def read_asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def told(function: Callable) -> Callable:
-    """What a user can mend is told in a sentence on the page."""
+def report_on_page(function: Callable) -> Callable:
+    """The function; a failure that a user can mend is shown on the page in a sentence."""
 
     @functools.wraps(function)
     def wrapped(*values):
@@ -117,12 +117,14 @@ def masks_tab(places: Places) -> None:
 
     outputs = [draft, brush, report]
     progress = {"show_progress_on": [report]}  # elsewhere it would cover the photo
-    photo.upload(told(lambda path: show(drafts.open_photo(path))), photo, outputs, **progress)
-    known.input(told(open_known), known, [name, *outputs], **progress)
-    brush.input(told(add_painted), [draft, brush], outputs, **progress)
-    upload.upload(told(add_files), [draft, upload], outputs, **progress)
-    undo.click(told(take_back), draft, outputs, **progress)
-    save.click(told(save_draft), [draft, name, may_replace], [saved, known], **progress)
+    photo.upload(
+        report_on_page(lambda path: show(drafts.open_photo(path))), photo, outputs, **progress
+    )
+    known.input(report_on_page(open_known), known, [name, *outputs], **progress)
+    brush.input(report_on_page(add_painted), [draft, brush], outputs, **progress)
+    upload.upload(report_on_page(add_files), [draft, upload], outputs, **progress)
+    undo.click(report_on_page(take_back), draft, outputs, **progress)
+    save.click(report_on_page(save_draft), [draft, name, may_replace], [saved, known], **progress)
 
 
 def _opened(draft: Draft | None) -> Draft:
@@ -132,7 +134,7 @@ def _opened(draft: Draft | None) -> Draft:
 
 
 def learning_tab(places: Places, job: Job) -> tuple:
-    """Start learning and watch it; returns what is kept up to date."""
+    """Start learning and watch it; returns the parts that are kept up to date."""
     default = LearningConfig().recipe
     with gr.Row():
         with gr.Column(scale=2):
@@ -188,7 +190,7 @@ def learning_tab(places: Places, job: Job) -> tuple:
 
 
 def painting_tab(places: Places, job: Job) -> tuple:
-    """Prompt, boxes, pictures; returns what is kept up to date."""
+    """Prompt, boxes, pictures; returns the parts that are kept up to date."""
     default, first = SynthesisConfig(), _staged(PROMPT)
     with gr.Row():
         with gr.Column(scale=2):
@@ -258,18 +260,18 @@ def painting_tab(places: Places, job: Job) -> tuple:
 
 
 # ----------------------------------------------------------------------------------------------
-# what follows what
+# what updates what
 
 
 def _staged(prompt: str) -> dict:
-    """What the stage shows for a prompt: its assets in the preset layout."""
+    """What the stage shows for a prompt: its assets in the preset boxes."""
     names = ASSET.findall(prompt)
     boxes = [list(box) for box in preset_boxes(len(names))] if names else []
     return {"names": names, "boxes": boxes, "colors": [f"rgb{color}" for color in PALETTE]}
 
 
 def _wire_stage(prompt: gr.Textbox, stage: gr.HTML, boxes: gr.Textbox) -> None:
-    """The stage follows the prompt's assets and the written boxes, and these the stage."""
+    """Update the stage from the prompt and the written boxes, and the written boxes from it."""
 
     def from_prompt(text, old):
         if ASSET.findall(text) == old["names"]:
@@ -295,7 +297,7 @@ def _wire_stage(prompt: gr.Textbox, stage: gr.HTML, boxes: gr.Textbox) -> None:
         trigger_mode="always_last",
     )
     written = [boxes.blur, boxes.submit]
-    gr.on(written, told(from_text), [boxes, stage], stage, show_progress="hidden")
+    gr.on(written, report_on_page(from_text), [boxes, stage], stage, show_progress="hidden")
 
 
 def _wire_command(
@@ -308,7 +310,7 @@ def _wire_command(
 ) -> None:
     """Show the command that the settings make; the button runs that very command."""
 
-    def tell(*values):
+    def show(*values):
         try:
             return shown(argv(*values))
         except UserError as error:
@@ -317,5 +319,5 @@ def _wire_command(
     def run(*values):
         job.start(f"{title} {values[0]}", argv(*values))
 
-    gr.on([one.change for one in settings], tell, settings, command, show_progress="hidden")
-    button.click(told(run), settings)
+    gr.on([one.change for one in settings], show, settings, command, show_progress="hidden")
+    button.click(report_on_page(run), settings)
