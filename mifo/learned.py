@@ -77,11 +77,11 @@ class Learned:
         rows: the embedding, float32 [width], of each asset by its number.
         row_files: where each of them is from.
         lora: None if there is none.
-        bases: the base model, by each file that names it. A learned folder has to have the very
-            one; for single files, whose folder is None, the user may choose another.
+        bases: the base model, as each file names it that does. What a learned folder holds goes
+            with that model alone; for single files the user may choose another.
         where: what a message calls the place of the assets.
-        folder: the learned folder; ``manifest``: how it was learned.
-        pipeline: a whole fine-tuned model, which has the rows in it, in place of a LoRA.
+        folder: the learned folder, None for single files; ``manifest``: how it was learned.
+        pipeline: a whole fine-tuned model that includes the rows, in place of a LoRA.
     """
 
     rows: dict[int, Tensor]
@@ -114,11 +114,11 @@ class Learned:
         """The base model with what was learned in it, and the ids of the asset tokens.
 
         Args:
-            model_path: the base model; None: the one that was learned with.
+            model_path: the base model; None: the one that ``bases`` name first.
 
         Raises:
-            UserError: something does not fit the base model, or that is not the one that was
-                learned with. For single files and a chosen ``model_path`` the latter is a warning.
+            UserError: something does not fit the base model, or another one was learned with. For
+                single files and a chosen ``model_path`` the latter is a warning.
         """
         if self.pipeline:
             return self._load_pipeline(model_path, offline)

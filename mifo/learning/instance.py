@@ -63,7 +63,7 @@ def read_instance(
 ) -> Instance:
     """Read and check `folder`, resized as `working_size` says; nothing is ever cropped.
 
-    Raises UserError, naming the file and what to do, for whatever cannot be learned from.
+    Raises UserError for anything that cannot be learned from, with the file and what to do.
     """
     folder = Path(folder)
     image_path, mask_paths = find_files(folder)

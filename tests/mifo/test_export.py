@@ -13,6 +13,7 @@ from thin import contents
 
 import semantic_export
 from benchmarks.cases import full_size_model
+from imagelab.io.atomic import folder_lock
 from imagelab.models.stable_diffusion import load_base
 from mifo import export
 from mifo.cli.export import FORMATS
@@ -243,6 +244,13 @@ def test_existing_exports_are_kept_without_overwrite(models_dir, tmp_path, fails
     message = fails(run, models_dir, tmp_path).err
     assert "embeddings is there already; give --overwrite" in message
     assert contents(tmp_path) == {"toys/embeddings/mine.txt": b"mine"}
+
+
+def test_only_one_at_a_time_exports_to_a_folder(models_dir, tmp_path, fails):
+    with folder_lock(tmp_path / "toys"):
+        message = fails(run, models_dir, tmp_path).err
+    assert "toys is being written by another process; wait for it or give another --o" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_replaces_its_formats_alone(small_sd, exported, tmp_path):

@@ -21,6 +21,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
+from imagelab.errors import UserError
+from imagelab.io.atomic import folder_lock
 from imagelab.training.checkpoint import Checkpoint, write_checkpoint
 from mifo.cli import learning, synthesis
 from mifo.learning.instance import read_instance
@@ -350,6 +352,14 @@ def test_what_cannot_be_learned_is_not_saved(places, draft):
         with pytest.raises(ValueError, match=told):
             save_instance(places, "new", bad, False)
     assert os.listdir(places.folder_path) == ["toys"]
+
+
+def test_an_instance_is_saved_by_one_at_a_time(places, draft):
+    with folder_lock(Path(places.folder_path, "mine")):
+        with pytest.raises(UserError, match="is being written by another process"):
+            save_instance(places, "mine", draft, False)
+    save_instance(places, "mine", draft, False)
+    assert sorted(os.listdir(places.folder_path)) == ["mine", "toys"]
 
 
 # ----------------------------------------------------------------------------------------------
