@@ -230,9 +230,9 @@ def test_a_folder_is_finished_or_left_alone(work):
 
 
 def test_shipped_toybox_tells_its_kinds(tmp_path):
-    from imagelab.models.sources import toybox_folder
+    from toybox.stable_diffusion import FOLDER
 
-    assert {"car", "fish"} <= set(trained_kinds(toybox_folder()))
+    assert {"car", "fish"} <= set(trained_kinds(FOLDER))
     with pytest.raises(ValueError, match="which kinds of toys"):
         trained_kinds(tmp_path)
 

@@ -8,20 +8,22 @@ import torch
 from PIL import Image
 
 from imagelab.io.pictures import Tile
-from toybox.classifier import classifier as toybox_classifier
-from toybox.classifier.classifier import (
+from toybox.classifier import train as toybox_classifier
+from toybox.classifier.network import (
     SCENE,
     WEIGHTS,
     Classifier,
     Reading,
-    classifier_loss,
     hue_distance,
     hue_names,
     load_classifier,
     to_input,
 )
+from toybox.classifier.train import (
+    classifier_loss,
+)
 from toybox.scenes.scenes import KINDS, Look, draw_scene, render
-from toybox.stable_diffusion import evaluate
+from toybox.stable_diffusion import FOLDER, evaluate
 from toybox.stable_diffusion.evaluate import (
     Prompt,
     auc,
@@ -156,7 +158,7 @@ def test_the_command_measures_the_shipped_model(tmp_path, capsys):
     """Two pictures a measure: every number is there, and counts what it should."""
     evaluate.main(["--images", "2", "--output", str(tmp_path / "out"), "--device", "cpu"])
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
-    shipped = json.loads((WEIGHTS.parent / "results/evaluation.json").read_text())
+    shipped = json.loads((FOLDER.parent / "evaluation.json").read_text())
     assert found.keys() == shipped.keys()
     assert found["autoencoder"]["psnr_db"] == pytest.approx(shipped["autoencoder"]["psnr_db"])
     for section in ("one", "two", "one_of_asked", "two_of_asked", "renders"):

@@ -6,25 +6,25 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from imagelab.models.sources import toybox_folder
 from imagelab.models.stable_diffusion import load_base
-from toybox.classifier.classifier import SCENE, hue_names, load_classifier, to_input
+from toybox.classifier.network import SCENE, hue_names, load_classifier, to_input
 from toybox.scenes.scenes import HUES, KINDS
+from toybox.stable_diffusion import FOLDER
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import TrainConfig
 from toybox.stable_diffusion.evaluate import grounding
 from toybox.stable_diffusion.train import psnr
 
-RECORD = json.loads((toybox_folder() / "record.json").read_text())
+RECORD = json.loads((FOLDER / "record.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return StableDiffusionPipeline.from_pretrained(toybox_folder())
+    return StableDiffusionPipeline.from_pretrained(FOLDER)
 
 
 def test_it_fits_in_the_repository():
-    size = sum(path.stat().st_size for path in toybox_folder().rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     assert size < 25e6
 
 
@@ -61,5 +61,5 @@ def test_object_words_attend_to_their_objects(pipeline):
 def test_mifo_loads_it_by_name():
     base = load_base("toybox")
     assert (base.resolution, base.multiple) == (128, 16)
-    config = json.loads((toybox_folder() / "vae/config.json").read_text())
+    config = json.loads((FOLDER / "vae/config.json").read_text())
     assert base.vae.config.scaling_factor == config["scaling_factor"] != 0.18215

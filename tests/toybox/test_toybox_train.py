@@ -18,8 +18,8 @@ from toybox.stable_diffusion import loop, train
 from toybox.stable_diffusion.architecture import ToyboxConfig, build_pipeline, build_tokenizer
 from toybox.stable_diffusion.config import TrainConfig
 from toybox.stable_diffusion.data import MAX_TOYS, encode_scenes, scene_of
+from toybox.stable_diffusion.diffusion import grounding_loss, timestep_weights
 from toybox.stable_diffusion.loop import lr_factor
-from toybox.stable_diffusion.train import grounding_loss, timestep_weights
 
 SHAPE = ToyboxConfig(
     resolution=32,
@@ -44,10 +44,10 @@ def data(tmp_path_factory):
     """What the UNet learns from: latents, their scale, a tokenizer and the autoencoder."""
     folder = tmp_path_factory.mktemp("data")
     vae, trainer = train.train_vae(CONFIG, SHAPE, folder)
-    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
     rng = np.random.default_rng(0)
     texts = [caption(scene_of(CONFIG, index), rng).text for index in range(400)]
     tokenizer = build_tokenizer(texts, folder)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt", tokenizer)
     return folder, vae, trainer, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
 
 
@@ -93,7 +93,7 @@ def test_20_steps_of_the_decoder_lower_its_loss_and_leave_the_latents(data, tmp_
 
 def test_20_steps_lower_the_unets_loss(data, tmp_path):
     _, vae, _, encoded, scale, tokenizer = data
-    unet, text_encoder, trainer = train.train_unet(
+    unet, text_encoder, _, trainer = train.train_unet(
         CONFIG, SHAPE, tmp_path, encoded, scale, tokenizer
     )
     assert len(trainer.losses) == 20
@@ -142,11 +142,11 @@ def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "broken").mkdir()
     arguments = (encoded, scale, tokenizer)
-    unet, text_encoder, whole = train.train_unet(SHORT, SHAPE, tmp_path / "unbroken", *arguments)
+    unet, text_encoder, _, whole = train.train_unet(SHORT, SHAPE, tmp_path / "unbroken", *arguments)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
         train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
-    resumed, text, trainer = train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
+    resumed, text, _, trainer = train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
     assert trainer.losses == whole.losses
     assert_same(resumed, unet)
     assert_same(text, text_encoder)
@@ -291,9 +291,9 @@ def train_in_process(index, port, data_folder, folder):
     processes = Processes("cpu")
     vae, _ = train.train_vae(SHORT, SHAPE, folder, processes=processes)
     train.train_decoder(vae, SHORT, SHAPE, folder, processes)
-    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt")  # reads them
-    scale = 1 / encoded["latents"].float().std().item()
     tokenizer = build_tokenizer([], data_folder)
+    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt", tokenizer)  # reads
+    scale = 1 / encoded["latents"].float().std().item()
     train.train_unet(SHARED, SHAPE, folder, encoded, scale, tokenizer, processes=processes)
     processes.leave()
 
@@ -317,11 +317,11 @@ def test_two_processes_train_as_one(data, tmp_path):
 
 
 def test_latents_are_encoded_once(data, monkeypatch):
-    folder, vae, _, encoded, *_ = data
+    folder, vae, _, encoded, _, tokenizer = data
     assert encoded["latents"].shape == (24, 4, 8, 8)
     assert encoded["coverage"].shape == (24, MAX_TOYS, 8, 8)
     monkeypatch.setattr(toybox_data, "render", None)
-    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt")
+    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt", tokenizer)
     assert all(torch.equal(again[key], encoded[key]) for key in encoded)
 
 
@@ -340,11 +340,14 @@ def test_grounding_loss_by_hand():
     coverage = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])  # [1, 1 toy, 2, 2]
     # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy, which covers 1.5 pixels
     expected = -np.log(0.65) - np.log(2 * 0.65 / 1.5)
-    assert grounding_loss([maps], coverage, [(0, 0, 1)]).item() == pytest.approx(expected)
+    first, toy = torch.tensor([[1]]), torch.ones(1, 1)
+    assert grounding_loss([maps], coverage, first, toy).item() == pytest.approx(expected)
+    assert grounding_loss([maps], coverage, first, 0 * toy).item() == 0
     # token 0 reigns on the second pixel; more than half is not asked for
     maps[0, 1, 0] = 0.9
     coverage = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
-    assert grounding_loss([maps], coverage, [(0, 0, 0)]).item() == pytest.approx(0, abs=1e-6)
+    start = torch.tensor([[0]])
+    assert grounding_loss([maps], coverage, start, toy).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_cools_down():

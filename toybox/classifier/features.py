@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.evaluation.features import FeatureSpace, squared
-from toybox.classifier.classifier import CROP, SCENE, WEIGHTS, load_classifier, to_input
+from toybox.classifier.network import CROP, SCENE, WEIGHTS, load_classifier, to_input
 
 
 def feature_space() -> FeatureSpace:

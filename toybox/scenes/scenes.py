@@ -7,7 +7,7 @@ Sprites are Microsoft's Fluent 3D emoji (MIT, see ``sprites/LICENSE``). Recolour
 of a sprite until the commonest one is the wanted angle; eight angles have names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -41,6 +41,7 @@ GROUNDS = {
     "in the sky": ((140, 192, 236), 26, (4, 3)),
     "on the road": ((112, 112, 118), 10, (26, 26)),
 }
+SPRITE_SIDE = 256  # of the sprites as they are stored, in pixels
 _HUE_SPREAD, _MEAN_SATURATION, _MEAN_VALUE = 50, 0.55, 0.75
 
 
@@ -61,7 +62,13 @@ class Look:
     @property
     def colour(self) -> str | None:
         """The hue's name, or None for a hue between the named ones."""
-        return next((name for name, degrees in HUES.items() if degrees == self.hue), None)
+        return self.colour_within(0)
+
+    def colour_within(self, degrees: float) -> str | None:
+        """The name of the nearest named hue, or None where it is further away than this."""
+        name = self.nearest_colour
+        away = abs((HUES[name] - self.hue + 180) % 360 - 180)
+        return name if away <= degrees else None
 
 
 @dataclass(frozen=True)
@@ -89,40 +96,53 @@ class Scene:
 # sprites
 
 
+class _Sprite(NamedTuple):
+    """What recolouring a sprite needs of it; arrays are [side, side]."""
+
+    hues: np.ndarray  # apart from the commonest one, in degrees
+    saturation: np.ndarray  # of colours strong enough to have a name
+    value: np.ndarray
+    gain: float  # what brightens a dark sprite
+    alpha: Image.Image
+
+
 @cache
-def _sprite(kind: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """HSV in [0, 1] as float [256, 256, 3], alpha as uint8, and the commonest hue in turns."""
+def _sprite(kind: str, side: int) -> _Sprite:
     path = SPRITES / f"{kind}.webp"
     if not path.is_file():
         raise UserError(f"there is no toy of kind {kind!r}; choose one of {', '.join(KINDS)}")
     with Image.open(path) as file:
         picture = file.convert("RGBA")
-    alpha = np.asarray(picture.getchannel("A"))
+    if side != picture.width:  # premultiplied, so that no colour of clear pixels bleeds in
+        picture = picture.convert("RGBa").resize((side, side), Image.LANCZOS).convert("RGBA")
+    alpha = picture.getchannel("A")
     hsv = np.asarray(picture.convert("RGB").convert("HSV"), dtype=np.float64) / 255
-    inside = alpha > 127
+    inside = np.asarray(alpha) > 127
     weight = hsv[..., 1] * hsv[..., 2]
     counts, edges = np.histogram(hsv[..., 0][inside], 36, (0, 1), weights=weight[inside])
     smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
-    return hsv, alpha, float(edges[int(np.argmax(smooth))] + 0.5 / 36)
+    commonest = edges[int(np.argmax(smooth))] + 0.5 / 36
+    apart = np.sin(2 * np.pi * (hsv[..., 0] - commonest)) * hsv[..., 1] / (hsv[..., 1] + 0.15)
+    gain = max(1.0, _MEAN_SATURATION / hsv[..., 1][inside].mean())
+    brighter = max(1.0, _MEAN_VALUE / hsv[..., 2][inside].mean())
+    saturation = np.maximum(gain * hsv[..., 1], 0.2)
+    return _Sprite(_HUE_SPREAD * apart, saturation, hsv[..., 2], brighter, alpha)
 
 
 @lru_cache(maxsize=1024)
-def toy(look: Look) -> Image.Image:
-    """The recoloured sprite, 256×256 RGBA with premultiplied colours (mode ``RGBa``).
+def toy(look: Look, side: int = SPRITE_SIDE) -> Image.Image:
+    """The recoloured sprite, RGBA of ``side`` pixels with premultiplied colours (mode ``RGBa``).
 
     The commonest hue becomes ``look.hue``; the others stay within 50 degrees of it, and grey and
     dark sprites gain saturation and value, so that a colour's name is true of every kind.
     """
-    hsv, alpha, commonest = _sprite(look.kind)
-    inside = alpha > 127
-    apart = np.sin(2 * np.pi * (hsv[..., 0] - commonest)) * hsv[..., 1] / (hsv[..., 1] + 0.15)
-    hue = (look.hue + _HUE_SPREAD * apart) / 360 % 1
-    gain = max(1.0, _MEAN_SATURATION / hsv[..., 1][inside].mean())
-    saturation = look.saturation * np.maximum(gain * hsv[..., 1], 0.2)
-    value = look.value * max(1.0, _MEAN_VALUE / hsv[..., 2][inside].mean()) * hsv[..., 2]
+    sprite = _sprite(look.kind, side)
+    hue = (look.hue + sprite.hues) / 360 % 1
+    saturation = look.saturation * sprite.saturation
+    value = look.value * sprite.gain * sprite.value
     pixels = np.clip(np.stack([hue, saturation, value], -1), 0, 1)
     picture = Image.fromarray(np.rint(pixels * 255).astype(np.uint8), "HSV").convert("RGB")
-    picture.putalpha(Image.fromarray(alpha))
+    picture.putalpha(sprite.alpha)
     return picture.convert("RGBa")
 
 
@@ -188,24 +208,38 @@ class Caption(NamedTuple):
     nouns: tuple[int, ...]
 
 
-def caption(scene: Scene, rng: np.random.Generator, bare: float = 0.0) -> Caption:
+def caption(
+    scene: Scene,
+    rng: np.random.Generator,
+    bare: float = 0.0,
+    learned: Collection[int] = (),
+    near: float = 0.0,
+) -> Caption:
     """Word a scene in Stable Diffusion's manner, every word of it true.
 
     Toys in random order; a third without colours; "a photo of" before a third; a named ground is
     told half of the time (so in a quarter of all captions). ``bare`` is the share of captions
     without articles, in which a toy may stand right after "of", as learned assets do.
+
+    The toys in ``learned`` are not worded but called <asset0>, <asset1>, …, without an article,
+    and such a caption begins with "a photo of" twice as often. A hue is named where a named one
+    lies within ``near`` degrees of it.
     """
     with_article = not bare or rng.random() >= bare
     with_colour = rng.random() >= 1 / 3
     order = tuple(int(index) for index in rng.permutation(len(scene.toys)))
-    words = ["a", "photo", "of"] if rng.random() < 1 / 3 else []
-    nouns = []
+    words = ["a", "photo", "of"] if rng.random() < (2 / 3 if learned else 1 / 3) else []
+    nouns, assets = [], 0
     for index in order:
-        look = scene.toys[index].look
-        noun = look.kind.replace("_", " ")
-        name = f"{look.colour} {noun}" if with_colour and look.colour else noun
         words += ["and"] * bool(nouns)
-        words += ["an" if name[0] in "aeiou" else "a"] * with_article + name.split()
+        if index in learned:
+            words.append(f"<asset{assets}>")
+            assets += 1
+        else:
+            look = scene.toys[index].look
+            noun, colour = look.kind.replace("_", " "), look.colour_within(near)
+            name = f"{colour} {noun}" if with_colour and colour else noun
+            words += ["an" if name[0] in "aeiou" else "a"] * with_article + name.split()
         nouns.append(len(words) - 1)
     if scene.ground and rng.random() < 0.5:
         words += scene.ground.split()
@@ -227,8 +261,10 @@ def _background(scene: Scene, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
-def render(scene: Scene, width: int, height: int | None = None) -> tuple[Image.Image, np.ndarray]:
-    """Paint a scene.
+def render(
+    scene: Scene, width: int, height: int | None = None, sprites: int = SPRITE_SIDE
+) -> tuple[Image.Image, np.ndarray]:
+    """Paint a scene; ``sprites`` is the side in pixels at which toys are recoloured.
 
     Returns the RGB picture and the toys' visible masks, bool [toys, height, width]: pixels that a
     toy covers by at least half and that no toy in front of it does, so masks are disjoint.
@@ -238,7 +274,7 @@ def render(scene: Scene, width: int, height: int | None = None) -> tuple[Image.I
     masks = np.zeros((len(scene.toys), height, width), dtype=bool)
     for index, placed in enumerate(scene.toys):
         side = max(2, round(placed.size * min(width, height)))
-        sprite = toy(placed.look).resize((side, side), Image.LANCZOS, reducing_gap=2.0)
+        sprite = toy(placed.look, sprites).resize((side, side), Image.LANCZOS, reducing_gap=2.0)
         if placed.flip:
             sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
         left = round(placed.x * width - side / 2)

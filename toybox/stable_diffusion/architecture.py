@@ -26,6 +26,7 @@ class ToyboxConfig:
     unet_channels: tuple[int, ...] = (64, 128)
     unet_layers: int = 1  # a block
     head_channels: int = 32
+    unet_heads: tuple[int, ...] | None = None  # of each level; None: as many as have head_channels
     text_width: int = 128
     text_layers: int = 2
 
@@ -113,6 +114,7 @@ def build_vae(config: ToyboxConfig) -> AutoencoderKL:
 
 def build_unet(config: ToyboxConfig) -> UNet2DConditionModel:
     levels = len(config.unet_channels)
+    heads = config.unet_heads or tuple(c // config.head_channels for c in config.unet_channels)
     return UNet2DConditionModel(
         sample_size=config.latent_size,
         in_channels=config.latent_channels,
@@ -122,7 +124,7 @@ def build_unet(config: ToyboxConfig) -> UNet2DConditionModel:
         block_out_channels=config.unet_channels,
         layers_per_block=config.unet_layers,
         cross_attention_dim=config.text_width,
-        attention_head_dim=tuple(c // config.head_channels for c in config.unet_channels),
+        attention_head_dim=heads,  # diffusers' name for their number
         norm_num_groups=16,
         use_linear_projection=True,
     )

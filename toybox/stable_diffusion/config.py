@@ -21,7 +21,10 @@ class TrainConfig:
     decoder_lr: float = 1e-3
     kinds: tuple[str, ...] = KINDS
     count_odds: tuple[float, ...] = COUNT_ODDS
+    free_looks: float = 0.5
     scenes: int = 20_000
+    mirrored: bool = False
+    captions: int = 8
     steps: int = 9000
     sample_steps: int = 1000
     skip: int = 0
@@ -33,6 +36,10 @@ class TrainConfig:
     ema: float = 0.999
     caption_dropout: float = 0.1
     bare_captions: float = 1 / 3
+    near_hue: float = 8.0
+    placeholders: float = 0.4
+    mixed: float = 0.15
+    look_noise: float = 0.9
     min_snr: float = 5.0
     grounding_weight: float = 0.02
     grounding_timesteps: int = 1000
@@ -51,7 +58,11 @@ HELP = {
     "decoder_lr": "their learning rate",
     "kinds": "kinds of toys; fewer are learned sooner",
     "count_odds": "odds of scenes with one toy, two and three",
+    "free_looks": "share of scenes whose toys have any hue and strength of colour; the others' "
+    "hues have names",
     "scenes": "scenes that the UNet and the text encoder learn from",
+    "mirrored": "mirrored copies of them, too",
+    "captions": "captions drawn for each of them",
     "steps": "steps of the UNet and the text encoder",
     "sample_steps": "how many of them lie between sample grids",
     "skip": "steps whose draws are passed over, those of the run that --begin_from comes from",
@@ -63,6 +74,11 @@ HELP = {
     "ema": "decay of the average over the weights",
     "caption_dropout": "share of scenes without a caption",
     "bare_captions": "share of captions without articles",
+    "near_hue": "how far from a named hue, in degrees, a caption still calls it so",
+    "placeholders": "share of captions that name every toy by a placeholder token, whose embedding "
+    "says how it looks",
+    "mixed": "share of captions that name each toy by a placeholder or by words",
+    "look_noise": "the most noise in a placeholder's embedding: each has a share from 0 to this",
     "min_snr": "cap of the signal-to-noise ratio in the weights of the loss",
     "grounding_weight": "weight of the loss that lays nouns' attention on their toys",
     "grounding_timesteps": "below which it is asked for",

@@ -1,7 +1,7 @@
 """Measure a toybox model: its autoencoder, what it draws for prompts, where its words look.
 
 Prints a Markdown table and writes ``evaluation.json`` and ``samples.png`` (wrong pictures have a
-red text). Kinds and hues are read by ``toybox.classifier.classifier``; "renders through the
+red text). Kinds and hues are read by ``toybox.classifier``; "renders through the
 autoencoder" says how often it is right about pictures that show what they should. It chooses
 among all kinds there are; "of the kinds asked for", among those that prompts name.
 
@@ -29,7 +29,7 @@ from imagelab.io.pictures import Tile, contact_sheet
 from imagelab.models.device import choose_device
 from imagelab.models.sources import check_folder
 from imagelab.models.stable_diffusion import quiet_libraries
-from toybox.classifier.classifier import (
+from toybox.classifier.network import (
     SCENE,
     Classifier,
     Reading,

@@ -1,5 +1,8 @@
 """The training loop of toybox: resumable at any moment, with an average of the weights."""
 
+import json
+import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -11,15 +14,56 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imagelab.errors import UserError
-from imagelab.io.atomic import written_aside
+from imagelab.io.atomic import write_json, written_aside
 from imagelab.processes import Processes
+from toybox.stable_diffusion.graphs import autocast
+
+READ_EVERY = 50  # steps between two looks at the losses on a GPU, which waits meanwhile
 
 
-def lr_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, constant, cosine cool-down to 0.01 over the last part of the steps."""
-    left = (steps - step) / max(1, cooldown * steps)
+def lr_factor(step: int, steps: int | None, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, constant, cosine cool-down to 0.01 over the last part of the steps.
+
+    ``steps`` is None while nobody knows their number, which is before the cool-down.
+    """
+    left = 1.0 if steps is None else (steps - step) / max(1, cooldown * steps)
     fall = 0.01 + 0.99 * (0.5 - 0.5 * np.cos(np.pi * min(1.0, left)))
     return float(min(1.0, (step + 1) / max(1, warmup)) * fall)
+
+
+class Budget:
+    """The number of steps that fill a time, found while they are taken.
+
+    The learning rate is the same until the cool-down, so the number is needed half-way: it follows
+    from the pace until then, and is kept in a file, so that a run that was stopped ends alike.
+
+    Args:
+        path: JSON file of the number.
+        until: when to be done, as time.monotonic() tells it.
+    """
+
+    WARMING = 100  # steps that tell nothing about the pace
+
+    def __init__(self, path: Path, until: float):
+        self.path, self.until = path, until
+        self.begun: tuple[int, float] | None = None
+        self.steps: int | None = None
+        if path.is_file():
+            self.steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+
+    def look(self, taken: int, done: int) -> None:
+        """Fix the number, if it is time, after ``taken`` steps of this run, ``done`` in all."""
+        now = time.monotonic()
+        if self.steps is not None or taken < self.WARMING:
+            return
+        if self.begun is None:
+            self.begun = taken, now
+            return
+        before, started = self.begun
+        if now - started >= (self.until - started) / 2:
+            pace = (now - started) / (taken - before)
+            self.steps = done + max(1, int((self.until - now) / pace))
+            write_json(self.path, {"steps": self.steps})
 
 
 class Ema:
@@ -60,14 +104,20 @@ class Trainer:
         config,
         lr: float,
         processes: Processes,
+        batch: int = 1,
     ):
         self.name, self.path = name, folder / f"{name}.pt"
         self.modules = modules
         parameters = [p for module in modules for p in module.parameters()]
         self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            parameters,
+            lr=lr,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
         )
+        self.batch = batch
         self.lr, self.config, self.parameters, self.processes = lr, config, parameters, processes
         self.ema = Ema(modules, config.ema)
         self.losses: list[float] = []
@@ -105,56 +155,105 @@ class Trainer:
                 part.copy_(mean.view_as(part))
         return loss
 
+    def _plain(self, step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """The loss of a step, with its gradients."""
+
+        def gradients(index: int) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            with autocast(self.device):
+                loss = step(index)
+            loss.backward()
+            return loss.detach()
+
+        return gradients
+
+    def _read(self, waiting: list[Tensor]) -> None:
+        """Take over what :meth:`_losses` gave for the steps up to now; it waits for the device."""
+        if not waiting:
+            return
+        found = torch.stack(waiting).tolist()
+        waiting.clear()
+        for loss, norm in found:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(
+                    f"{self.name}: the loss or its gradient is not finite at step "
+                    f"{len(self.losses)}; what was saved before stays; train anew with a smaller "
+                    "learning rate"
+                )
+            self.losses.append(loss)
+
+    def _progress(self, done: int, steps: int | None):
+        return tqdm(
+            desc=self.name,
+            total=steps,
+            initial=done,
+            disable=not self.processes.is_first,
+            unit=" samples",
+            unit_scale=self.batch,
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+        )
+
     def run(
         self,
-        steps: int,
+        steps: int | Budget,
         step: Callable[[int], Tensor],
         every: float = 120.0,
         report: Callable[[int], None] | None = None,
         report_every: int = 1000,
+        graphed: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Go on to ``steps`` steps; save every ``every`` seconds and on Ctrl-C.
 
         A stop in the middle of an update is not saved: the last checkpoint stands then.
+        ``graphed``, where it is given, computes the losses and gradients in place of ``step``.
         """
-        done, first = len(self.losses), self.processes.is_first
+        budget = steps if isinstance(steps, Budget) else None
+        total = budget.steps if budget else steps
+        first, done = self.processes.is_first, len(self.losses)
+        gradients = graphed or self._plain(step)
+        read_every = READ_EVERY if self.device.type == "cuda" else 1
         saved = started = time.monotonic()
-        before = self.seconds
-        progress = tqdm(range(done, steps), self.name, total=steps, initial=done, disable=not first)
+        before, index = self.seconds, done
+        progress = self._progress(done, total)
+        waiting: list[Tensor] = []
         whole = True
         try:
-            for index in progress:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * lr_factor(
-                        index, steps, self.config.warmup, self.config.cooldown
-                    )
-                self.optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
-                ):
-                    loss = step(index)
-                loss.backward()
-                loss = self._average_over_processes(loss.detach())
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                if not (loss.isfinite() and norm.isfinite()):
-                    raise UserError(
-                        f"{self.name}: the loss or its gradient is not finite at step {index}; "
-                        "what came before is saved; train anew with a smaller learning rate"
-                    )
+            while total is None or index < total:
+                waiting.append(self._losses(gradients, index, total))
+                looked = (index + 1) % read_every == 0
+                if looked:
+                    whole = read_every == 1  # else updates were made with what may not be finite
+                    self._read(waiting)
                 whole = False
                 self.optimizer.step()
                 self.ema.update(index)
-                self.losses.append(loss.item())
                 whole = True
+                index += 1
                 now = time.monotonic()
                 self.seconds = before + now - started
-                if index % 20 == 0:
-                    progress.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}")
-                if report and first and (index + 1) % report_every == 0:
-                    report(index + 1)
+                progress.update()
+                if index % 20 == 0 and self.losses:
+                    progress.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}", refresh=False)
+                if total is None and looked:
+                    budget.look(index - done, index)
+                    total = progress.total = self.processes.agree(budget.steps)
+                if report and first and index % report_every == 0:
+                    report(index)
                 if first and now - saved > every:
+                    self._read(waiting)
                     self.save()
                     saved = now
         finally:
+            progress.close()
             if whole and first:
+                self._read(waiting)
                 self.save()
+
+    def _losses(self, gradients: Callable, index: int, total: int | None) -> Tensor:
+        """Make a step's gradients, clipped; the loss and the gradients' norm before that, [2]."""
+        factor = lr_factor(index, total, self.config.warmup, self.config.cooldown)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        loss = self._average_over_processes(gradients(index))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        return torch.stack([loss, norm])

@@ -1,5 +1,7 @@
 """Train toybox from nothing: the autoencoder, then the UNet with its text encoder.
 
+The UNet's part is in ``diffusion.py``, the scenes are in ``data.py``.
+
 Every random draw depends on the seed and the step alone, so a run may be stopped at any moment
 (Ctrl-C) and, started again with the same command, ends where an unbroken one would have.
 `torchrun --nproc_per_node N -m toybox.stable_diffusion.train` shares every batch over N processes.
@@ -10,6 +12,8 @@ import json
 import logging
 import math
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,37 +25,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from imagelab.attention import Recorder, attention_layers, processors
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.figures import plot_losses
-from imagelab.io.atomic import write_json
+from imagelab.io.atomic import write_json, written_aside
 from imagelab.models.device import choose_device
 from imagelab.processes import Processes
-from toybox.classifier.classifier import to_tensor
+from toybox.classifier.network import load_classifier, to_tensor
 from toybox.scenes.scenes import KINDS, caption, distinct_kinds, draw_scene, render
 from toybox.stable_diffusion import architecture as toybox_model
 from toybox.stable_diffusion.architecture import ToyboxConfig
+from toybox.stable_diffusion.between import measure_between
 from toybox.stable_diffusion.config import HELP, TrainConfig
 from toybox.stable_diffusion.data import encode_scenes, scene_of
+from toybox.stable_diffusion.diffusion import Pace, begin_from, generator, train_unet
 from toybox.stable_diffusion.loop import Trainer
 
 log = logging.getLogger("toybox")
-
-
-def generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+PARTS = ("unet", "text_encoder")
+#: Numbers that make no sense below 1.
+COUNTS = (
+    "vae_scenes", "vae_batch", "decoder_batch", "scenes", "captions", "batch", "sample_steps",
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------
-# the two stages
-
-
-def begin_from(module: torch.nn.Module, start: Path | None, part: str) -> torch.nn.Module:
-    """Give a module the weights of the same part of a saved pipeline, if one is given."""
-    if start is not None:
-        module.load_state_dict(type(module).from_pretrained(start / part).float().state_dict())
-    return module
+# the autoencoder
 
 
 def train_vae(
@@ -64,7 +63,9 @@ def train_vae(
     processes = processes or Processes("cpu")
     torch.manual_seed(config.seed)
     vae = begin_from(toybox_model.build_vae(shape), start, "vae").to(processes.device)
-    trainer = Trainer("autoencoder", folder, [vae], config, config.vae_lr, processes)
+    trainer = Trainer(
+        "autoencoder", folder, [vae], config, config.vae_lr, processes, config.vae_batch
+    )
     crop = config.vae_crop
     if len(trainer.losses) < config.vae_steps:
         pixels, toys = vae_scenes(config, shape)
@@ -123,7 +124,9 @@ def train_decoder(
     """
     processes = processes or Processes("cpu")
     parts = [vae.decoder, vae.post_quant_conv]
-    trainer = Trainer("decoder", folder, parts, config, config.decoder_lr, processes)
+    trainer = Trainer(
+        "decoder", folder, parts, config, config.decoder_lr, processes, config.decoder_batch
+    )
     if len(trainer.losses) < config.decoder_steps:
         pixels, _ = vae_scenes(config, shape)
 
@@ -146,127 +149,20 @@ def train_decoder(
     return trainer
 
 
-def grounding_loss(
-    maps: list[Tensor], coverage: Tensor, nouns: list[tuple[int, int, int]]
-) -> Tensor:
-    """How far each noun's attention is from lying on its toy, and from reigning there.
-
-    −log s + max(0, log ½ − log a), mean over layers and nouns: s is the share of the noun's
-    attention that falls on its toy, a its mean over the toy's pixels. Without the second term
-    every pixel leaves nearly all of its attention to the start token.
-
-    Args:
-        maps: each layer's [b, n, k] cross-attention, n = h·w pixels in row order.
-        coverage: [b, toys, h, w] share of each latent pixel that a toy covers.
-        nouns: (sample, toy, token) of each named toy.
-    """
-    samples, toys, tokens = torch.tensor(nouns).unbind(-1)
-    inside = coverage[samples, toys].flatten(1)  # [nouns, n]
-    loss = 0.0
-    for attention in maps:
-        columns = attention[samples, :, tokens]  # [nouns, n]
-        on_toy = (columns * inside).sum(-1)  # [nouns]
-        share = on_toy / columns.sum(-1).clamp_min(1e-8)
-        mean = on_toy / inside.sum(-1).clamp_min(1e-8)
-        loss = loss - share.clamp_min(1e-4).log().mean()
-        loss = loss - (2 * mean).clamp(1e-4, 1).log().mean()
-    return loss / len(maps)
-
-
-def timestep_weights(snr: Tensor, most: float) -> Tensor:
-    """Weight of each timestep's squared error of the noise, 1 on average, [timesteps].
-
-    Min-SNR (Hang et al. 2023, arXiv 2303.09556) for the signal-to-noise ratios above ``most``, and
-    1/√SNR (Yu et al. 2023, arXiv 2310.08442) for those below 1: the noisiest steps, where a caption
-    decides what is drawn and where, would have no part in the loss otherwise.
-    """
-    weights = snr.clamp(max=most) / snr / snr.clamp(max=1).sqrt()
-    return weights / weights.mean()
-
-
-def train_unet(
-    config: TrainConfig,
-    shape: ToyboxConfig,
-    folder: Path,
-    data,
-    scale: float,
-    tokenizer,
-    report=None,
-    start: Path | None = None,
-    processes: Processes | None = None,
-):
-    processes = processes or Processes("cpu")
-    device = processes.device
-    torch.manual_seed(config.seed + 1)
-    unet = begin_from(toybox_model.build_unet(shape), start, "unet").to(device)
-    text_encoder = toybox_model.build_text_encoder(shape, tokenizer)
-    text_encoder = begin_from(text_encoder, start, "text_encoder").to(device)
-    trainer = Trainer("unet", folder, [unet, text_encoder], config, config.lr, processes)
-    scheduler = toybox_model.build_scheduler()
-    alphas = scheduler.alphas_cumprod
-    weights = timestep_weights(alphas / (1 - alphas), config.min_snr).to(device)
-    recorder = Recorder()
-    watched = [n for n in attention_layers(unet, "cross") if n.startswith("up_blocks.1.")]
-
-    def batch(index: int):
-        rng = np.random.default_rng((config.seed, 7, index))
-        rows = rng.integers(config.scenes, size=config.batch)
-        told = [caption(scene_of(config, int(row)), rng, config.bare_captions) for row in rows]
-        silent = rng.random(config.batch) < config.caption_dropout
-        rows, told, silent = (processes.share(part) for part in (rows, told, silent))
-        texts = ["" if mute else c.text for c, mute in zip(told, silent, strict=True)]
-        nouns = [  # each word is one token, after the start token
-            (sample, toy, 1 + word)
-            for sample, c in enumerate(told)
-            if not silent[sample]
-            for toy, word in zip(c.toys, c.nouns, strict=True)
-        ]
-        ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-        rows = torch.from_numpy(rows)
-        return data["latents"][rows].float() * scale, data["coverage"][rows].float(), ids, nouns
-
-    def step(index: int) -> Tensor:
-        index += config.skip
-        *tensors, nouns = batch(index)
-        latents, coverage, ids = (tensor.to(device) for tensor in tensors)
-        draw = generator(config.seed, index)
-        noise = torch.randn(config.batch, *latents.shape[1:], generator=draw)
-        strata = torch.arange(config.batch) + torch.rand(config.batch, generator=draw)
-        timesteps = (strata * len(alphas) / config.batch).long().clamp(max=len(alphas) - 1)
-        noise, timesteps = (processes.share(part).to(device) for part in (noise, timesteps))
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        hidden = text_encoder(ids).last_hidden_state
-        predicted = unet(noisy, timesteps, hidden).sample
-        error = (predicted - noise).square().mean((1, 2, 3))
-        loss = (weights[timesteps] * error).mean()
-        seen = [noun for noun in nouns if timesteps[noun[0]] < config.grounding_timesteps]
-        if seen:
-            maps = [recorder.maps[name] for name in watched]
-            loss = loss + config.grounding_weight * grounding_loss(maps, coverage, seen)
-        return loss
-
-    def show(done: int) -> None:
-        with trainer.ema.shown():
-            report(unet, text_encoder, done)
-
-    with processors(unet, {name: recorder.processor(name) for name in watched}):
-        trainer.run(config.steps, step, report=report and show, report_every=config.sample_steps)
-    trainer.ema.swap()
-    return unet.eval(), text_encoder.eval(), trainer
-
-
 # ----------------------------------------------------------------------------------------------
 # the command
 
 
-def check_work(work: Path, config: TrainConfig, start: Path | None) -> None:
+def check_work(
+    work: Path, config: TrainConfig, start: Path | None, more: dict | None = None
+) -> None:
     """Make the work folder, or raise UserError where it holds a training of another kind.
 
     The number of the UNet's steps may change, for more of them or an earlier cool-down, and how
     often it draws samples.
     """
     facts = {k: v for k, v in asdict(config).items() if k not in ("steps", "sample_steps")}
-    facts = json.loads(json.dumps(facts | {"begin_from": str(start)}))
+    facts = json.loads(json.dumps(facts | {"begin_from": str(start)} | (more or {})))
     path = work / "settings.json"
     work.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
@@ -326,7 +222,33 @@ def parse_args(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespac
         "--output", type=Path, help="pipeline folder; None: the folder model in --work"
     )
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
+    parser.add_argument(
+        "--fresh", nargs="+", default=[], choices=PARTS, metavar="PART",
+        help=f"what begins anew nevertheless: {', '.join(PARTS)}",
+    )  # fmt: skip
+    for name, what in (("channels", "channels"), ("heads", "attention heads")):
+        parser.add_argument(
+            f"--unet_{name}", nargs="+", type=int, metavar="N",
+            help=f"{what} of each level of a new UNet (default: those of --begin_from)",
+        )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cuda (in bfloat16), mps or cpu")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that render scenes; 0: this one alone"
+    )
+    parser.add_argument(
+        "--minutes", type=float,
+        help="from the start of the command to the UNet's last step; replaces --steps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cuda_graph", action="store_true", help="replay each step as a CUDA graph: faster"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet: a minute or two, then faster"
+    )
+    parser.add_argument(
+        "--between", type=int, default=0, metavar="IMAGES",
+        help="pictures that measure hues between the named ones at the end",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     for name, value in asdict(TrainConfig()).items():
         more = {"type": type(value)}
@@ -334,6 +256,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespac
             more = {"nargs": "+", "choices": KINDS, "metavar": "KIND"}
         if name == "count_odds":
             more = {"nargs": 3, "type": float, "metavar": "ODDS"}
+        if isinstance(value, bool):
+            more = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{name}", default=value, help=HELP[name], **more)
     return parser, parser.parse_args(argv)
 
@@ -345,11 +269,20 @@ def chosen(options: argparse.Namespace, processes: Processes) -> TrainConfig:
     given["count_odds"] = odds = tuple(given["count_odds"])
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise UserError("--count_odds takes three numbers from 0 on, not all of them 0")
-    for name in ("vae_scenes", "vae_batch", "decoder_batch", "scenes", "batch", "sample_steps"):
+    for name in COUNTS:
         if given[name] < 1:
             raise UserError(f"--{name} is {given[name]}; give 1 or more")
     if options.begin_from is None and not given["vae_steps"]:
         raise UserError("--vae_steps 0 keeps the latents of --begin_from; give that or more steps")
+    for name in ("free_looks", "placeholders", "mixed", "look_noise"):
+        if not 0 <= given[name] <= 1:
+            raise UserError(f"--{name} is {given[name]}; give a share from 0 to 1")
+    if given["placeholders"] + given["mixed"] > 1:
+        raise UserError("--placeholders and --mixed are shares of all captions, more than 1 here")
+    if options.minutes is not None and given["cooldown"] > 0.5:
+        raise UserError("with --minutes the cool-down cannot be longer than half of the steps")
+    if (options.cuda_graph or options.compile) and not str(processes.device).startswith("cuda"):
+        raise UserError(f"--cuda_graph and --compile are for CUDA, not for {processes.device}")
     config = TrainConfig(**given)
     batches = config.batch, config.vae_batch, config.decoder_batch
     if any(size % processes.count for size in batches):
@@ -368,14 +301,36 @@ def read_record(folder: Path) -> dict:
         ) from error
 
 
-def train(
-    config: TrainConfig, work: Path, output: Path, start: Path | None, processes: Processes
-) -> None:
-    """Train what is not yet trained in ``work``, and write the pipeline."""
+def choose_shape(options: argparse.Namespace) -> ToyboxConfig:
+    """The shape of --begin_from or the usual one, with the UNet that the options ask for."""
     shape = ToyboxConfig()
+    if options.begin_from is not None:
+        known = read_record(options.begin_from)["shape"]
+        known = {key: tuple(v) if isinstance(v, list) else v for key, v in known.items()}
+        shape = replace(shape, **known)
+    wanted = {
+        name: tuple(value)
+        for name in ("unet_channels", "unet_heads")
+        if (value := getattr(options, name)) is not None
+    }
+    if wanted and options.begin_from is not None and "unet" not in options.fresh:
+        raise UserError(f"--{min(wanted)} needs a new UNet: add --fresh unet")
+    return replace(shape, **wanted)
+
+
+def train(
+    config: TrainConfig,
+    shape: ToyboxConfig,
+    options: argparse.Namespace,
+    processes: Processes,
+    pace: Pace,
+) -> None:
+    """Train what is not yet trained in ``--work``, and write the pipeline."""
+    work, start = options.work, options.begin_from
+    parts = {part: start for part in PARTS if start and part not in options.fresh}
     began_from = read_record(start) if start else None
     with processes.first_alone():
-        check_work(work, config, start)
+        check_work(work, config, start, {"fresh": options.fresh, "shape": asdict(shape)})
     if start is not None and processes.is_first:
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(start / "tokenizer" / name, work / name)
@@ -384,57 +339,82 @@ def train(
     quality = psnr(vae, config, shape)
     log.info("autoencoder: %.1f dB on held-out scenes", quality)
     with processes.first_alone():
-        data = encode_scenes(vae, config, shape, work / "latents.pt")
+        tokenizer = toybox_model.build_tokenizer(all_words(config.seed), work)
+        data = encode_scenes(vae, config, shape, work / "latents.pt", tokenizer, options.workers)
     if start is None:
         scale = 1 / data["latents"].float().std().item()
     else:  # the UNet knows latents of this scale
         scale = AutoencoderKL.load_config(start / "vae")["scaling_factor"]
     vae.register_to_config(scaling_factor=scale)
 
-    rng = np.random.default_rng(config.seed)
-    texts = [caption(draw_scene(rng), rng).text for _ in range(5000)]  # the words of all kinds
-    with processes.first_alone():
-        tokenizer = toybox_model.build_tokenizer(texts, work)
-
     def report(unet, text_encoder, done: int) -> None:
         pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
         sample_grid(pipeline, work / f"samples_{done:06d}.png")
 
-    unet, text_encoder, trainer = train_unet(
-        config, shape, work, data, scale, tokenizer, report, start, processes
+    trained = train_unet(
+        config, shape, work, data, scale, tokenizer, report, parts, processes, pace
     )
     if not processes.is_first:
         return
-    pipeline = toybox_model.build_pipeline(vae, text_encoder, tokenizer, unet)
+    pipeline = toybox_model.build_pipeline(vae, trained.text_encoder, tokenizer, trained.unet)
+    trainers = (vae_trainer, decoder_trainer, trained.trainer)
+    record = {
+        "train": asdict(replace(config, steps=len(trained.trainer.losses))),
+        "shape": asdict(shape),
+        "psnr_db": quality,
+        "seconds": {one.name: one.seconds for one in trainers},
+        "processes": processes.count,
+        "began_from": began_from,
+        "fresh": options.fresh,
+    }
+    write_pipeline(pipeline, options.output or work / "model", work, trainers, record)
+    with written_aside(work / "looks.pt") as aside:  # needed for measurements alone
+        torch.save(trained.embedder.state_dict(), aside)
+    if options.between:
+        record["between"] = between(pipeline, trained.embedder, options.between, config)
+        write_json((options.output or work / "model") / "record.json", record)
+
+
+def all_words(seed: int) -> Iterator[str]:
+    """Captions that hold the words of all kinds."""
+    rng = np.random.default_rng(seed)
+    for _ in range(5000):
+        yield caption(draw_scene(rng), rng).text
+
+
+def write_pipeline(pipeline, output: Path, work: Path, trainers, record: dict) -> None:
+    """The pipeline folder, with the learning curves and how it was trained."""
     toybox_model.save_half(pipeline, output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / name, output / "tokenizer" / name)
-    trainers = (vae_trainer, decoder_trainer, trainer)
     if curves := {one.name: one.losses for one in trainers if one.losses}:
         plot_losses(output / "training.png", curves)
-    record = {
-        "train": asdict(config),
-        "shape": asdict(shape),
-        "psnr_db": quality,
-        "seconds": {
-            "autoencoder": vae_trainer.seconds,
-            "decoder": decoder_trainer.seconds,
-            "unet": trainer.seconds,
-        },
-        "processes": processes.count,
-        "began_from": began_from,
-    }
     write_json(output / "record.json", record)
 
 
+def between(pipeline, embedder, images: int, config: TrainConfig) -> list[dict[str, float]]:
+    """Hues between the named ones, from the weights as they were saved: clear, and half noise."""
+    pipeline.to(torch.float32)
+    classifier = load_classifier()
+    found = [
+        measure_between(pipeline, embedder, classifier, images, 0, config.kinds, share)
+        for share in (0.0, 0.5)
+    ]
+    for one in found:
+        log.info("hues between the named ones: %s", one)
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
         processes = Processes(choose_device(options.device))
-        config = chosen(options, processes)
-        output = options.output or options.work / "model"
+        config, shape = chosen(options, processes), choose_shape(options)
+        until = None if options.minutes is None else started + 60 * options.minutes
+        pace = Pace(until, options.cuda_graph, options.compile)
         try:
-            train(config, options.work, output, options.begin_from, processes)
+            train(config, shape, options, processes, pace)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         processes.leave()

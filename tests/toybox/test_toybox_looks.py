@@ -1,0 +1,299 @@
+"""Placeholders that say how toys look: their embeddings, captions, scenes and training."""
+
+import json
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from test_toybox_train import CONFIG, SHAPE, assert_same, interrupt_at
+
+from imagelab.processes import Processes
+from toybox.classifier.network import load_classifier
+from toybox.scenes.scenes import HUES, KINDS, Look, Placement, Scene, caption, draw_scene, render
+from toybox.stable_diffusion import loop, train
+from toybox.stable_diffusion.architecture import (
+    build_pipeline,
+    build_text_encoder,
+    build_tokenizer,
+    build_vae,
+)
+from toybox.stable_diffusion.between import measure_between
+from toybox.stable_diffusion.data import MAX_TOKENS, MAX_TOYS, Words, encode_scenes, scene_of, tell
+from toybox.stable_diffusion.diffusion import Batches, Pace, train_unet
+from toybox.stable_diffusion.looks import (
+    FEATURES,
+    LookEmbedder,
+    encode_text,
+    features,
+    placeholder_embeddings,
+    with_free_looks,
+)
+from toybox.stable_diffusion.loop import Budget
+
+LOOKS = replace(CONFIG, scenes=70, steps=5, captions=2, mirrored=True, placeholders=0.5, mixed=0.3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An autoencoder that has learned nothing, what it makes of scenes, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("looks")
+    torch.manual_seed(0)
+    vae = build_vae(SHAPE).eval().requires_grad_(False)
+    tokenizer = build_tokenizer(train.all_words(0), folder)
+    encoded = encode_scenes(vae, LOOKS, SHAPE, folder / "latents.pt", tokenizer)
+    return vae, tokenizer, encoded
+
+
+def three_toys(*looks: Look, ground: str | None = None) -> Scene:
+    placed = (Placement(look, 0.2 + 0.3 * i, 0.5, 0.3) for i, look in enumerate(looks))
+    return Scene(tuple(placed), ground, (120, 120, 120), 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# embeddings
+
+
+def test_the_placeholders_embedding_by_hand():
+    table = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 16.0]])  # mean 3 and 12, std 2 and √12
+    direction, noise = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0])
+    made = placeholder_embeddings(direction, noise, torch.tensor([0.6]), table)
+    expected = [3 + 2 * (0.8 + 0.3), 12 + 12**0.5 * (-0.8 + 1.2)]
+    assert made.tolist() == pytest.approx(expected)
+
+
+def test_features_say_kind_hue_and_gains():
+    found = features(torch.tensor([2]), torch.tensor([[90.0, 0.8, 0.9]]))[0]
+    assert found.shape == (FEATURES,)
+    assert found[: len(KINDS)].nonzero().tolist() == [[2]]
+    assert found[len(KINDS) :].tolist() == pytest.approx([0, 1, -1, 0], abs=1e-5)
+
+
+def test_directions_have_mean_0_and_variance_1():
+    directions = LookEmbedder(32)(torch.randn(4, MAX_TOYS, FEATURES))
+    assert directions.mean(-1).abs().max() < 1e-5
+    assert directions.var(-1, correction=0).allclose(torch.ones(4, MAX_TOYS), atol=1e-2)
+
+
+def test_a_placeholder_stands_where_a_words_embedding_would(data):
+    _, tokenizer, _ = data
+    encoder = build_text_encoder(SHAPE, tokenizer).eval()
+    ids = tokenizer(["a red car", "a car"], padding="max_length", return_tensors="pt").input_ids
+    word = encoder.get_input_embeddings().weight[ids[0, 2]]
+    slots = torch.zeros_like(ids)
+    slots[0, 2] = 2  # the second look, in place of "red"
+    looks = torch.stack([torch.zeros_like(word), word]).expand(2, 2, -1)
+    blank = ids.clone()
+    blank[0, 2] = tokenizer.pad_token_id
+    with torch.no_grad():
+        plain = encoder(ids).last_hidden_state
+        assert torch.equal(encode_text(encoder, blank, slots, looks), plain)
+        assert torch.equal(encoder(ids).last_hidden_state, plain)  # the hook is gone
+
+
+# ----------------------------------------------------------------------------------------------
+# captions
+
+
+def test_placeholders_are_named_in_their_order_and_without_articles():
+    scene = three_toys(Look("car", 0), Look("fox", 120), Look("cat", 220), ground="in the snow")
+    seen = set()
+    for seed in range(40):
+        told = caption(scene, np.random.default_rng(seed), learned={0, 1, 2})
+        seen.add(told.text)
+        words = told.text.split()
+        assert [words[noun] for noun in told.nouns] == ["<asset0>", "<asset1>", "<asset2>"]
+    assert "a photo of <asset0> and <asset1> and <asset2>" in seen
+    assert "<asset0> and <asset1> and <asset2> in the snow" in seen
+    assert len(seen) == 4
+
+
+def test_placeholders_and_words_mix():
+    scene = three_toys(Look("car", 0), Look("fox", 120))
+    for seed in range(20):
+        told = caption(scene, np.random.default_rng(seed), learned={1})
+        words = told.text.split()
+        nouns = {toy: words[noun] for toy, noun in zip(told.toys, told.nouns, strict=True)}
+        assert nouns == {0: "car", 1: "<asset0>"}
+
+
+@pytest.mark.parametrize(
+    "hue, near, name", [(0, 0, "red"), (353, 8, "red"), (8.5, 8, None), (28, 0, "orange")]
+)
+def test_a_hue_is_named_only_where_the_name_is_near(hue, near, name):
+    assert Look("car", hue).colour_within(near) == name
+    told = {
+        caption(three_toys(Look("car", hue)), np.random.default_rng(seed), near=near).text
+        for seed in range(30)
+    }
+    assert any(f"{name} car" in text for text in told) == (name is not None)
+    assert name or not set(" ".join(told).split()) & set(HUES)
+
+
+def test_a_caption_as_tokens(data):
+    _, tokenizer, _ = data
+    scene = three_toys(Look("tropical_fish", 0), Look("fox", 120))
+    told = caption(scene, np.random.default_rng(3), learned={1})
+    tokens, slots, nouns = Words(tokenizer).read(told, {1})
+    without = told.text.replace("<asset0>", "!")
+    assert [t for t, s in zip(tokens, slots, strict=True) if s == 0] == [
+        t for t in tokenizer(without).input_ids if t not in tokenizer("!").input_ids[1:-1]
+    ]
+    assert slots[nouns[1]] == 2
+    assert tokenizer.convert_ids_to_tokens(tokens[nouns[0]]) == "fish</w>"
+    assert nouns[2] == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# scenes
+
+
+def test_free_looks_are_of_any_hue_and_often_alike():
+    rng = np.random.default_rng(0)
+    drawn = [with_free_looks(draw_scene(rng, 3), rng) for _ in range(300)]
+    looks = [[placed.look for placed in scene.toys] for scene in drawn]
+    hues = [look.hue for toys in looks for look in toys]
+    assert len(np.unique(np.digitize(hues, range(0, 360, 30)))) == 12
+    assert all(0.8 <= g <= 1 for toys in looks for t in toys for g in (t.saturation, t.value))
+    one_kind = np.mean([len({look.kind for look in toys}) == 1 for toys in looks])
+    one_hue = np.mean([len({look.hue for look in toys}) == 1 for toys in looks])
+    assert one_kind == pytest.approx(1 / 3, abs=0.08)
+    assert one_hue == pytest.approx(1 / 6, abs=0.07)
+
+
+def test_the_share_of_free_looks_and_of_placeholders():
+    config = replace(CONFIG, free_looks=0.5, placeholders=0.4, mixed=0.2)
+    scenes = [scene_of(config, index) for index in range(300)]
+    free = [scene.toys[0].look.colour is None for scene in scenes]
+    assert np.mean(free) == pytest.approx(0.5, abs=0.1)
+    rng = np.random.default_rng(0)
+    learned = [len(tell(config, scene, rng)[1]) / len(scene.toys) for scene in scenes]
+    assert np.mean(learned) == pytest.approx(0.5, abs=0.1)
+    named = replace(CONFIG, free_looks=0.0)
+    assert scene_of(named, 5) == draw_scene(np.random.default_rng((named.seed, 5)))
+
+
+def test_small_sprites_give_almost_the_same_picture():
+    scene = draw_scene(np.random.default_rng(1), 2)
+    whole, masks = render(scene, 64)
+    small, others = render(scene, 64, sprites=64)
+    apart = np.abs(np.asarray(whole, float) - np.asarray(small, float))
+    assert apart.mean() < 2
+    assert (masks != others).mean() < 0.01
+
+
+def test_workers_change_nothing(data, tmp_path):
+    vae, tokenizer, alone = data
+    path = tmp_path / "latents.pt"
+    shared = encode_scenes(vae, LOOKS, SHAPE, path, tokenizer, workers=2)
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)
+    assert alone["latents"].shape == (140, 4, 8, 8)
+    assert alone["ids"].shape == (70, 2, MAX_TOKENS)
+
+
+def test_mirrored_scenes_have_mirrored_coverage(data):
+    _, tokenizer, encoded = data
+    batches = Batches(LOOKS, encoded, 1.0, tokenizer, SHAPE.text_width, Processes("cpu"))
+    rows = torch.tensor([4, 4])
+    latents, coverage = batches._scenes(rows, torch.tensor([0, 1]))
+    assert torch.equal(coverage[1], coverage[0].flip(-1))
+    assert torch.equal(latents[1], encoded["latents"][70 + 4].float())
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def test_an_interrupted_run_with_placeholders_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    _, tokenizer, encoded = data
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    arguments = (encoded, 1.0, tokenizer)
+    unbroken = train_unet(LOOKS, SHAPE, whole, *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train_unet(LOOKS, SHAPE, broken, *arguments)
+    resumed = train_unet(LOOKS, SHAPE, broken, *arguments)
+    assert resumed.trainer.losses == unbroken.trainer.losses
+    for part in ("unet", "text_encoder", "embedder"):
+        assert_same(getattr(resumed, part), getattr(unbroken, part))
+    torch.manual_seed(LOOKS.seed + 1)
+    first = resumed.embedder.layers[0].weight
+    assert first.grad is not None and first.grad.abs().max() > 0  # it learns along
+
+
+def test_a_time_fixes_the_steps_half_way_and_a_file_keeps_them(tmp_path, monkeypatch):
+    clock = iter([100.0, 101.0, 104.0, 106.0])
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(Budget, "WARMING", 10)
+    budget = Budget(tmp_path / "steps.json", until=111.0)
+    budget.look(5, 1005)  # too early to tell
+    budget.look(10, 1010)
+    budget.look(40, 1040)  # ten steps a second, less than half of the time
+    assert budget.steps is None
+    budget.look(60, 1060)  # after 5 of 10 seconds: 50 steps took them, 50 are left
+    assert budget.steps == 1110
+    assert Budget(tmp_path / "steps.json", until=500.0).steps == 1110
+
+
+def test_a_run_of_a_given_time_ends_in_it(data, tmp_path, monkeypatch):
+    _, tokenizer, encoded = data
+    monkeypatch.setattr(Budget, "WARMING", 5)
+    config = replace(LOOKS, cooldown=0.4)
+    until = time.monotonic() + 5
+    trained = train_unet(config, SHAPE, tmp_path, encoded, 1.0, tokenizer, pace=Pace(until=until))
+    assert abs(time.monotonic() - until) < 3
+    steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    assert len(trained.trainer.losses) == steps > 10
+
+
+def test_hues_between_the_named_ones_are_measured(data):
+    vae, tokenizer, encoded = data
+    torch.manual_seed(0)
+    unet = train.toybox_model.build_unet(SHAPE).eval()
+    pipeline = build_pipeline(vae, build_text_encoder(SHAPE, tokenizer).eval(), tokenizer, unet)
+    embedder = LookEmbedder(SHAPE.text_width)
+    found = measure_between(pipeline, embedder, load_classifier(), 3, 0, KINDS, share=0.5)
+    assert 0 <= found["hue_error_degrees"] <= 180
+    assert (found["images"], found["noise"]) == (3, 0.5)
+
+
+def test_a_new_unet_of_another_width_on_the_same_latents(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ToyboxConfig", lambda: SHAPE)
+    options = (
+        "--device", "cpu", "--vae_scenes", "4", "--scenes", "8", "--batch", "4", "--captions", "2",
+        "--decoder_steps", "0", "--steps", "2",
+    )  # fmt: skip
+    train.main(["--work", str(tmp_path / "first"), "--vae_steps", "1", *options])
+    wider = ("--unet_channels", "32", "48", "--unet_heads", "2", "3")
+    more = ("--vae_steps", "0", "--begin_from", str(tmp_path / "first/model"), *options)
+    train.main(["--work", str(tmp_path / "wide"), *more, *wider, "--fresh", "unet"])
+    first, wide = (
+        StableDiffusionPipeline.from_pretrained(tmp_path / name / "model")
+        for name in ("first", "wide")
+    )
+    assert_same(first.vae, wide.vae)
+    assert wide.unet.config.block_out_channels == [32, 48]
+    record = json.loads((tmp_path / "wide/model/record.json").read_text())
+    assert record["shape"] == json.loads(
+        json.dumps(asdict(replace(SHAPE, unet_channels=(32, 48), unet_heads=(2, 3))))
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--placeholders", "0.8", "--mixed", "0.4"), "shares of all captions"),
+        (("--look_noise", "1.5"), "--look_noise is 1.5"),
+        (("--minutes", "1", "--cooldown", "0.6"), "cool-down"),
+        (("--cuda_graph",), "are for CUDA"),
+    ],
+)
+def test_settings_of_looks_that_make_no_sense_are_refused(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--work", str(tmp_path / "work"), "--device", "cpu", *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
