@@ -1,9 +1,9 @@
 """Files and folders that appear only when they are whole.
 
-Whoever writes does so aside, under a unique name in the same folder, and renames at the end. A
-folder that is replaced has a moment without a name: `readable` finds what to read then. Readers never
-rename; who writes a folder holds its `folder_lock`, which also clears away what a killed writer of
-that folder left.
+Whoever writes does so aside, under a unique name in the same folder, and renames at the end. Who
+writes a folder holds its `folder_lock`, which also clears away what a killed writer of that folder
+left. A folder that is being replaced has a moment without its name: `readable` says where to read
+it then. Readers never rename.
 """
 
 import errno

@@ -355,9 +355,9 @@ def test_what_cannot_be_learned_is_not_saved(places, draft):
 
 
 def test_an_instance_is_saved_by_one_at_a_time(places, draft):
-    with folder_lock(Path(places.folder_path, "mine")):
-        with pytest.raises(UserError, match="is being written by another process"):
-            save_instance(places, "mine", draft, False)
+    busy = pytest.raises(UserError, match="is being written by another process")
+    with folder_lock(Path(places.folder_path, "mine")), busy:
+        save_instance(places, "mine", draft, False)
     save_instance(places, "mine", draft, False)
     assert sorted(os.listdir(places.folder_path)) == ["mine", "toys"]
 
