@@ -1,6 +1,6 @@
 """Write docs/options.md, the options of every command, from their parsers.
 
-    python docs/options.py
+python docs/options.py
 """
 
 import argparse
