@@ -472,6 +472,9 @@ def test_other_settings_are_painted_anew(learned_dir, output, painted):
     assert painted == [(0, False)]
     assert result(output)["cases"][0]["box_control"] is False
     assert len(records(output)) == 2 + 1
+    painted.clear()
+    run(learned_dir, output, "--num_images", "1", "--boxes", "[[0, 0, 0.4, 1], [0.5, 0, 0.9, 1]]")
+    assert painted == [(0, True)]
 
 
 def test_several_prompts_and_own_boxes(learned_dir, tmp_path, painted, monkeypatch):

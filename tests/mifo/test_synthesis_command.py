@@ -12,7 +12,7 @@ from PIL import Image
 import semantic_synthesis
 from imagelab.boxes import check_box
 from imagelab.io import pictures
-from mifo.learned import portable
+from mifo.learned import Learned, portable
 from mifo.method.regions import Refiner
 from mifo.synthesis import paint as painting
 from mifo.synthesis.layouts import preset_boxes
@@ -140,6 +140,19 @@ def test_only_maps_that_refine_regions_are_recorded(paint, monkeypatch):
         recorded.clear()
     assert counts[0] == 2 * counts[1] > 0
     assert counts[2:] == [0, 0]
+
+
+def test_offline_reaches_the_model(paint, monkeypatch):
+    asked, load = [], Learned.load
+
+    def spied(learned, model_path, offline):
+        asked.append(offline)
+        return load(learned, model_path, offline)
+
+    monkeypatch.setattr(Learned, "load", spied)
+    paint()
+    paint("--offline")
+    assert asked == [False, True]
 
 
 def test_a_picture_is_made_again_from_its_json(paint):
