@@ -92,6 +92,16 @@ def learn_argv(examples, small_sd) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def thin_argv(learn_argv, tiny_sd, tmp_path_factory) -> list[str]:
+    """The same with a model of few layers, where each call of torch takes its time."""
+    from thin import thin_pipeline, thin_scheduler, thin_unet
+
+    folder = tmp_path_factory.mktemp("models") / "thin_sd"
+    thin_pipeline(tiny_sd / "tokenizer", thin_unet(3), thin_scheduler()).save_pretrained(folder)
+    return [*learn_argv, "--model_path", str(folder)]
+
+
+@pytest.fixture(scope="session")
 def learned_dir(learn_argv, tmp_path_factory) -> Path:
     """The folder with the learned folder `toys`, with a LoRA; tests only read it."""
     from semantic_learning import main
