@@ -244,7 +244,7 @@ def test_refiner_finds_the_subject_within_its_box():
     assert first.shape == (3, 6) and refiner.centres[0] == pytest.approx(first)
 
 
-def test_refiner_starts_from_its_last_centres_with_a_seed_a_step(monkeypatch):
+def test_refiner_starts_from_its_last_centres_with_a_seed_for_image_and_step(monkeypatch):
     import sklearn.cluster
 
     starts, seeds = [], []
@@ -256,17 +256,18 @@ def test_refiner_starts_from_its_last_centres_with_a_seed_a_step(monkeypatch):
             super().__init__(n_clusters, **options)
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", KMeans)
-    refiner = Refiner((1, 6), [Box(0, 0, 0.67, 1)], seeds=[3])
+    refiner = Refiner((1, 6), [Box(0, 0, 0.67, 1)], seeds=[3, 4])
     cross, self_ = clear_maps()
-    refiner.add("cross", cross)
-    refiner.add("self", self_)
+    refiner.add("cross", cross.repeat(2, 1, 1))
+    refiner.add("self", self_.repeat(2, 1, 1))
     current = refiner.boxes[None]
     refiner.refine(current, 15)
-    centres = refiner.centres[0]
+    centres = list(refiner.centres)
     refiner.refine(current, 20)
-    assert seeds == [seed_for(3, "clusters", step) % 2**32 for step in (15, 20)]
-    assert starts[0] == ("k-means++", 100)
-    assert starts[1][0] is centres and starts[1][1] == 1
+    expected = [seed_for(seed, "clusters", step) % 2**32 for step in (15, 20) for seed in (3, 4)]
+    assert seeds == expected
+    assert starts[:2] == [("k-means++", 100)] * 2
+    assert all(init is last and n == 1 for (init, n), last in zip(starts[2:], centres, strict=True))
 
 
 def test_refiner_means_over_all_that_it_took_in():
