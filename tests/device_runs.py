@@ -6,7 +6,7 @@ Whatever these tests touch of the project below its commands is here, in the las
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import semantic_learning
 import semantic_synthesis
-from mifo.boxes import Box
-from mifo.config import GuidanceConfig
-from mifo.models import load_base
-from mifo.objective import Batch, step_loss, supervised_layers
-from mifo.sampling import box_control, ddim_scheduler, denoise
-from mifo.tokens import add_asset_tokens, encode_ids, find_assets, lend_rows, token_roles
+from imagelab.boxes import Box
+from imagelab.models.stable_diffusion import load_base
+from imagelab.prompts import encode_ids
+from imagelab.sampling import Step, denoise
+from mifo.learning.prediction import predicting
+from mifo.learning.views import Batch
+from mifo.method.control import BoxControl
+from mifo.method.guidance import GuidanceConfig
+from mifo.method.layers import supervised_layers
+from mifo.method.learning_loss import learning_loss
+from mifo.method.sampling import BoxSampling
+from mifo.tokens import add_asset_tokens, embed_as, find_assets, token_roles, write_rows
 
 PROMPT = "a photo of <asset0> and <asset1>"
 #: Two steps of each stage, the first one with the reward.
@@ -111,18 +117,20 @@ def stopped_after(count: int) -> Iterator[None]:
 
 def step_losses(folder: Path) -> list[float]:
     """The loss of each step of an unfinished run, whose output folder is given."""
-    return load_file(folder / ".toys.work" / "checkpoint.safetensors")["losses.loss"].tolist()
+    return load_file(folder / ".toys.work" / "checkpoint.safetensors")["curves.loss"].tolist()
 
 
 @torch.no_grad()
 def predicted_noise(model: Path, device: str) -> torch.Tensor:
     """A model's prediction for latents and a prompt, computed on a device."""
     base = load_base(str(model))
-    shape = (1, base.unet.config.in_channels, 16, 16)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    ids = encode_ids(base.tokenizer, "a photo of a chair")[None].to(device)
-    text = base.text_encoder.to(device)(ids).last_hidden_state
-    return base.unet.to(device)(latents, torch.tensor([500], device=device), text).sample.cpu()
+    base.unet.to(device)
+    base.text_encoder.to(device)
+    latents = torch.randn(
+        1, base.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0)
+    )
+    text = base.encode_text(["a photo of a chair"])
+    return base.predict(latents, torch.tensor([500], device=device), text).cpu()
 
 
 class Golden:
@@ -148,41 +156,36 @@ class Golden:
             input_ids=prompts.to(device),
             masks=golden["masks"][subset].float().to(device),
             positions=[golden["input_ids"].tolist().index(self.ids[asset]) for asset in subset],
-            prior=stage == 2,
         )
 
     def learn(self) -> None:
         """The loss, its gradients, and on the way the UNet's ``prediction``."""
-        hook = self.base.unet.register_forward_hook(self._keep)
-        with lend_rows(self.base.text_encoder, self.ids, self.rows), ExitStack() as kept:
-            loss = step_loss(self.base, self.batch, self.layers, self.attention_loss, kept=kept)
-            self.loss = loss.total
+        with (
+            embed_as(self.base.text_encoder, self.ids, self.rows),
+            predicting(self.base, self.batch, self.layers) as found,
+        ):
+            self.prediction = found.predicted.detach().cpu()
+            self.loss = learning_loss(
+                found.predicted, found.target, found.maps, self.batch.masks, self.attention_loss
+            ).total
             self.loss.backward()
-        hook.remove()
-
-    def _keep(self, module, inputs, output) -> None:
-        self.prediction = output.sample.detach().cpu()
 
 
-def golden_painting(golden: dict, model: Path, device: str) -> list[dict]:
+def golden_painting(golden: dict, model: Path, device: str) -> list[Step]:
     """What each step of the golden painting computes, on a device."""
     base = load_base(str(model))
     prompt = "a photo of <asset0> and <asset1> on the grass"
     ids = add_asset_tokens(base.tokenizer, base.text_encoder, 3)
-    unet, text_encoder = base.unet.to(device), base.text_encoder.to(device)
-    both = torch.stack([encode_ids(base.tokenizer, text) for text in ("", prompt)]).to(device)
-    rows = golden["asset_embeddings"].to(device)
-    with lend_rows(text_encoder, ids, rows), torch.no_grad():
-        text = text_encoder(both).last_hidden_state
+    base.unet.to(device)
+    base.text_encoder.to(device)
+    write_rows(base.text_encoder, ids, golden["asset_embeddings"])
+    with torch.no_grad():
+        text = base.encode_text(["", prompt])
     subjects = [[at] for _, at in find_assets(base.tokenizer, prompt, range(3))]
     tokens = token_roles(base.tokenizer, prompt, subjects)
     boxes = [Box(*map(float, box)) for box in golden["boxes"]]
     latents, steps = golden["initial_latents"].to(device), []
-    control = box_control(unet, tokens, boxes, latents, seeds=[0])
-    scheduler = ddim_scheduler(base.scheduler)
-
-    def on_step(step: int, computed: dict) -> None:
-        steps.append(computed)
-
-    denoise(unet, scheduler, latents, text, 20, 7.5, control, GuidanceConfig(), on_step)
+    control = BoxControl(base.unet, tokens, boxes, tuple(latents.shape[-2:]), [0])
+    sampling = BoxSampling(base, control, text[1:], 20, GuidanceConfig())
+    denoise(base, latents, text, 20, 7.5, sampling, steps.append)
     return steps

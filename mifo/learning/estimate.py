@@ -45,7 +45,7 @@ def estimate_seconds(plan: Plan) -> float:
     latents = torch.zeros(1, model.latent_channels, height, width)
     text = torch.zeros(1, model.tokenizer.model_max_length, model.text_encoder.config.hidden_size)
     timestep = torch.zeros(1, device=plan.device)
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(2):  # the first pass also warms up
             start = time.perf_counter()
             model.predict(latents, timestep, text).cpu()

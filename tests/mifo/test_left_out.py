@@ -16,20 +16,19 @@ from torch import Tensor, nn
 
 PAINTING = [
     (nn.Module, "to", "prepare"),
-    (Tensor, "to", "encode_prompts"),
+    (Tensor, "to", "StableDiffusion.encode_text"),
     (Tensor, "to", "paint"),
     (Tensor, "cpu", "decode"),
     (Tensor, "cpu", "Refiner.refine"),
     (Tensor, "to", "RegionSet.at.<locals>.make"),
-    (Tensor, "to", "BoxControl._guidance_processor.<locals>.process"),
+    (Tensor, "to", "BoxControl.__init__"),
 ]
 LEARNING = [
-    (nn.Module, "to", "_Run.__init__"),
-    (Tensor, "to", "_Run.__init__"),
-    (Tensor, "to", "Views.__init__"),
+    (nn.Module, "to", "Session.__init__"),
+    (Tensor, "to", "Session.__init__"),
+    (Tensor, "to", "StableDiffusion.encode"),
     (Tensor, "cpu", "Views.__init__"),
     (Tensor, "to", "Views.draw"),
-    (Tensor, "to", "encode_class_images"),
     (Tensor, "cpu", "encode_class_images"),
     (Tensor, "to", "LoRALinear.__init__"),
     (Tensor, "to", "asset_maps"),

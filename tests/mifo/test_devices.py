@@ -136,7 +136,6 @@ def test_a_dry_run_times_a_pass_on_the_device(kind, argv, tmp_path, capsys):
     assert f"on {kind} in bfloat16" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="fp16 steps that overflow count as steps")
 def test_steps_that_overflow_in_fp16_are_made_again(argv, tmp_path, monkeypatch):
     """There are as many updates as steps were asked for."""
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mifo.models import choose_device, choose_precision
+from imagelab.models.device import choose_device, choose_precision
 
 
 @pytest.fixture(params=["cuda", "mps"])
