@@ -66,7 +66,7 @@ def learn(
         config = resumed(config)
     elif seed is None:
         config = replace(config, seed=random_seed_if_none(None))
-    run(make_plan(config, choose_device(config.runtime.device)), resume)
+    run(make_plan(config, choose_device(config.runtime.device)), resume, overwrite=overwrite)
     return LearnedInstance(target_folder(config))
 
 

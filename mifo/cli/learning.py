@@ -140,7 +140,7 @@ def learn_one(
     if options.dry_run:
         print(f"time         about {estimate_seconds(plan) / 60:.0f} minutes (an estimate)")
     else:
-        print(f"learned: {learn(plan, resume)}")
+        print(f"learned: {learn(plan, resume, overwrite=options.overwrite)}")
 
 
 def learn_of_several(

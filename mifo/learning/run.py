@@ -12,6 +12,7 @@ from imagelab.errors import memory_errors
 from imagelab.io.atomic import folder_lock, sweep
 from imagelab.training.checkpoint import Checkpoint, read_checkpoint
 from imagelab.training.loop import Trainer
+from mifo.learning.checks import check_target
 from mifo.learning.places import CHECKPOINT
 from mifo.learning.plan import Plan, inputs_of
 from mifo.learning.result import write_result
@@ -23,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def learn(
-    plan: Plan, resume: bool = False, after_stage: Callable[[str, Path], None] | None = None
+    plan: Plan,
+    resume: bool = False,
+    after_stage: Callable[[str, Path], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Run both stages and write the learned folder, which appears only when complete.
 
@@ -32,18 +37,21 @@ def learn(
         resume: go on from the checkpoint of an unfinished run.
         after_stage: called with the name of each stage that has ended and the path of its last
             checkpoint.
+        overwrite: replace a result that is there.
 
     Returns:
         The learned folder.
 
     Raises:
         Interrupted: Ctrl-C; the step was finished and saved.
-        UserError: ``resume`` with other settings than the unfinished run's.
+        UserError: a result is there, maybe since the plan was made; another process learns this
+            instance; or ``resume`` with other settings than the unfinished run's.
         FloatingPointError: a loss was not finite; nothing was overwritten.
         MemoryError: there was not enough memory, on the device or off it.
     """
     checkpoint = plan.work / CHECKPOINT
-    with folder_lock(plan.target):
+    with folder_lock(plan.target, "--instance or --output_dir"):
+        check_target(plan.config, resume, overwrite)  # once more: others may have been here
         sweep(plan.work)
         saved = read_checkpoint(checkpoint) if resume else None
         if saved:

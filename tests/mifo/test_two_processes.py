@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from thin import free_port
+from thin import contents, free_port
 
+import semantic_learning
 import semantic_synthesis
 from mifo_lora import read_lora
 
@@ -75,3 +76,22 @@ def test_one_learns_though_the_other_fails(learn_argv, learned_dir, examples, tm
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["toys"]
     row = read_lora(tmp_path / "out/toys/asset0.safetensors")[0]["<asset0>"]
     assert row.isfinite().all() and row.shape == (1, 32)
+
+
+def test_a_result_that_came_since_the_plan_is_kept(learn_argv, tmp_path, fails, monkeypatch):
+    """Two runs of one instance, one after the other has looked: the earlier result stays."""
+    from mifo.learning import description
+
+    argv = [*learn_argv, "--output_dir", str(tmp_path), "--finetune", "none"]
+    describe, results = description.describe, []
+
+    def meanwhile(plan):
+        if not results:
+            results.append(None)
+            semantic_learning.main([*argv, "--seed", "2"])
+            results[0] = contents(tmp_path / "toys")
+        return describe(plan)
+
+    monkeypatch.setattr(description, "describe", meanwhile)
+    assert "is there already; give --overwrite" in fails(semantic_learning.main, argv).err
+    assert contents(tmp_path / "toys") == results[0]
