@@ -170,7 +170,8 @@ def learn_all(configs: list[LearningConfig], options: argparse.Namespace, proces
 
     Returns whether all went well. A failure of one does not keep the others from learning.
     """
-    seed = processes.agree(random_seed_if_none(options.seed))  # one for all: they share class images
+    # One seed for all, since they share class images.
+    seed = processes.agree(random_seed_if_none(options.seed))
     ends, failures = {}, set()
     for config in processes.share(configs):
         try:
