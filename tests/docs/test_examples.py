@@ -44,8 +44,7 @@ def learned(place):
         python_blocks("docs/python.md")[0],
         {
             '("blue car", "purple car", "green car")': '("car",)',
-            "learning_rate=1e-3,\n    finetune_learning_rate=1e-3,":
-                "learning_rate=1e-3, train_steps=2, finetune_steps=1, lora_rank=2,",
+            "prior_weight=0,": "prior_weight=0, train_steps=2, finetune_steps=1, lora_rank=2,",
             "num_images=4": "num_images=2, num_inference_steps=2, guidance_iterations=1",
         },
     )  # fmt: skip
