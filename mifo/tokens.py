@@ -75,40 +75,28 @@ def initial_rows(
     """First values of the asset rows, float32 [assets, width].
 
     Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
-    channel, fixed by the seed; with words (for all, or for each asset) they start from the mean
-    of these words' rows, where :func:`~mifo.learning.phrases.fit_phrases` begins.
+    channel, fixed by the seed. With words, one entry for all assets or one for each, a row is the
+    mean of the rows of its words.
+
+    Raises UserError for another number of entries, and for an empty one.
     """
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
+    count = len(ids)
     if not words:
         base = table[: min(ids)]
-        draw = torch.randn(len(ids), table.shape[1], generator=generator_for(seed, "asset rows"))
+        draw = torch.randn(count, table.shape[1], generator=generator_for(seed, "asset rows"))
         return base.mean(0) + base.std(0) * draw
-    pieces = initializer_pieces(tokenizer, len(ids), words)
-    return torch.stack([table[tokens].mean(0) for tokens in pieces])
-
-
-def initializer_pieces(tokenizer, count: int, words: Sequence[str]) -> list[list[int]]:
-    """Token ids of the words that each of ``count`` assets starts from; one entry is for all.
-
-    Raises UserError for another number of entries, and for one that is empty or too long.
-    """
     words = list(words) * count if len(words) == 1 else list(words)
     if len(words) != count:
         raise UserError(
             f"--initializer_tokens has {len(words)} entries for {count} instances; give one for "
             'all, or one for each, in quotes if it is of several words: "blue car" "teal car"'
         )
-    most = (tokenizer.model_max_length - 6) // 2  # two fit into "a photo of … and …"
     pieces = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     for word, tokens in zip(words, pieces, strict=True):
         if not tokens:
             raise UserError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
-        if len(tokens) > most:
-            raise UserError(
-                f"--initializer_tokens: {shorten(word)!r} has {len(tokens)} tokens; "
-                f"give at most {most}"
-            )
-    return pieces
+    return torch.stack([table[tokens].mean(0) for tokens in pieces])
 
 
 @torch.no_grad()

@@ -82,7 +82,6 @@ def _run(
     )
     if not saved:
         shutil.rmtree(plan.work, ignore_errors=True)
-        session.fit_phrases()
     makers = {1: token_stage, 2: finetuning_stage}
     stages = {f"stage {number}": partial(makers[number], session) for number in recipe.steps}
     trainer.run(stages, saved, after_stage and (lambda name: after_stage(name, checkpoint)))

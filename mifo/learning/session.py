@@ -4,7 +4,6 @@ import torch
 
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learning.config import Recipe
-from mifo.learning.phrases import fit_phrases
 from mifo.learning.plan import Plan
 from mifo.learning.views import Views
 
@@ -47,13 +46,6 @@ class Session:
     def modules(self) -> dict[str, torch.nn.Module]:
         """What stage 2 may train, by name."""
         return {"unet": self.model.unet, "text_encoder": self.model.text_encoder}
-
-    def fit_phrases(self) -> None:
-        """Move the rows that start from several words to where they say them."""
-        if words := self.recipe.initializer_tokens:
-            model, start = self.model, self.rows.detach()
-            fitted = fit_phrases(model.tokenizer, model.text_encoder, self.ids, words, start)
-            self.rows.data.copy_(fitted)
 
     def autocast(self) -> torch.autocast:
         """Half precision for a whole model that learns in float32; nothing for a LoRA."""

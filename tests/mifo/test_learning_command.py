@@ -28,10 +28,8 @@ from mifo.learned import LORA, portable, read_learned_folder
 from mifo.learning import checks, priors, stages
 from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.estimate import estimate_bytes
-from mifo.learning.phrases import fit_phrases
 from mifo.learning.plan import make_plan
 from mifo.learning.session import Session
-from mifo.tokens import add_asset_tokens, initial_rows
 from mifo_lora import read_lora
 from semantic_learning import main
 
@@ -183,21 +181,6 @@ def test_initializer_tokens_and_gradient_checkpointing(learn, small_sd):
         wanted = base.text_encoder.get_input_embeddings().weight[pieces].mean(0)
         row = read_lora(folder / f"asset{index}.safetensors")[0][f"<asset{index}>"][0]
         torch.testing.assert_close(row, wanted, atol=1e-6, rtol=0)
-
-
-def test_tokens_start_as_phrases(learn, small_sd):
-    folder = learn(
-        "--initializer_tokens", "a photo", "photo",
-        "--learning_rate", 0, "--finetune", "none", "--train_steps", 1,
-    )  # fmt: skip
-    base = load_base(str(small_sd))
-    ids = add_asset_tokens(base.tokenizer, base.text_encoder, 2)
-    words = ("a photo", "photo")
-    means = initial_rows(base.tokenizer, base.text_encoder, ids, words, seed=0)
-    wanted = fit_phrases(base.tokenizer, base.text_encoder, ids, words, means)
-    found = [read_lora(folder / f"asset{i}.safetensors")[0][f"<asset{i}>"][0] for i in range(2)]
-    torch.testing.assert_close(torch.stack(found), wanted, atol=1e-5, rtol=0)
-    assert (found[0] - means[0]).norm() > 0.01 * means[0].norm()
 
 
 def test_gradient_checkpointing_learns_the_same(learn, learned_dir, monkeypatch):

@@ -1,15 +1,15 @@
 """The views that learning draws: their distribution, the order of the draws, and what is fed.
 
-Numbers are worked out here by hand, with streams of this file's own (`stream_of`).
+Numbers are worked out by hand, with random streams of the tests' own.
 """
 
-import hashlib
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from by_hand import stream_of
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
@@ -22,13 +22,6 @@ SIDE, LATENT = 16, 2  # of the picture and of its latents
 COLUMNS = torch.linspace(255, 0, SIDE).round()
 PICTURE = torch.stack([COLUMNS.expand(SIDE, SIDE), COLUMNS[:, None].expand(SIDE, SIDE)])
 PICTURE = torch.cat([PICTURE, torch.zeros(1, SIDE, SIDE)])
-
-
-def stream_of(seed: int, *labels: str | int) -> torch.Generator:
-    """The generator of a labelled seed: sha256 over the seed and the labels with their types."""
-    text = "\x1f".join([str(seed), *(f"{type(label).__name__}:{label}" for label in labels)])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return torch.Generator().manual_seed(int(digest[:16], 16) // 2)
 
 
 def fake_code(pixels: torch.Tensor) -> Posterior:
