@@ -4,7 +4,7 @@ Also every text file of the repository: no path that leads out of it.
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
 import shlex
