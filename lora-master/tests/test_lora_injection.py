@@ -86,6 +86,16 @@ def test_a_seed_fixes_every_layer_and_layers_differ(model):
     assert not torch.equal(a["attn2.to_q.lora_A"], a["attn2.to_k.lora_A"])
 
 
+def test_a_is_drawn_layer_after_layer_from_one_stream(model):
+    """Uniform within ±1/√in, in the model's order, whatever the order of the targets."""
+    mifo_lora.inject(model, ATTN2[::-1], rank=2, generator=torch.Generator().manual_seed(5))
+    draw = torch.Generator().manual_seed(5)
+    for name in ATTN2:
+        a = torch.empty(2, 8).uniform_(-(8**-0.5), 8**-0.5, generator=draw)
+        torch.testing.assert_close(model.get_submodule(name).lora_A.detach(), a)
+        assert not model.get_submodule(name).lora_B.any()
+
+
 def test_only_the_lora_is_trained(model, x):
     mifo_lora.inject(model, ATTN2, rank=2)
     mifo_lora.mark_only_lora_trainable(model)
