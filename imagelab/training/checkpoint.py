@@ -63,13 +63,17 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser over the same parameters the state of :func:`pack_optimizer`."""
+    """Give an optimiser over the same parameters the state of :func:`pack_optimizer`.
+
+    A count of steps stays on the CPU, unless the optimiser is one that counts on the device.
+    """
     parameters = _parameters(optimizer)
+    counts_there = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             parameter = parameters[int(index)]
-            if value.ndim:
+            if value.ndim or (counts_there and value.is_floating_point()):
                 value = value.to(parameter.device)
             elif not value.is_floating_point():  # a count of steps, which was a plain number
                 value = value.item()

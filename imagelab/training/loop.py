@@ -1,5 +1,6 @@
 """A training loop that knows no paper: steps, checkpoints, Ctrl-C, resuming, curves, callbacks."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ class Stage:
 
     Attributes:
         name: what progress bars, checkpoints and errors call it.
-        steps: how many updates it makes.
+        steps: how many updates it makes; None: nobody knows yet, a callback will set it.
         parameters: the tensors that it trains.
         optimizer, schedule: over these; the schedule steps after each update.
         losses: ``losses(step)`` is a context manager that yields the losses of a step by name, each
@@ -35,23 +36,29 @@ class Stage:
             The backward pass runs within it. It must depend on the step alone, since a step whose
             gradient overflows in fp16 is repeated.
         state, load_state: the trained tensors for a checkpoint, by name, and back.
+        makes_gradients: ``losses`` also makes the gradients, as a replayed CUDA graph does: the
+            trainer neither runs the backward pass nor clears the gradients of the step before.
     """
 
     name: str
-    steps: int
+    steps: int | None
     parameters: Sequence[Tensor]
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     losses: Callable[[int], AbstractContextManager[Tensors]]
     state: Callable[[], Tensors]
     load_state: Callable[[Tensors], None]
+    makes_gradients: bool = False
 
 
 class Callback:
     """What happens around an update. Override what is needed."""
 
+    def before_stage(self, trainer: "Trainer", stage: Stage, first: int) -> None:
+        """The stage begins, or goes on, with update ``first``; all is restored."""
+
     def before_update(self, trainer: "Trainer", stage: Stage, losses: Tensors) -> None:
-        """The gradients are there, unclipped."""
+        """The gradients are there, unclipped; they and the losses may be replaced."""
 
     def after_update(self, trainer: "Trainer", stage: Stage, step: int) -> None:
         """Update ``step`` of the stage has been made."""
@@ -69,7 +76,9 @@ class Trainer:
 
     Attributes:
         curves: every loss of every update, by name.
-        interrupt: whether Ctrl-C was pressed; the trainer stops after the step.
+        interrupt: whether Ctrl-C was pressed in this process.
+        stop: what the trainer obeys at the end of a step: ``interrupt``, unless a callback puts in
+            its place what all processes agree on.
 
     Args:
         path: the checkpoint; its folder is made when it is first written.
@@ -79,6 +88,9 @@ class Trainer:
         fp16: scale the loss, so that small gradients survive in half precision.
         checkpoint_steps, checkpoint_seconds: how often to save; None: only when a stage or the run
             ends.
+        read_every: steps between two looks at the losses. A GPU waits for Python meanwhile, so it
+            learns faster with some 50; but updates are made with what may turn out not to be
+            finite, before the run ends by it. fp16 needs 1.
         is_writer: whether this process writes the checkpoints and shows the progress.
     """
 
@@ -92,6 +104,7 @@ class Trainer:
         fp16: bool = False,
         checkpoint_steps: int | None = None,
         checkpoint_seconds: float | None = None,
+        read_every: int = 1,
         callbacks: Sequence[Callback] = (),
         is_writer: bool = True,
     ):
@@ -99,9 +112,11 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=fp16)
         self.checkpoint_steps, self.checkpoint_seconds = checkpoint_steps, checkpoint_seconds
+        self.read_every = read_every
         self.callbacks, self.is_writer = list(callbacks), is_writer
         self.curves: dict[str, list[float]] = {}
-        self.interrupt = Interrupt()
+        self.interrupt = self.stop = Interrupt()
+        self._unread: list[tuple[int, Tensors, Tensor]] = []  # steps, their losses and norms
         self._saved_at = time.monotonic()
 
     def run(
@@ -122,7 +137,8 @@ class Trainer:
             FloatingPointError: a loss or its gradient is not finite; the last checkpoint stands.
         """
         names = list(stages)
-        with finish_step_on_interrupt() as self.interrupt:
+        with finish_step_on_interrupt() as interrupt:
+            self.interrupt = self.stop = interrupt
             for name, make in stages.items():
                 if saved and names.index(saved.stage) > names.index(name):
                     continue
@@ -134,45 +150,80 @@ class Trainer:
                     after_stage(name)
 
     def _run_stage(self, stage: Stage, first: int) -> None:
-        progress = tqdm(
-            range(first, stage.steps), stage.name, total=stage.steps, initial=first, unit="step",
+        for callback in self.callbacks:
+            callback.before_stage(self, stage, first)
+        done = first
+        with tqdm(
+            desc=stage.name, total=stage.steps, initial=first, unit="step",
             disable=not self.is_writer,
-        )  # fmt: skip
-        for step in progress:
-            losses = self.update(stage, step)
-            for name, value in losses.items():
-                self.curves.setdefault(name, []).append(value)
-            for callback in self.callbacks:
-                callback.after_update(self, stage, step)
-            progress.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
-            done = step + 1
-            if self.interrupt.asked or done == stage.steps or self._is_due(done):
-                self.save(stage, done)
-                self.interrupt.raise_if_asked(f"after step {done} of {stage.name}")
+        ) as progress:  # fmt: skip
+            while stage.steps is None or done < stage.steps:
+                self.update(stage, done)
+                for callback in self.callbacks:
+                    callback.after_update(self, stage, done)
+                done += 1
+                progress.total = stage.steps
+                if losses := self.curves.get("loss"):
+                    progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+                progress.update()
+                if self.stop.asked or done == stage.steps or self._is_due(done):
+                    self.save(stage, done)
+                    self.stop.raise_if_asked(f"after step {done} of {stage.name}")
 
-    def update(self, stage: Stage, step: int) -> dict[str, float]:
-        """One update; its losses. In fp16 an overflow halves the scale and repeats the step."""
+    def update(self, stage: Stage, step: int) -> None:
+        """Make one update. In fp16 an overflow halves the scale and repeats the step."""
         while True:
-            stage.optimizer.zero_grad(set_to_none=True)
-            with stage.losses(step) as losses:
-                self.scaler.scale(losses["loss"]).backward()
-            losses = {name: loss.detach() for name, loss in losses.items()}
-            self.scaler.unscale_(stage.optimizer)
-            for callback in self.callbacks:
-                callback.before_update(self, stage, losses)
-            norm = torch.nn.utils.clip_grad_norm_(stage.parameters, self.max_grad_norm)
-            is_overflow = not norm.isfinite() and self.scaler.get_scale() > 1
-            if not (losses["loss"].isfinite() and (norm.isfinite() or is_overflow)):
-                raise FloatingPointError(
-                    f"the loss or its gradient is not finite at step {step} of {stage.name}; the "
-                    "last checkpoint stands: go on from it with --mixed_precision no, or start "
-                    "anew with a smaller learning rate"
-                )
+            losses, norm = self._make_gradients(stage, step)
+            is_overflow = self._is_overflow(losses["loss"], norm)
+            if not is_overflow:
+                self._unread.append((step, losses, norm))
+                if self.reads_after(step):
+                    self._read(stage)
             self.scaler.step(stage.optimizer)  # which leaves an overflow out
             self.scaler.update()
             if not is_overflow:
                 stage.schedule.step()
-                return {name: loss.item() for name, loss in losses.items()}
+                return
+
+    def _make_gradients(self, stage: Stage, step: int) -> tuple[Tensors, Tensor]:
+        """Make the gradients of a step, clipped; its losses, and the norm before the clipping."""
+        if stage.makes_gradients:
+            with stage.losses(step) as losses:
+                pass
+        else:
+            stage.optimizer.zero_grad(set_to_none=True)
+            with stage.losses(step) as losses:
+                self.scaler.scale(losses["loss"]).backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        self.scaler.unscale_(stage.optimizer)
+        for callback in self.callbacks:
+            callback.before_update(self, stage, losses)
+        return losses, torch.nn.utils.clip_grad_norm_(stage.parameters, self.max_grad_norm)
+
+    def _is_overflow(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether a smaller scale of fp16 may make the gradients finite."""
+        return self.scaler.get_scale() > 1 and bool(loss.isfinite()) and not norm.isfinite()
+
+    def reads_after(self, step: int) -> bool:
+        """Whether the losses are read with this step, so that the device is waited for."""
+        return (step + 1) % self.read_every == 0
+
+    def _read(self, stage: Stage) -> None:
+        """Put the losses of the steps since the last look into the curves.
+
+        Raises FloatingPointError for what is not finite.
+        """
+        unread, self._unread = self._unread, []
+        for step, losses, norm in unread:
+            values = {name: loss.item() for name, loss in losses.items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(norm.item())):
+                other = "go on from it with --mixed_precision no, or " * self.scaler.is_enabled()
+                raise FloatingPointError(
+                    f"the loss or its gradient is not finite at step {step} of {stage.name}; the "
+                    f"last checkpoint stands: {other}start anew with a smaller learning rate"
+                )
+            for name, value in values.items():
+                self.curves.setdefault(name, []).append(value)
 
     def _is_due(self, done: int) -> bool:
         by_steps = self.checkpoint_steps and done % self.checkpoint_steps == 0
@@ -181,6 +232,7 @@ class Trainer:
 
     def save(self, stage: Stage, done: int) -> None:
         """Write the checkpoint: ``done`` steps of a stage have been made."""
+        self._read(stage)
         self._saved_at = time.monotonic()
         if not self.is_writer:
             return
@@ -206,10 +258,13 @@ class Trainer:
         for index, callback in enumerate(self.callbacks):
             callback.load_state(_below(f"callbacks.{index}.", tensors))
         unpack_optimizer(stage.optimizer, tensors)
-        schedule = saved.facts["schedule"]
-        stage.schedule.load_state_dict(stage.schedule.state_dict() | schedule)
-        for group, rate in zip(stage.optimizer.param_groups, schedule["_last_lr"], strict=True):
-            group["lr"] = rate
+        schedule = stage.schedule
+        schedule.load_state_dict(schedule.state_dict() | saved.facts["schedule"])
+        groups = stage.optimizer.param_groups
+        for group, base, factor in zip(
+            groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):  # anew, since the number of steps may be another one now
+            group["lr"] = base * factor(schedule.last_epoch)
         if scale := saved.facts.get("scaler"):
             self.scaler.load_state_dict(scale)
         tensors.clear()  # a full model and its moments, which are in the stage now
