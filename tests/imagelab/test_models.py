@@ -1,5 +1,6 @@
 """Base models: chosen, found, read and checked."""
 
+import errno
 import logging
 import shutil
 from fnmatch import fnmatch
@@ -13,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 from thin import thin_pipeline, thin_scheduler, thin_unet
 
+from imagelab.errors import sentence
 from imagelab.models.device import choose_device, choose_precision
 from imagelab.models.sources import DEFAULT_MODEL, MIRRORS, choose_model, locate_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
@@ -144,6 +146,16 @@ def test_a_failing_hub_says_what_to_do(monkeypatch):
     message = r"org/model could not be fetched from the hub \(OSError\).*--model_path toybox"
     with pytest.raises(ValueError, match=message):
         locate_model("org/model")
+
+
+def test_a_disk_that_fills_up_during_a_download_is_no_failure_of_the_hub(monkeypatch):
+    def fetch(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "weights.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(OSError, match="No space left") as found:
+        locate_model("org/model")
+    assert "the disk is full" in sentence(found.value)
 
 
 # --- devices ---------------------------------------------------------------------------------
