@@ -34,6 +34,8 @@ setup(
         "toybox.stable_diffusion": ["weights/*", "weights/*/*"],
         "toybox.classifier": ["classifier.*"],
     },
+    license="MIT",
+    license_files=["LICENSE", "toybox/scenes/sprites/LICENSE"],
     python_requires=">=3.11",
     install_requires=NEEDED,
     extras_require={

@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             import gradio  # noqa: F401
         except ModuleNotFoundError as error:
-            raise UserError("the page needs gradio: pip install ./lora-master '.[app]'") from error
+            raise UserError("the page needs gradio: pip install '.[app]'") from error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # A background job of a script inherits that Ctrl-C is ignored, and so would its commands.
         signal.signal(signal.SIGINT, signal.default_int_handler)
