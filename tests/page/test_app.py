@@ -36,7 +36,7 @@ from mifo_page.places import Places, folder_in
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = "/usr/bin/chromium"
-NEEDED = "the page needs gradio: pip install ./lora-master '.[app]'"
+NEEDED = "the page needs gradio: pip install '.[app]'"
 BOXES = "[[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]"
 
 
