@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from imagelab.errors import UserError
-from imagelab.io.atomic import written_aside
+from imagelab.io.tensors import read_tensors, write_tensors
 from toybox.scenes.scenes import KINDS, Caption, Scene, caption, draw_scene, render
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import TrainConfig
@@ -149,7 +149,7 @@ def encode_scenes(
         ``ids``, ``slots``: [i, v, t], ``nouns``: [i, v, l]; see :meth:`Words.read`.
     """
     if path.exists():
-        data = torch.load(path, weights_only=True)
+        data, _ = read_tensors(path, "remove it", finite=False)
         if len(data["coverage"]) == config.scenes:
             return data
     rendered = DataLoader(
@@ -170,8 +170,7 @@ def encode_scenes(
             parts.setdefault(name, []).append(torch.from_numpy(array))
     data = {name: torch.cat(several) for name, several in parts.items()}
     data["latents"] = torch.cat(latents[0] + latents[1])
-    with written_aside(path) as aside:
-        torch.save(data, aside)
+    write_tensors(path, data)
     return data
 
 
