@@ -6,6 +6,7 @@ time by hand.
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from mifo.learning import stages
 from mifo.learning.config import LearningConfig, Recipe
 from mifo.learning.plan import make_plan
 from mifo.learning.prediction import predicting
+from mifo.learning.result import describe_result
 from mifo.learning.session import Session
 from mifo.learning.stages import finetuning_stage, token_stage
 from mifo.method.layers import loss_layers, map_layers, supervised_layers
@@ -361,6 +363,23 @@ def test_the_losses_of_stage_2_by_hand(begin, prior):
     assert len(seen) == 4  # both, either, none
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_class_images_are_those_of_the_recipe_and_the_runs_seed(
+    begin, monkeypatch, tmp_path, device
+):
+    session = begin(prior_weight=1.0, output_dir=str(tmp_path / "out"))
+    session.plan = replace(session.plan, device=device)
+    given = {}
+    monkeypatch.setattr(
+        stages, "class_latents", lambda *args, **named: given.update(named, args=args)
+    )
+    stages.prior_latents(session, Interrupt())
+    assert given["args"] == (session.model, "a photo of a chair", 100, (16, 16), SEED)
+    assert given["batch"] == {"cpu": 4, "cuda": 8}[device]
+    assert given["cache"] == tmp_path / "out" / ".class_images"
+    assert stages.prior_latents(begin(prior_weight=0.0), Interrupt()) is None
+
+
 def test_the_penalty_is_of_the_steps_after_the_reward(begin, monkeypatch):
     """At the stage's own default, and with the recipe's weights."""
     given, session = [], begin(prior_weight=0.5, attention_weight=7.0)
@@ -419,6 +438,18 @@ def test_a_loss_of_two_layers_and_two_assets_by_hand():
     assert reward.total.item() == pytest.approx(13 / 4 + 1e-2 * sum(terms))
 
 
+def test_views_hold_the_autoencoders_scaled_posterior_of_the_picture_and_of_its_mirror_image(begin):
+    session = begin()
+    vae = session.model.vae
+    picture = torch.from_numpy(session.plan.instance.image).permute(2, 0, 1).float()
+    for mirrored in (0, 1):
+        pixels = (picture.flip(-1) if mirrored else picture) / 127.5 - 1
+        with torch.no_grad():
+            mean, logarithm = vae.quant_conv(vae.encoder(pixels[None]))[0].chunk(2)
+        by_hand = torch.stack([mean, (logarithm / 2).exp()]) * vae.config.scaling_factor
+        torch.testing.assert_close(session.views.moments[mirrored], by_hand)
+
+
 # ----------------------------------------------------------------------------------------------
 # layers
 
@@ -464,3 +495,13 @@ def test_the_rows_start_from_the_mean_of_their_words(begin):
     )
     rows = initial_rows(tokenizer, text_encoder, session.ids, ("toy car", "dog"), seed=0)
     torch.testing.assert_close(rows, torch.stack([(toy + car) / 2, dog]))
+
+
+# ----------------------------------------------------------------------------------------------
+# the result
+
+
+def test_final_losses_are_means_of_the_last_fifty_finite_ones(begin):
+    curves = {"loss": [1.0] * 100 + [2.0] * 25 + [4.0] * 25, "attention": [math.nan, 3.0, math.nan]}
+    facts = describe_result(begin(), curves | {"none": [math.nan]}, [0.5, 0.5])
+    assert facts["final_losses"] == {"loss": 3.0, "attention": 3.0, "none": None}

@@ -17,6 +17,7 @@ from imagelab.models.base import Posterior
 from mifo.learning.views import Batch, View, Views, sample_view
 from mifo.tokens import asset_token, view_prompt
 
+SEED = 6
 SIDE, LATENT = 16, 2  # of the picture and of its latents
 #: The picture: red falls to the right, green falls downwards, blue is at its least.
 COLUMNS = torch.linspace(255, 0, SIDE).round()
@@ -49,7 +50,7 @@ def fake(tiny_sd):
 @pytest.fixture
 def views(fake):
     model, ids, instance = fake
-    return Views(model, instance, ids, "cpu", seed=7)
+    return Views(model, instance, ids, "cpu", seed=SEED)
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
@@ -101,18 +102,18 @@ def drawn_by_hand(seed: int, stage: int, step: int) -> View:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(8))
 def test_a_batch_by_hand(views, fake, stage, step):
     model, ids, instance = fake
-    view = drawn_by_hand(7, stage, step)
+    view = drawn_by_hand(SEED, stage, step)
     batch = views.draw(stage, step)
     pixels = PICTURE / 127.5 - 1
     mean, deviation = fake_code((pixels.flip(-1) if view.flip else pixels)[None])
-    posterior = torch.randn(2, 2, 2, generator=stream_of(7, "posterior", stage, step))
+    posterior = torch.randn(2, 2, 2, generator=stream_of(SEED, "posterior", stage, step))
     assert torch.allclose(batch.latents, mean + deviation * posterior, atol=1e-6)
-    noise = torch.randn(2, 2, 2, generator=stream_of(7, "noise", stage, step))
+    noise = torch.randn(2, 2, 2, generator=stream_of(SEED, "noise", stage, step))
     assert torch.equal(batch.noise, noise[None])
-    timestep = torch.randint(0, 1000, (), generator=stream_of(7, "timestep", stage, step))
+    timestep = torch.randint(0, 1000, (), generator=stream_of(SEED, "timestep", stage, step))
     assert batch.timesteps.tolist() == [int(timestep)]
     prompt = "a photo of " + " and ".join(f"<asset{asset}>" for asset in view.assets)
     row = model.tokenizer(prompt, padding="max_length", max_length=77).input_ids
@@ -126,11 +127,12 @@ def test_a_batch_by_hand(views, fake, stage, step):
     assert np.array_equal(batch.masks.numpy(), masks)
 
 
-def test_those_batches_are_of_all_kinds():
+@pytest.mark.parametrize("stage", [1, 2])
+def test_those_batches_are_of_all_kinds(stage):
     """Mirrored and not, of one asset and of more, in rising and falling order."""
-    drawn = [drawn_by_hand(7, stage, step) for stage in (1, 2) for step in range(6)]
+    drawn = [drawn_by_hand(SEED, stage, step) for step in range(8)]
     assert {view.flip for view in drawn} == {True, False}
-    assert {len(view.assets) for view in drawn} >= {1, 2}
+    assert {len(view.assets) for view in drawn} == {1, 2, 3}
     orders = {view.assets == tuple(sorted(view.assets)) for view in drawn if len(view.assets) > 1}
     assert orders == {True, False}
 
@@ -141,12 +143,12 @@ def test_the_class_sample_comes_first_and_has_streams_of_its_own(views, fake):
     for step in range(8):
         batch = views.draw(2, step, prior, "a photo of a chair")
         alone = views.draw(2, step)
-        index = torch.randint(0, 5, (), generator=stream_of(7, "class image", 2, step))
+        index = torch.randint(0, 5, (), generator=stream_of(SEED, "class image", 2, step))
         chosen.append(int(index))
         assert torch.equal(batch.latents[0], torch.full((2, 2, 2), float(index)))
-        noise = torch.randn(2, 2, 2, generator=stream_of(7, "class noise", 2, step))
+        noise = torch.randn(2, 2, 2, generator=stream_of(SEED, "class noise", 2, step))
         assert torch.equal(batch.noise[0], noise)
-        timestep = torch.randint(0, 1000, (), generator=stream_of(7, "class timestep", 2, step))
+        timestep = torch.randint(0, 1000, (), generator=stream_of(SEED, "class timestep", 2, step))
         assert batch.timesteps[0] == timestep
         row = model.tokenizer("a photo of a chair", padding="max_length", max_length=77).input_ids
         assert batch.input_ids[0].tolist() == row
@@ -160,14 +162,14 @@ def test_a_step_draws_the_same_whatever_was_drawn_before(views, fake):
     model, ids, instance = fake
     drawn = [views.draw(1, step) for step in range(6)]
     torch.manual_seed(5)
-    alone = Views(model, instance, ids, "cpu", seed=7).draw(1, 5)
+    alone = Views(model, instance, ids, "cpu", seed=SEED).draw(1, 5)
     for ours, theirs in zip(tensors(alone), tensors(drawn[5]), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_steps_stages_and_seeds_draw_differently(views, fake):
     model, ids, instance = fake
-    other = Views(model, instance, ids, "cpu", seed=8)
+    other = Views(model, instance, ids, "cpu", seed=SEED + 1)
     batches = [views.draw(1, 0), views.draw(1, 1), views.draw(2, 0), other.draw(1, 0)]
     noises = [batch.noise.flatten()[0].item() for batch in batches]
     latents = [batch.latents.flatten()[0].item() for batch in batches]
