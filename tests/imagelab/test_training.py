@@ -206,6 +206,36 @@ def loss_of(name: str, step: int, values: tuple[float, float]) -> float:
     return pytest.approx(sum(terms), rel=1e-5)
 
 
+@pytest.mark.parametrize("read_every", [2, 3, 100])
+def test_reading_the_losses_seldom_changes_nothing(train, path, read_every):
+    plain, often = Toy(), train()
+    often.run(plain.stages(a=5, b=4))
+    toy, seldom = Toy(), train(read_every=read_every, checkpoint_steps=4)
+    seldom.run(toy.stages(a=5, b=4))
+    assert stand(toy, seldom) == stand(plain, often)
+    assert repr(read_curves(path)) == repr(often.curves)
+
+
+def test_losses_that_make_the_gradients_themselves(train):
+    """The trainer then runs no backward pass, and clips, steps and records as ever."""
+    plain, alone = Toy(), train()
+    alone.run(plain.stages(a=4))
+    toy, trainer = Toy(), train()
+    stage = toy.make("a", 4, trainer)
+    losses = stage.losses
+
+    @contextmanager
+    def with_gradients(step):
+        with losses(step) as found:
+            (gradient,) = torch.autograd.grad(found["loss"], toy.values)
+            toy.values.grad = gradient
+            yield {name: loss.detach() for name, loss in found.items()}
+
+    stage.losses, stage.makes_gradients = with_gradients, True
+    trainer.run({"a": lambda _: stage})
+    assert stand(toy, trainer) == stand(plain, alone)
+
+
 # ----------------------------------------------------------------------------------------------
 # stages
 
@@ -232,6 +262,21 @@ def test_a_resumed_run_makes_no_stage_that_is_over(train, path):
     train().run(toy.stages(a=2, b=3, c=1), read_checkpoint(path))
     made = [event for event in toy.events if event != "left"]
     assert made == ["make b", "b 1", "b 2", "make c", "c 0"]
+
+
+def test_a_callback_hears_where_a_stage_begins_or_goes_on(train, path):
+    heard = []
+
+    class Listener(Callback):
+        def before_stage(self, trainer, stage, first):
+            heard.append((stage.name, first))
+
+    toy = Toy()
+    toy.on_step = lambda name, step: name == "b" and step == 2 and stop()
+    with pytest.raises(RuntimeError):
+        train(checkpoint_steps=1, callbacks=[Listener()]).run(toy.stages(a=2, b=3))
+    train(callbacks=[Listener()]).run(Toy().stages(a=2, b=3), read_checkpoint(path))
+    assert heard == [("a", 0), ("b", 0), ("b", 2)]
 
 
 def stop():
@@ -417,3 +462,16 @@ def test_what_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(train, p
         trainer.run(toy.stages(a=6))
     assert [path.read_bytes(), toy.values.tolist()] == before
     assert read_checkpoint(path).step == 2 and len(trainer.curves["loss"]) == 3
+
+
+def test_what_is_not_finite_is_found_when_the_losses_are_read(train, path):
+    """Before a checkpoint is written, too: the last one holds nothing of it."""
+    toy = Toy()
+    toy.on_step = lambda name, step: setattr(
+        toy, "spoil", (lambda loss: loss * math.nan) if step == 3 else (lambda loss: loss)
+    )
+    trainer = train(read_every=100, checkpoint_steps=2)
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of a"):
+        trainer.run(toy.stages(a=6))
+    saved = read_checkpoint(path)
+    assert saved.step == 2 and saved.tensors["trained.values"].isfinite().all()
