@@ -24,14 +24,8 @@ from toybox.classifier.train import (
 )
 from toybox.scenes.scenes import KINDS, Look, draw_scene, render
 from toybox.stable_diffusion import FOLDER, evaluate
-from toybox.stable_diffusion.evaluate import (
-    Prompt,
-    auc,
-    draw_prompts,
-    judge_one,
-    judge_two,
-    sample_tiles,
-)
+from toybox.stable_diffusion.evaluate import sample_tiles
+from toybox.stable_diffusion.measures import Prompt, auc, draw_prompts, judge_one, judge_two
 
 
 @pytest.fixture(scope="module")

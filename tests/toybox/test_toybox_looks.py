@@ -8,21 +8,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from test_toybox_train import CONFIG, SHAPE, assert_same, interrupt_at
+from tiny_toybox import CONFIG, SHAPE, assert_same, ctrl_c_in_step
 
 from imagelab.processes import Processes
+from imagelab.training.callbacks import TimeBudget
 from toybox.classifier.network import load_classifier
 from toybox.scenes.scenes import HUES, KINDS, Look, Placement, Scene, caption, draw_scene, render
-from toybox.stable_diffusion import loop, train
+from toybox.stable_diffusion import options as train_options
+from toybox.stable_diffusion import train
 from toybox.stable_diffusion.architecture import (
     build_pipeline,
     build_text_encoder,
     build_tokenizer,
+    build_unet,
     build_vae,
 )
+from toybox.stable_diffusion.batches import Batches
 from toybox.stable_diffusion.between import measure_between
 from toybox.stable_diffusion.data import MAX_TOKENS, MAX_TOYS, Words, encode_scenes, scene_of, tell
-from toybox.stable_diffusion.diffusion import Batches, Pace, train_unet
 from toybox.stable_diffusion.looks import (
     FEATURES,
     LookEmbedder,
@@ -31,7 +34,7 @@ from toybox.stable_diffusion.looks import (
     placeholder_embeddings,
     with_free_looks,
 )
-from toybox.stable_diffusion.loop import Budget
+from toybox.stable_diffusion.training import Run, train_unet
 
 LOOKS = replace(CONFIG, scenes=70, steps=5, captions=2, mirrored=True, placeholders=0.5, mixed=0.3)
 
@@ -43,7 +46,7 @@ def data(tmp_path_factory):
     torch.manual_seed(0)
     vae = build_vae(SHAPE).eval().requires_grad_(False)
     tokenizer = build_tokenizer(train.all_words(0), folder)
-    encoded = encode_scenes(vae, LOOKS, SHAPE, folder / "latents.pt", tokenizer)
+    encoded = encode_scenes(vae, LOOKS, SHAPE, folder / "latents.safetensors", tokenizer)
     return vae, tokenizer, encoded
 
 
@@ -186,7 +189,7 @@ def test_small_sprites_give_almost_the_same_picture():
 
 def test_workers_change_nothing(data, tmp_path):
     vae, tokenizer, alone = data
-    path = tmp_path / "latents.pt"
+    path = tmp_path / "latents.safetensors"
     shared = encode_scenes(vae, LOOKS, SHAPE, path, tokenizer, workers=2)
     assert all(torch.equal(shared[name], alone[name]) for name in alone)
     assert alone["latents"].shape == (140, 4, 8, 8)
@@ -197,7 +200,7 @@ def test_mirrored_scenes_have_mirrored_coverage(data):
     _, tokenizer, encoded = data
     batches = Batches(LOOKS, encoded, 1.0, tokenizer, SHAPE.text_width, Processes("cpu"))
     rows = torch.tensor([4, 4])
-    latents, coverage = batches._scenes(rows, torch.tensor([0, 1]))
+    latents, coverage = batches._scenes(rows, torch.tensor([False, True]))
     assert torch.equal(coverage[1], coverage[0].flip(-1))
     assert torch.equal(latents[1], encoded["latents"][70 + 4].float())
 
@@ -206,54 +209,57 @@ def test_mirrored_scenes_have_mirrored_coverage(data):
 # training
 
 
-def test_an_interrupted_run_with_placeholders_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+def test_the_share_of_a_noun_is_counted_over_the_whole_batch(data):
+    """Two processes see halves of one batch; their weights of the grounding loss add up to 1."""
     _, tokenizer, encoded = data
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    arguments = (encoded, 1.0, tokenizer)
-    unbroken = train_unet(LOOKS, SHAPE, whole, *arguments)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 3)
-        train_unet(LOOKS, SHAPE, broken, *arguments)
-    resumed = train_unet(LOOKS, SHAPE, broken, *arguments)
-    assert resumed.trainer.losses == unbroken.trainer.losses
+    alone, shared = Processes("cpu"), [Processes("cpu"), Processes("cpu")]
+    for index, one in enumerate(shared):
+        one.index, one.count = index, 2
+    config = replace(LOOKS, caption_dropout=0.2, grounding_timesteps=800, batch=8)
+    whole, *halves = (
+        Batches(config, encoded, 1.0, tokenizer, SHAPE.text_width, processes)(3)
+        for processes in (alone, *shared)
+    )
+    assert whole.count == whole.named.sum() > 1
+    assert 0 < halves[0].named.sum() != halves[1].named.sum()
+    assert sum((half.named.sum() / half.count) / 2 for half in halves) == 1
+    for name, tensor in whole._asdict().items():
+        if name != "count":
+            assert torch.equal(tensor[0::2], getattr(halves[0], name)), name
+            assert torch.equal(tensor[1::2], getattr(halves[1], name)), name
+
+
+def test_an_interrupted_run_with_placeholders_ends_as_an_unbroken_one(
+    data, tmp_path, interruptible
+):
+    _, tokenizer, encoded = data
+    unbroken = train_unet(Run(LOOKS, SHAPE, tmp_path / "whole"), encoded, 1.0, tokenizer)
+    broken = Run(LOOKS, SHAPE, tmp_path / "broken")
+    with ctrl_c_in_step(2):
+        train_unet(broken, encoded, 1.0, tokenizer)
+    resumed = train_unet(broken, encoded, 1.0, tokenizer)
+    assert resumed.course.losses == unbroken.course.losses
     for part in ("unet", "text_encoder", "embedder"):
         assert_same(getattr(resumed, part), getattr(unbroken, part))
-    torch.manual_seed(LOOKS.seed + 1)
     first = resumed.embedder.layers[0].weight
     assert first.grad is not None and first.grad.abs().max() > 0  # it learns along
 
 
-def test_a_time_fixes_the_steps_half_way_and_a_file_keeps_them(tmp_path, monkeypatch):
-    clock = iter([100.0, 101.0, 104.0, 106.0])
-    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(Budget, "WARMING", 10)
-    budget = Budget(tmp_path / "steps.json", until=111.0)
-    budget.look(5, 1005)  # too early to tell
-    budget.look(10, 1010)
-    budget.look(40, 1040)  # ten steps a second, less than half of the time
-    assert budget.steps is None
-    budget.look(60, 1060)  # after 5 of 10 seconds: 50 steps took them, 50 are left
-    assert budget.steps == 1110
-    assert Budget(tmp_path / "steps.json", until=500.0).steps == 1110
-
-
 def test_a_run_of_a_given_time_ends_in_it(data, tmp_path, monkeypatch):
     _, tokenizer, encoded = data
-    monkeypatch.setattr(Budget, "WARMING", 5)
-    config = replace(LOOKS, cooldown=0.4)
-    until = time.monotonic() + 5
-    trained = train_unet(config, SHAPE, tmp_path, encoded, 1.0, tokenizer, pace=Pace(until=until))
+    monkeypatch.setattr(TimeBudget, "WARMING", 5)
+    until = time.monotonic() + 4
+    run = Run(replace(LOOKS, cooldown=0.4), SHAPE, tmp_path, until=until)
+    trained = train_unet(run, encoded, 1.0, tokenizer)
     assert abs(time.monotonic() - until) < 3
     steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
-    assert len(trained.trainer.losses) == steps > 10
+    assert len(trained.course.losses) == steps > 10
 
 
 def test_hues_between_the_named_ones_are_measured(data):
     vae, tokenizer, encoded = data
     torch.manual_seed(0)
-    unet = train.toybox_model.build_unet(SHAPE).eval()
+    unet = build_unet(SHAPE).eval()
     pipeline = build_pipeline(vae, build_text_encoder(SHAPE, tokenizer).eval(), tokenizer, unet)
     embedder = LookEmbedder(SHAPE.text_width)
     found = measure_between(pipeline, embedder, load_classifier(), 3, 0, KINDS, share=0.5)
@@ -262,7 +268,7 @@ def test_hues_between_the_named_ones_are_measured(data):
 
 
 def test_a_new_unet_of_another_width_on_the_same_latents(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ToyboxConfig", lambda: SHAPE)
+    monkeypatch.setattr(train_options, "ToyboxConfig", lambda: SHAPE)
     options = (
         "--device", "cpu", "--vae_scenes", "4", "--scenes", "8", "--batch", "4", "--captions", "2",
         "--decoder_steps", "0", "--steps", "2",

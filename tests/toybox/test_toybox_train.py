@@ -3,52 +3,45 @@
 import copy
 import json
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from thin import free_port
+from tiny_toybox import CONFIG, SHAPE, SHORT, assert_same, ctrl_c_in_step, pictures_of
 
 from imagelab.processes import Processes
+from imagelab.training.checkpoint import read_checkpoint, read_curves
+from imagelab.training.interrupt import Interrupted
 from toybox.scenes.scenes import caption
 from toybox.stable_diffusion import data as toybox_data
-from toybox.stable_diffusion import loop, train
-from toybox.stable_diffusion.architecture import ToyboxConfig, build_pipeline, build_tokenizer
-from toybox.stable_diffusion.config import TrainConfig
+from toybox.stable_diffusion import options, train
+from toybox.stable_diffusion.architecture import build_pipeline, build_tokenizer
 from toybox.stable_diffusion.data import MAX_TOYS, encode_scenes, scene_of
-from toybox.stable_diffusion.diffusion import grounding_loss, timestep_weights
-from toybox.stable_diffusion.loop import lr_factor
+from toybox.stable_diffusion.folders import check_work
+from toybox.stable_diffusion.loss import grounding_loss, timestep_weights
+from toybox.stable_diffusion.measures import psnr
+from toybox.stable_diffusion.stages import lr_factor
+from toybox.stable_diffusion.training import Run, train_decoder, train_unet, train_vae
 
-SHAPE = ToyboxConfig(
-    resolution=32,
-    latent_channels=4,
-    vae_channels=(8, 8, 8),
-    unet_channels=(16, 32),
-    head_channels=16,
-    text_width=32,
-    text_layers=1,
-)
-CONFIG = TrainConfig(
-    vae_scenes=24, vae_steps=20, vae_batch=4, vae_crop=16, vae_lr=5e-3,
-    decoder_steps=20, decoder_batch=4, decoder_lr=5e-3,
-    scenes=24, steps=20, batch=4, lr=5e-3, warmup=2,
-)  # fmt: skip
-SHORT = replace(CONFIG, vae_steps=5, decoder_steps=5, steps=5)
-SHARED = replace(SHORT, grounding_weight=0.0)  # its mean is over the nouns of each process
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """What the UNet learns from: latents, their scale, a tokenizer and the autoencoder."""
     folder = tmp_path_factory.mktemp("data")
-    vae, trainer = train.train_vae(CONFIG, SHAPE, folder)
+    run = Run(CONFIG, SHAPE, folder)
+    vae, course = train_vae(run, pictures_of(run))
     rng = np.random.default_rng(0)
     texts = [caption(scene_of(CONFIG, index), rng).text for index in range(400)]
     tokenizer = build_tokenizer(texts, folder)
-    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt", tokenizer)
-    return folder, vae, trainer, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
+    encoded = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.safetensors", tokenizer)
+    return folder, vae, course, encoded, 1 / encoded["latents"].float().std().item(), tokenizer
 
 
 def fall(losses: list[float]) -> float:
@@ -56,36 +49,18 @@ def fall(losses: list[float]) -> float:
     return float(np.mean(losses[-5:]) / np.mean(losses[:5]))
 
 
-def interrupt_at(monkeypatch, at: int) -> None:
-    """Press Ctrl-C when step ``at`` begins."""
-
-    def interrupted(step, *args):
-        if step == at:
-            raise KeyboardInterrupt
-        return lr_factor(step, *args)
-
-    monkeypatch.setattr(loop, "lr_factor", interrupted)
-
-
-def assert_same(first, second) -> None:
-    """Modules with the same weights, bit for bit."""
-    weights, others = first.state_dict(), second.state_dict()
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-
-
 def test_20_steps_lower_the_autoencoders_loss(data):
-    _, vae, trainer, *_ = data
-    assert len(trainer.losses) == 20
-    assert fall(trainer.losses) < 0.8
+    _, vae, course, *_ = data
+    assert len(course.losses) == 20
+    assert fall(course.losses) < 0.8
     assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
 def test_20_steps_of_the_decoder_lower_its_loss_and_leave_the_latents(data, tmp_path):
-    vae = copy.deepcopy(data[1])
-    trainer = train.train_decoder(vae, CONFIG, SHAPE, tmp_path)
-    assert len(trainer.losses) == 20
-    assert fall(trainer.losses) < 0.9
+    vae, run = copy.deepcopy(data[1]), Run(CONFIG, SHAPE, tmp_path)
+    course = train_decoder(run, vae, pictures_of(run))
+    assert len(course.losses) == 20
+    assert fall(course.losses) < 0.9
     assert_same(vae.encoder, data[1].encoder)
     assert_same(vae.quant_conv, data[1].quant_conv)
     assert not any(parameter.requires_grad for parameter in vae.parameters())
@@ -93,12 +68,10 @@ def test_20_steps_of_the_decoder_lower_its_loss_and_leave_the_latents(data, tmp_
 
 def test_20_steps_lower_the_unets_loss(data, tmp_path):
     _, vae, _, encoded, scale, tokenizer = data
-    unet, text_encoder, _, trainer = train.train_unet(
-        CONFIG, SHAPE, tmp_path, encoded, scale, tokenizer
-    )
-    assert len(trainer.losses) == 20
-    assert fall(trainer.losses) < 0.8
-    pipeline = build_pipeline(vae, text_encoder, tokenizer, unet)
+    trained = train_unet(Run(CONFIG, SHAPE, tmp_path), encoded, scale, tokenizer)
+    assert len(trained.course.losses) == 20
+    assert fall(trained.course.losses) < 0.8
+    pipeline = build_pipeline(vae, trained.text_encoder, tokenizer, trained.unet)
     [picture] = pipeline("a red car", num_inference_steps=2, output_type="np").images
     assert picture.shape == (32, 32, 3)
     assert np.isfinite(picture).all()
@@ -110,67 +83,60 @@ def test_timestep_weights_are_min_snr_s_and_spare_the_noisiest_steps():
     assert torch.allclose(weights, expected / expected.mean())
 
 
-def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path, monkeypatch):
-    (tmp_path / "unbroken").mkdir()
-    (tmp_path / "broken").mkdir()
-    unbroken, whole = train.train_vae(SHORT, SHAPE, tmp_path / "unbroken")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 3)
-        train.train_vae(SHORT, SHAPE, tmp_path / "broken")
-    state = torch.load(tmp_path / "broken" / "autoencoder.pt", weights_only=True)
-    assert state["losses"] == whole.losses[:3]
-    resumed, trainer = train.train_vae(SHORT, SHAPE, tmp_path / "broken")
-    assert trainer.losses == whole.losses
+def test_an_interrupted_autoencoder_ends_as_an_unbroken_one(tmp_path):
+    alone, broken = Run(SHORT, SHAPE, tmp_path / "alone"), Run(SHORT, SHAPE, tmp_path / "broken")
+    unbroken, whole = train_vae(alone, pictures_of(alone))
+    with ctrl_c_in_step(2):
+        train_vae(broken, pictures_of(broken))
+    assert read_curves(broken.work / "autoencoder.safetensors") == {"loss": whole.losses[:3]}
+    resumed, course = train_vae(broken, pictures_of(broken))
+    assert course.losses == whole.losses
     assert_same(resumed, unbroken)
 
 
-def test_an_interrupted_decoder_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
-    (tmp_path / "unbroken").mkdir()
-    (tmp_path / "broken").mkdir()
+def test_an_interrupted_decoder_ends_as_an_unbroken_one(data, tmp_path):
+    alone, run = Run(SHORT, SHAPE, tmp_path / "alone"), Run(SHORT, SHAPE, tmp_path / "broken")
     unbroken, broken, resumed = (copy.deepcopy(data[1]) for _ in range(3))
-    whole = train.train_decoder(unbroken, SHORT, SHAPE, tmp_path / "unbroken")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 3)
-        train.train_decoder(broken, SHORT, SHAPE, tmp_path / "broken")
-    trainer = train.train_decoder(resumed, SHORT, SHAPE, tmp_path / "broken")
-    assert trainer.losses == whole.losses
+    whole = train_decoder(alone, unbroken, pictures_of(alone))
+    with ctrl_c_in_step(2):
+        train_decoder(run, broken, pictures_of(run))
+    assert train_decoder(run, resumed, pictures_of(run)).losses == whole.losses
     assert_same(resumed, unbroken)
 
 
-def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+def test_an_interrupted_unet_ends_as_an_unbroken_one(data, tmp_path):
     *_, encoded, scale, tokenizer = data
-    (tmp_path / "unbroken").mkdir()
-    (tmp_path / "broken").mkdir()
-    arguments = (encoded, scale, tokenizer)
-    unet, text_encoder, _, whole = train.train_unet(SHORT, SHAPE, tmp_path / "unbroken", *arguments)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 3)
-        train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
-    resumed, text, _, trainer = train.train_unet(SHORT, SHAPE, tmp_path / "broken", *arguments)
-    assert trainer.losses == whole.losses
-    assert_same(resumed, unet)
-    assert_same(text, text_encoder)
-    assert not list((tmp_path / "broken").glob("*.part"))
+    whole = train_unet(Run(SHORT, SHAPE, tmp_path / "alone"), encoded, scale, tokenizer)
+    broken = Run(SHORT, SHAPE, tmp_path / "broken")
+    with ctrl_c_in_step(2):
+        train_unet(broken, encoded, scale, tokenizer)
+    resumed = train_unet(broken, encoded, scale, tokenizer)
+    assert resumed.course.losses == whole.course.losses
+    assert_same(resumed.unet, whole.unet)
+    assert_same(resumed.text_encoder, whole.text_encoder)
+    assert [path.name for path in broken.work.iterdir()] == ["unet.safetensors"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_spoils_nothing(tmp_path):
-    train.train_vae(replace(SHORT, vae_steps=3), SHAPE, tmp_path)
-    before = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
-    with pytest.raises(ValueError, match="autoencoder: .* not finite at step 3.*learning rate"):
-        train.train_vae(replace(SHORT, kl_weight=float("nan")), SHAPE, tmp_path)
-    after = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
-    assert after["losses"] == before["losses"]
-    for kept, there in zip(before["modules"], after["modules"], strict=True):
-        assert all(torch.equal(kept[name], there[name]) for name in kept)
+    run = Run(replace(SHORT, vae_steps=3), SHAPE, tmp_path)
+    train_vae(run, pictures_of(run))
+    before = (tmp_path / "autoencoder.safetensors").read_bytes()
+    run = Run(replace(SHORT, kl_weight=float("nan")), SHAPE, tmp_path)
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of autoenc.*learning rate"):
+        train_vae(run, pictures_of(run))
+    assert (tmp_path / "autoencoder.safetensors").read_bytes() == before
 
 
 def test_a_work_folder_keeps_to_its_settings(tmp_path):
-    train.check_work(tmp_path / "work", CONFIG, None)
-    train.check_work(tmp_path / "work", replace(CONFIG, steps=40), None)
+    def check(start=None, **settings):
+        check_work(Run(replace(CONFIG, **settings), SHAPE, tmp_path / "work"), start)
+
+    check()
+    check(steps=40)
     with pytest.raises(ValueError, match=r"other settings \(lr\); give another --work"):
-        train.check_work(tmp_path / "work", replace(CONFIG, lr=1e-4), None)
+        check(lr=1e-4)
     with pytest.raises(ValueError, match="begin_from"):
-        train.check_work(tmp_path / "work", CONFIG, tmp_path)
+        check(tmp_path)
 
 
 @pytest.mark.parametrize("odds", [("1", "-1", "1"), ("0", "0", "0"), ("nan", "1", "1"), ("1", "2")])
@@ -195,7 +161,7 @@ STEPS = ("--vae_steps", "4", "--decoder_steps", "3", "--steps", "6", "--sample_s
 def command():
     """Runs ``toybox.stable_diffusion.train`` on the tiny shape; the pipeline that it writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ToyboxConfig", lambda: SHAPE)
+        patch.setattr(options, "ToyboxConfig", lambda: SHAPE)
 
         def run(work, *options):
             train.main(["--work", str(work), *OPTIONS, *options])
@@ -218,25 +184,31 @@ def test_the_command_writes_a_pipeline_its_record_samples_and_curves(model):
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     [picture] = pipeline("a red car", num_inference_steps=1, output_type="np").images
     assert picture.shape == (32, 32, 3)
-    latents = torch.load(model.parent / "latents.pt", weights_only=True)["latents"].float()
+    latents = load_file(model.parent / "latents.safetensors")["latents"].float()
     assert pipeline.vae.config.scaling_factor == pytest.approx(1 / latents.std().item())
     record = record_of(model)
     assert (record["train"]["steps"], record["processes"], record["began_from"]) == (6, 1, None)
     assert record["psnr_db"] == pytest.approx(
-        train.psnr(pipeline.vae, replace(CONFIG, seed=3), SHAPE), abs=0.1
+        psnr(pipeline.vae, replace(CONFIG, seed=3), SHAPE), abs=0.1
     )
     assert (model / "training.png").is_file()
     assert [path.name for path in model.parent.glob("samples_*")] == ["samples_000004.png"]
 
 
 def test_ctrl_c_while_samples_are_drawn_changes_nothing(command, model, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    """The first is heard after the step, which is saved; the second stops at once."""
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train, "sample_grid", interrupted)
-        command(tmp_path, *STEPS)
-    assert len(torch.load(tmp_path / "unet.pt", weights_only=True)["losses"]) == 4
+    for times, done in ((2, None), (1, 4)):
+
+        def pressed(*_, times=times):
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(train, "sample_grid", pressed)
+            command(tmp_path, *STEPS)
+        path = tmp_path / "unet.safetensors"
+        assert (read_checkpoint(path).step if path.is_file() else None) == done
     again = StableDiffusionPipeline.from_pretrained(command(tmp_path, *STEPS))
     unbroken = StableDiffusionPipeline.from_pretrained(model)
     assert_same(again.unet, unbroken.unet)
@@ -282,34 +254,40 @@ def test_settings_that_make_no_sense_are_refused(options, message, tmp_path, cap
 
 
 def train_in_process(index, port, data_folder, folder):
-    """One of two processes that train together."""
+    """One of two processes that train together; in the second one Ctrl-C is pressed once."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(
         WORLD_SIZE="2", RANK=str(index), LOCAL_RANK=str(index),
         MASTER_ADDR="localhost", MASTER_PORT=str(port),
     )  # fmt: skip
-    processes = Processes("cpu")
-    vae, _ = train.train_vae(SHORT, SHAPE, folder, processes=processes)
-    train.train_decoder(vae, SHORT, SHAPE, folder, processes)
+    run = Run(SHORT, SHAPE, folder, Processes("cpu"))
+    vae, _ = train_vae(run, pictures_of(run))
+    train_decoder(run, vae, pictures_of(run))
     tokenizer = build_tokenizer([], data_folder)
-    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.pt", tokenizer)  # reads
+    encoded = encode_scenes(vae, CONFIG, SHAPE, data_folder / "latents.safetensors", tokenizer)
     scale = 1 / encoded["latents"].float().std().item()
-    train.train_unet(SHARED, SHAPE, folder, encoded, scale, tokenizer, processes=processes)
-    processes.leave()
+    with ctrl_c_in_step(1) if index == 1 else pytest.raises(Interrupted):
+        train_unet(run, encoded, scale, tokenizer)
+    run.processes.gather(None)  # until the first one has saved
+    assert read_checkpoint(folder / "unet.safetensors").step == 2
+    train_unet(run, encoded, scale, tokenizer)
+    run.processes.leave()
 
 
-def test_two_processes_train_as_one(data, tmp_path):
+def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
+    """With the grounding loss, which is a mean over the nouns of the whole batch."""
     data_folder, *_, encoded, scale, tokenizer = data
+    assert SHORT.grounding_weight > 0
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
     torch.multiprocessing.spawn(train_in_process, (free_port(), data_folder, two), nprocs=2)
-    vae, _ = train.train_vae(SHORT, SHAPE, one)
-    train.train_decoder(vae, SHORT, SHAPE, one)
-    train.train_unet(SHARED, SHAPE, one, encoded, scale, tokenizer)
-    for name in ("autoencoder.pt", "decoder.pt", "unet.pt"):
-        alone, shared = (torch.load(folder / name, weights_only=True) for folder in (one, two))
-        assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    run = Run(SHORT, SHAPE, one)
+    vae, _ = train_vae(run, pictures_of(run))
+    train_decoder(run, vae, pictures_of(run))
+    train_unet(run, encoded, scale, tokenizer)
+    for name in ("autoencoder", "decoder", "unet"):
+        alone, shared = (read_curves(folder / f"{name}.safetensors") for folder in (one, two))
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,7 +299,7 @@ def test_latents_are_encoded_once(data, monkeypatch):
     assert encoded["latents"].shape == (24, 4, 8, 8)
     assert encoded["coverage"].shape == (24, MAX_TOYS, 8, 8)
     monkeypatch.setattr(toybox_data, "render", None)
-    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.pt", tokenizer)
+    again = encode_scenes(vae, CONFIG, SHAPE, folder / "latents.safetensors", tokenizer)
     assert all(torch.equal(again[key], encoded[key]) for key in encoded)
 
 
@@ -340,14 +318,17 @@ def test_grounding_loss_by_hand():
     coverage = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])  # [1, 1 toy, 2, 2]
     # token 1 has 0.6·1 + 0.1·0.5 of its total of 1.0 on the toy, which covers 1.5 pixels
     expected = -np.log(0.65) - np.log(2 * 0.65 / 1.5)
-    first, toy = torch.tensor([[1]]), torch.ones(1, 1)
-    assert grounding_loss([maps], coverage, first, toy).item() == pytest.approx(expected)
-    assert grounding_loss([maps], coverage, first, 0 * toy).item() == 0
+    first, toy, one = torch.tensor([[1]]), torch.ones(1, 1), torch.tensor(1.0)
+    assert grounding_loss([maps], coverage, first, toy, one).item() == pytest.approx(expected)
+    assert grounding_loss([maps], coverage, first, toy, 4 * one).item() == pytest.approx(
+        expected / 4
+    )
+    assert grounding_loss([maps], coverage, first, 0 * toy, one).item() == 0
     # token 0 reigns on the second pixel; more than half is not asked for
     maps[0, 1, 0] = 0.9
     coverage = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
     start = torch.tensor([[0]])
-    assert grounding_loss([maps], coverage, start, toy).item() == pytest.approx(0, abs=1e-6)
+    assert grounding_loss([maps], coverage, start, toy, one).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_cools_down():

@@ -181,4 +181,4 @@ def _as_it_is(chunk):
 
 @torch.inference_mode()
 def _means(vae, pixels: Tensor) -> Tensor:
-    return vae.encode(pixels).latent_dist.mean.half().cpu()
+    return vae.encode(pixels).latent_dist.mean.half().cpu().contiguous()  # as files keep it

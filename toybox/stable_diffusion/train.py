@@ -20,6 +20,7 @@ from imagelab.io.atomic import write_json
 from imagelab.io.tensors import write_tensors
 from imagelab.models.device import choose_device
 from imagelab.processes import Processes
+from imagelab.training.interrupt import Interrupted
 from toybox.classifier.network import load_classifier
 from toybox.scenes.scenes import caption, draw_scene
 from toybox.stable_diffusion.architecture import build_pipeline, build_tokenizer
@@ -129,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         try:
             train(run, options)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Interrupted):  # in all processes, and the first one still saves
+                processes.leave()
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         processes.leave()
 
