@@ -317,6 +317,13 @@ def step_by_hand(session: Session, batch, layers: dict[str, int], term: str) -> 
     return found
 
 
+@torch.no_grad()
+def sharpen(session: Session) -> None:
+    """Let tokens and samples differ in where they look; a random model looks everywhere alike."""
+    for layer in DOWN + UP:
+        session.model.unet.get_submodule(f"{layer}.to_q").weight *= 30
+
+
 def stage_losses(stage, step: int) -> dict[str, float]:
     with stage.losses(step) as losses:
         return {name: value.item() for name, value in losses.items()}
@@ -326,7 +333,8 @@ def stage_losses(stage, step: int) -> dict[str, float]:
     ("reward_steps", "term", "weight"), [(8, "reward", 1e-2), (0, "penalty", 2e-2)]
 )
 def test_the_losses_of_stage_1_by_hand(begin, reward_steps, term, weight):
-    session = begin(reward_steps=reward_steps, attention_weight=50.0)
+    session = begin(reward_steps=reward_steps, attention_weight=500.0)
+    sharpen(session)
     stage, seen = token_stage(session, TRAINER), set()
     layers = {UP[0]: 16, UP[1]: 16, UP[2]: 8, UP[3]: 8}
     for step in range(8):
@@ -338,7 +346,7 @@ def test_the_losses_of_stage_1_by_hand(begin, reward_steps, term, weight):
         assert losses["reconstruction"] == pytest.approx(total, rel=1e-4)
         if regularised:
             assert losses["attention"] == pytest.approx(hand["attention"], rel=1e-4)
-            total += 50 * weight * hand["attention"]
+            total += 500 * weight * hand["attention"]
         else:
             assert math.isnan(losses["attention"])
         assert losses["loss"] == pytest.approx(total, rel=1e-4)
@@ -348,7 +356,8 @@ def test_the_losses_of_stage_1_by_hand(begin, reward_steps, term, weight):
 
 def test_the_losses_of_stage_2_by_hand(begin, prior):
     """The instance's own timestep decides on the penalty, whatever the class image's is."""
-    session = begin(prior_weight=3.0, class_prompt="a photo", attention_weight=50.0)
+    session = begin(prior_weight=3.0, class_prompt="a photo", attention_weight=500.0)
+    sharpen(session)
     stage, seen = finetuning_stage(session, TRAINER), set()
     layers = {DOWN[1]: 16, UP[0]: 16, UP[1]: 16}
     for step in range(12):
@@ -357,8 +366,12 @@ def test_the_losses_of_stage_2_by_hand(begin, prior):
         regularised = (batch.timesteps < 500).tolist()
         seen.add(tuple(regularised))
         total = hand["reconstruction"] + 3 * hand["prior"]
+        assert losses["reconstruction"] == pytest.approx(hand["reconstruction"], rel=1e-4)
         if regularised[-1]:
-            total += 50 * 2e-2 * hand["attention"]
+            assert losses["attention"] == pytest.approx(hand["attention"], rel=1e-4)
+            total += 500 * 2e-2 * hand["attention"]
+        else:
+            assert math.isnan(losses["attention"])
         assert losses["loss"] == pytest.approx(total, rel=1e-4)
     assert len(seen) == 4  # both, either, none
 
