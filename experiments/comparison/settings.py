@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mifo.learning.config import LearningConfig
+from mifo.learning.config import Recipe
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Variant:
 
 
 def _variants() -> dict[str, Variant]:
-    rank = LearningConfig().lora_rank
+    rank = Recipe().lora_rank
     rows = [Variant("mifo", f"MIFO (LoRA of rank {rank}, boxes, refined regions)", "mifo")]
     for name, text, learning in (
         ("break_a_scene", "attention loss of Break-a-Scene", {"attention_loss": "break_a_scene"}),
@@ -112,3 +112,8 @@ def _variants() -> dict[str, Variant]:
 
 VARIANTS = _variants()
 SHORT_VARIANTS = ("mifo", "break_a_scene", "none", "no_boxes")
+
+
+def folder_seed(seed: int, name: str) -> int:
+    """A folder's own seed, so that folders are independent draws."""
+    return seed + 1000 * int(name.rpartition("_")[2])

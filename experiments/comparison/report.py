@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.comparison_settings import Settings, Variant
+from experiments.comparison.settings import Settings, Variant
 from imagelab.evaluation.report import (
     Mean,
     as_json,
