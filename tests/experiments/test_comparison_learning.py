@@ -16,7 +16,7 @@ from mifo.learning import priors, stages
 from mifo.learning.instance import read_instance
 from mifo_lora import read_lora
 from toybox.scenes.instances import read_looks
-from toybox.scenes.scenes import KINDS
+from toybox.scenes.toys import KINDS
 from toybox.stable_diffusion.architecture import trained_kinds
 
 # ----------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from mifo.learned import Learned
 from mifo.learning.instance import read_instance
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import preset_boxes
-from toybox.scenes.scenes import Look, Placement, Scene, render
+from toybox.scenes.scenes import Placement, Scene, render
+from toybox.scenes.toys import Look
 
 LEFT, RIGHT = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
 

@@ -22,7 +22,8 @@ from toybox.classifier.network import (
 from toybox.classifier.train import (
     classifier_loss,
 )
-from toybox.scenes.scenes import KINDS, Look, draw_scene, render
+from toybox.scenes.scenes import draw_scene, render
+from toybox.scenes.toys import KINDS, Look
 from toybox.stable_diffusion import FOLDER, evaluate
 from toybox.stable_diffusion.evaluate import sample_tiles
 from toybox.stable_diffusion.measures import Prompt, auc, draw_prompts, judge_one, judge_two

@@ -18,7 +18,8 @@ from toybox.scenes.instances import (
     read_looks,
     write_folder,
 )
-from toybox.scenes.scenes import HUES, KINDS, render
+from toybox.scenes.scenes import render
+from toybox.scenes.toys import HUES, KINDS
 
 SHIPPED = Path(__file__).parents[2] / "example"
 

@@ -13,7 +13,8 @@ from tiny_toybox import CONFIG, SHAPE, assert_same, ctrl_c_in_step
 from imagelab.processes import Processes
 from imagelab.training.callbacks import TimeBudget
 from toybox.classifier.network import load_classifier
-from toybox.scenes.scenes import HUES, KINDS, Look, Placement, Scene, caption, draw_scene, render
+from toybox.scenes.scenes import Placement, Scene, caption, draw_scene, render
+from toybox.scenes.toys import HUES, KINDS, Look
 from toybox.stable_diffusion import options as train_options
 from toybox.stable_diffusion import train
 from toybox.stable_diffusion.architecture import (

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from imagelab.models.stable_diffusion import load_base
 from toybox.classifier.network import SCENE, hue_names, load_classifier, to_input
-from toybox.scenes.scenes import HUES, KINDS
+from toybox.scenes.toys import HUES, KINDS
 from toybox.stable_diffusion import FOLDER
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import TrainConfig

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toybox.scenes.scenes import (
-    GROUNDS,
-    HUES,
-    KINDS,
-    Look,
-    Placement,
-    Scene,
-    caption,
-    draw_scene,
-    render,
-    toy,
-)
+from toybox.scenes.scenes import GROUNDS, Placement, Scene, caption, draw_scene, render
+from toybox.scenes.toys import HUES, KINDS, Look, toy
 
 
 def scene_of(seed: int, count: int | None = None) -> Scene:

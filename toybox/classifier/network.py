@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imagelab.errors import UserError
-from toybox.scenes.scenes import HUES, KINDS
+from toybox.scenes.toys import HUES, KINDS
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 CROP, SCENE, CELL = 64, 96, 8  # sides in pixels: a crop, a whole scene, a cell

@@ -30,7 +30,8 @@ from toybox.classifier.network import (
     to_input,
     to_tensor,
 )
-from toybox.scenes.scenes import KINDS, draw_scene, render
+from toybox.scenes.scenes import draw_scene, render
+from toybox.scenes.toys import KINDS
 
 _DRAWN = 128  # side in pixels at which scenes are rendered
 

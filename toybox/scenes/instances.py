@@ -18,7 +18,8 @@ from PIL import Image
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
-from toybox.scenes.scenes import HUES, KINDS, Look, Scene, draw_scene, render
+from toybox.scenes.scenes import Scene, draw_scene, render
+from toybox.scenes.toys import HUES, KINDS, Look
 
 #: Hues halfway between neighbouring named ones, in degrees.
 _NAMED = sorted(HUES.values())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from toybox.classifier.network import SCENE, Classifier, hue_distance, to_input
-from toybox.scenes.scenes import KINDS, Caption
+from toybox.scenes.scenes import Caption
+from toybox.scenes.toys import KINDS
 from toybox.stable_diffusion.data import Words
 from toybox.stable_diffusion.looks import (
     LookEmbedder,

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from toybox.scenes.scenes import COUNT_ODDS, KINDS
+from toybox.scenes.scenes import COUNT_ODDS
+from toybox.scenes.toys import KINDS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.tensors import read_tensors, write_tensors
-from toybox.scenes.scenes import KINDS, Caption, Scene, caption, draw_scene, render
+from toybox.scenes.scenes import Caption, Scene, caption, draw_scene, render
+from toybox.scenes.toys import KINDS
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import TrainConfig
 from toybox.stable_diffusion.looks import with_free_looks

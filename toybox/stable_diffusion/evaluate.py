@@ -18,7 +18,8 @@ from imagelab.io.folders import check_writable
 from imagelab.io.pictures import Tile, contact_sheet
 from imagelab.models.device import choose_device
 from toybox.classifier.network import SCENE, Classifier, load_classifier, to_input
-from toybox.scenes.scenes import KINDS, distinct_kinds
+from toybox.scenes.scenes import distinct_kinds
+from toybox.scenes.toys import KINDS
 from toybox.stable_diffusion import FOLDER
 from toybox.stable_diffusion.architecture import ToyboxConfig, trained_kinds
 from toybox.stable_diffusion.config import TrainConfig

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toybox.scenes.scenes import KINDS, Look, Scene
+from toybox.scenes.scenes import Scene
+from toybox.scenes.toys import KINDS, Look
 
 FEATURES = len(KINDS) + 4
 LEAST_GAIN = 0.8  # of saturation and value, as in instance folders

@@ -27,7 +27,8 @@ from toybox.classifier.network import (
     to_input,
     to_tensor,
 )
-from toybox.scenes.scenes import KINDS, Look, caption, draw_scene, render
+from toybox.scenes.scenes import caption, draw_scene, render
+from toybox.scenes.toys import KINDS, Look
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import TrainConfig
 from toybox.stable_diffusion.data import scene_of

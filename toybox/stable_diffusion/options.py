@@ -8,7 +8,8 @@ from pathlib import Path
 from imagelab.cli import HelpFormatter, Parser
 from imagelab.errors import UserError
 from imagelab.processes import Processes
-from toybox.scenes.scenes import KINDS, distinct_kinds
+from toybox.scenes.scenes import distinct_kinds
+from toybox.scenes.toys import KINDS
 from toybox.stable_diffusion.architecture import ToyboxConfig
 from toybox.stable_diffusion.config import HELP, TrainConfig
 from toybox.stable_diffusion.folders import read_record
