@@ -47,7 +47,8 @@ class _Seen(Exception):
 
 def parser_of(module: str) -> argparse.ArgumentParser:
     """The parser of ``python -m module``."""
-    command = importlib.import_module("mifo_page.__main__" if module == "mifo_page" else module)
+    is_package = module in ("mifo_page", "experiments.comparison")
+    command = importlib.import_module(f"{module}.__main__" if is_package else module)
 
     def parse_args(self, *_):
         raise _Seen(self)

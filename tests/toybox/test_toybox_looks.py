@@ -2,12 +2,11 @@
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from tiny_toybox import CONFIG, SHAPE, assert_same, ctrl_c_in_step
 
 from imagelab.processes import Processes
@@ -15,7 +14,6 @@ from imagelab.training.callbacks import TimeBudget
 from toybox.classifier.network import load_classifier
 from toybox.scenes.scenes import Placement, Scene, caption, draw_scene, render
 from toybox.scenes.toys import HUES, KINDS, Look
-from toybox.stable_diffusion import options as train_options
 from toybox.stable_diffusion import train
 from toybox.stable_diffusion.architecture import (
     build_pipeline,
@@ -266,41 +264,3 @@ def test_hues_between_the_named_ones_are_measured(data):
     found = measure_between(pipeline, embedder, load_classifier(), 3, 0, KINDS, share=0.5)
     assert 0 <= found["hue_error_degrees"] <= 180
     assert (found["images"], found["noise"]) == (3, 0.5)
-
-
-def test_a_new_unet_of_another_width_on_the_same_latents(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_options, "ToyboxConfig", lambda: SHAPE)
-    options = (
-        "--device", "cpu", "--vae_scenes", "4", "--scenes", "8", "--batch", "4", "--captions", "2",
-        "--decoder_steps", "0", "--steps", "2",
-    )  # fmt: skip
-    train.main(["--work", str(tmp_path / "first"), "--vae_steps", "1", *options])
-    wider = ("--unet_channels", "32", "48", "--unet_heads", "2", "3")
-    more = ("--vae_steps", "0", "--begin_from", str(tmp_path / "first/model"), *options)
-    train.main(["--work", str(tmp_path / "wide"), *more, *wider, "--fresh", "unet"])
-    first, wide = (
-        StableDiffusionPipeline.from_pretrained(tmp_path / name / "model")
-        for name in ("first", "wide")
-    )
-    assert_same(first.vae, wide.vae)
-    assert wide.unet.config.block_out_channels == [32, 48]
-    record = json.loads((tmp_path / "wide/model/record.json").read_text())
-    assert record["shape"] == json.loads(
-        json.dumps(asdict(replace(SHAPE, unet_channels=(32, 48), unet_heads=(2, 3))))
-    )
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--placeholders", "0.8", "--mixed", "0.4"), "shares of all captions"),
-        (("--look_noise", "1.5"), "--look_noise is 1.5"),
-        (("--minutes", "1", "--cooldown", "0.6"), "cool-down"),
-        (("--cuda_graph",), "are for CUDA"),
-    ],
-)
-def test_settings_of_looks_that_make_no_sense_are_refused(options, message, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train.main(["--work", str(tmp_path / "work"), "--device", "cpu", *options])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "work").exists()
