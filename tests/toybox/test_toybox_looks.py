@@ -14,7 +14,7 @@ from imagelab.training.callbacks import TimeBudget
 from toybox.classifier.network import load_classifier
 from toybox.scenes.scenes import Placement, Scene, caption, draw_scene, render
 from toybox.scenes.toys import HUES, KINDS, Look
-from toybox.stable_diffusion import train
+from toybox.stable_diffusion import stages, train
 from toybox.stable_diffusion.architecture import (
     build_pipeline,
     build_text_encoder,
@@ -253,6 +253,34 @@ def test_a_run_of_a_given_time_ends_in_it(data, tmp_path, monkeypatch):
     assert abs(time.monotonic() - until) < 3
     steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
     assert len(trained.course.losses) == steps > 10
+
+
+class Replayed:
+    """What a CUDA graph does, on the CPU: each step's gradients lie where the first ones did."""
+
+    def __init__(self, inputs, loss, parameters):
+        self.inputs, self.loss, self.parameters = inputs, loss, parameters
+
+    def __call__(self, step):
+        loss = self.loss(*self.inputs(step))
+        made = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, made, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(gradient)
+            elif gradient is not None:
+                parameter.grad = gradient
+        return loss.detach()
+
+
+def test_gradients_of_a_graph_teach_the_same(data, tmp_path, monkeypatch):
+    _, tokenizer, encoded = data
+    plain = train_unet(Run(LOOKS, SHAPE, tmp_path / "plain"), encoded, 1.0, tokenizer)
+    monkeypatch.setattr(stages, "GraphedGradients", Replayed)
+    run = Run(LOOKS, SHAPE, tmp_path / "graph", graph=True)
+    graphed = train_unet(run, encoded, 1.0, tokenizer)
+    assert graphed.course.losses == plain.course.losses
+    assert_same(graphed.unet, plain.unet)
+    assert_same(graphed.embedder, plain.embedder)
 
 
 def test_hues_between_the_named_ones_are_measured(data):
