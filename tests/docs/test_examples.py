@@ -43,8 +43,7 @@ def learned(place):
     code = shortened(
         python_blocks("docs/python.md")[0],
         {
-            '("blue car", "purple car", "green car")': '("car",)',
-            "prior_weight=0,": "prior_weight=0, train_steps=2, finetune_steps=1, lora_rank=2,",
+            "num_class_images=16,": "prior_weight=0, train_steps=2, finetune_steps=1, lora_rank=2,",
             "num_images=4": "num_images=2, num_inference_steps=2, guidance_iterations=1",
         },
     )  # fmt: skip
@@ -82,7 +81,7 @@ def test_the_readme_paints_what_was_learned(learned, place, monkeypatch):
         code,
         {
             'mifo.load("toy_car")': 'mifo.load("toy_car", "mine")',
-            "seed=0,": "seed=0, num_inference_steps=2, guidance_iterations=1,",
+            "seed=0)": "seed=0, num_inference_steps=2, guidance_iterations=1)",
         },
     )
     monkeypatch.chdir(place)
