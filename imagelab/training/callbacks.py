@@ -134,7 +134,7 @@ class TimeBudget(Callback):
 
     Args:
         path: JSON file of the number.
-        until: when the stage is to end, as time.monotonic() tells it.
+        until: when the stage is to end, on the clock of time.monotonic().
     """
 
     WARMING = 100  # updates that say nothing about the pace

@@ -24,7 +24,14 @@ from toybox.stable_diffusion.architecture import (
 )
 from toybox.stable_diffusion.batches import Batches
 from toybox.stable_diffusion.between import measure_between
-from toybox.stable_diffusion.data import MAX_TOKENS, MAX_TOYS, Words, encode_scenes, scene_of, tell
+from toybox.stable_diffusion.data import (
+    MAX_TOKENS,
+    MAX_TOYS,
+    Words,
+    draw_caption,
+    encode_scenes,
+    scene_of,
+)
 from toybox.stable_diffusion.looks import (
     FEATURES,
     LookEmbedder,
@@ -103,10 +110,10 @@ def test_placeholders_are_named_in_their_order_and_without_articles():
     scene = three_toys(Look("car", 0), Look("fox", 120), Look("cat", 220), ground="in the snow")
     seen = set()
     for seed in range(40):
-        told = caption(scene, np.random.default_rng(seed), learned={0, 1, 2})
-        seen.add(told.text)
-        words = told.text.split()
-        assert [words[noun] for noun in told.nouns] == ["<asset0>", "<asset1>", "<asset2>"]
+        worded = caption(scene, np.random.default_rng(seed), learned={0, 1, 2})
+        seen.add(worded.text)
+        words = worded.text.split()
+        assert [words[noun] for noun in worded.nouns] == ["<asset0>", "<asset1>", "<asset2>"]
     assert "a photo of <asset0> and <asset1> and <asset2>" in seen
     assert "<asset0> and <asset1> and <asset2> in the snow" in seen
     assert len(seen) == 4
@@ -115,9 +122,9 @@ def test_placeholders_are_named_in_their_order_and_without_articles():
 def test_placeholders_and_words_mix():
     scene = three_toys(Look("car", 0), Look("fox", 120))
     for seed in range(20):
-        told = caption(scene, np.random.default_rng(seed), learned={1})
-        words = told.text.split()
-        nouns = {toy: words[noun] for toy, noun in zip(told.toys, told.nouns, strict=True)}
+        worded = caption(scene, np.random.default_rng(seed), learned={1})
+        words = worded.text.split()
+        nouns = {toy: words[noun] for toy, noun in zip(worded.toys, worded.nouns, strict=True)}
         assert nouns == {0: "car", 1: "<asset0>"}
 
 
@@ -126,20 +133,20 @@ def test_placeholders_and_words_mix():
 )
 def test_a_hue_is_named_only_where_the_name_is_near(hue, near, name):
     assert Look("car", hue).colour_within(near) == name
-    told = {
+    worded = {
         caption(three_toys(Look("car", hue)), np.random.default_rng(seed), near=near).text
         for seed in range(30)
     }
-    assert any(f"{name} car" in text for text in told) == (name is not None)
-    assert name or not set(" ".join(told).split()) & set(HUES)
+    assert any(f"{name} car" in text for text in worded) == (name is not None)
+    assert name or not set(" ".join(worded).split()) & set(HUES)
 
 
 def test_a_caption_as_tokens(data):
     _, tokenizer, _ = data
     scene = three_toys(Look("tropical_fish", 0), Look("fox", 120))
-    told = caption(scene, np.random.default_rng(3), learned={1})
-    tokens, slots, nouns = Words(tokenizer).read(told, {1})
-    without = told.text.replace("<asset0>", "!")
+    worded = caption(scene, np.random.default_rng(3), learned={1})
+    tokens, slots, nouns = Words(tokenizer).encode(worded, {1})
+    without = worded.text.replace("<asset0>", "!")
     assert [t for t, s in zip(tokens, slots, strict=True) if s == 0] == [
         t for t in tokenizer(without).input_ids if t not in tokenizer("!").input_ids[1:-1]
     ]
@@ -171,7 +178,7 @@ def test_the_share_of_free_looks_and_of_placeholders():
     free = [scene.toys[0].look.colour is None for scene in scenes]
     assert np.mean(free) == pytest.approx(0.5, abs=0.1)
     rng = np.random.default_rng(0)
-    learned = [len(tell(config, scene, rng)[1]) / len(scene.toys) for scene in scenes]
+    learned = [len(draw_caption(config, scene, rng)[1]) / len(scene.toys) for scene in scenes]
     assert np.mean(learned) == pytest.approx(0.5, abs=0.1)
     named = replace(CONFIG, free_looks=0.0)
     assert scene_of(named, 5) == draw_scene(np.random.default_rng((named.seed, 5)))

@@ -75,27 +75,27 @@ def tell_apart(text: str) -> tuple[list[tuple[str | None, str]], str | None]:
 def test_every_word_of_a_caption_is_true():
     for seed in range(400):
         scene = scene_of(seed)
-        told = caption(scene, np.random.default_rng(seed))
-        named, ground = tell_apart(told.text)
-        assert sorted(told.toys) == list(range(len(scene.toys)))
-        for (colour, kind), index in zip(named, told.toys, strict=True):
+        worded = caption(scene, np.random.default_rng(seed))
+        named, ground = tell_apart(worded.text)
+        assert sorted(worded.toys) == list(range(len(scene.toys)))
+        for (colour, kind), index in zip(named, worded.toys, strict=True):
             look = scene.toys[index].look
             assert kind == look.kind
             assert colour is None or HUES[colour] == look.hue
         assert ground is None or ground == scene.ground
-        words = told.text.split()
-        for index, noun in zip(told.toys, told.nouns, strict=True):
+        words = worded.text.split()
+        for index, noun in zip(worded.toys, worded.nouns, strict=True):
             assert words[noun] == scene.toys[index].look.kind.split("_")[-1]
 
 
 def test_bare_captions_leave_out_every_article_and_nothing_else():
     for seed in range(100):
         scene = scene_of(seed)
-        told = caption(scene, np.random.default_rng(seed), bare=1.0)
-        words = told.text.removeprefix("a photo of ").removesuffix(" on a wooden table").split()
+        worded = caption(scene, np.random.default_rng(seed), bare=1.0)
+        words = worded.text.removeprefix("a photo of ").removesuffix(" on a wooden table").split()
         assert not {"a", "an"} & set(words)
-        for index, noun in zip(told.toys, told.nouns, strict=True):
-            assert told.text.split()[noun] == scene.toys[index].look.kind.split("_")[-1]
+        for index, noun in zip(worded.toys, worded.nouns, strict=True):
+            assert worded.text.split()[noun] == scene.toys[index].look.kind.split("_")[-1]
     rng = np.random.default_rng(0)
     texts = [caption(scene_of(0, 1), rng, bare=0.25).text for _ in range(2000)]
     bare = [not {"a", "an"} & set(text.removeprefix("a photo of ").split()) for text in texts]
@@ -105,12 +105,12 @@ def test_bare_captions_leave_out_every_article_and_nothing_else():
 def test_what_captions_leave_out_and_scenes_repeat():
     rng = np.random.default_rng(0)
     scenes = [draw_scene(rng) for _ in range(3000)]
-    told = [caption(scene, rng).text for scene in scenes]
-    read = [tell_apart(text) for text in told]
+    worded = [caption(scene, rng).text for scene in scenes]
+    read = [tell_apart(text) for text in worded]
     several = [[toy.look.kind for toy in s.toys] for s in scenes if len(s.toys) > 1]
     assert np.mean([named[0][0] is None for named, _ in read]) == pytest.approx(1 / 3, abs=0.03)
     assert np.mean([ground is not None for _, ground in read]) == pytest.approx(1 / 4, abs=0.03)
-    assert np.mean([t.startswith("a photo of") for t in told]) == pytest.approx(1 / 3, abs=0.03)
+    assert np.mean([t.startswith("a photo of") for t in worded]) == pytest.approx(1 / 3, abs=0.03)
     assert np.mean([len(set(kinds)) == 1 for kinds in several]) == pytest.approx(1 / 4, abs=0.04)
     assert all(len(set(kinds)) in (1, len(kinds)) for kinds in several)
 

@@ -190,9 +190,9 @@ def test_latents_are_encoded_once(data, monkeypatch):
 
 def test_every_word_of_a_caption_is_one_token(data):
     tokenizer = data[-1]
-    told = caption(scene_of(CONFIG, 3), np.random.default_rng(0))
-    ids = tokenizer(told.text, padding="max_length").input_ids
-    words = told.text.split()
+    worded = caption(scene_of(CONFIG, 3), np.random.default_rng(0))
+    ids = tokenizer(worded.text, padding="max_length").input_ids
+    words = worded.text.split()
     assert tokenizer.convert_ids_to_tokens(ids)[1 : 1 + len(words)] == [w + "</w>" for w in words]
     assert len(ids) == 77
     assert ids[-1] == 0

@@ -1,1 +1,1 @@
-"""A small classifier that tells kinds and hues of toys in pictures."""
+"""A small classifier of the kinds and hues of toys in pictures."""

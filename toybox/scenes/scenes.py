@@ -119,7 +119,7 @@ def caption(
     """Word a scene in Stable Diffusion's manner, every word of it true.
 
     Toys in random order; a third without colours; "a photo of" before a third; a named ground is
-    told half of the time (so in a quarter of all captions). ``bare`` is the share of captions
+    mentioned half of the time (so in a quarter of all captions). ``bare`` is the share of captions
     without articles, in which a toy may stand right after "of", as learned assets do.
 
     The toys in ``learned`` are not worded but called <asset0>, <asset1>, …, without an article,

@@ -82,12 +82,12 @@ def _clip_tokenizer(folder: Path, alphabet: list[str]) -> CLIPTokenizer:
 
 
 def trained_kinds(model: Path) -> list[str]:
-    """The kinds of toys that a toybox was trained on, as its record tells."""
+    """The kinds of toys that a toybox was trained on, as its record says."""
     try:
         return json.loads((model / "record.json").read_text(encoding="utf-8"))["train"]["kinds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{model / 'record.json'} does not tell which kinds of toys the model was trained on "
+            f"{model / 'record.json'} does not say which kinds of toys the model was trained on "
             f"({type(error).__name__}); give a folder that toybox.stable_diffusion.train wrote"
         ) from error
 
@@ -171,7 +171,7 @@ def build_pipeline(vae, text_encoder, tokenizer, unet):
 def save_half(pipeline, folder: Path) -> None:
     """Write a pipeline in half precision, so that it is read in float32 again.
 
-    diffusers reads in float32 unless told otherwise, transformers in what the config names: a text
+    diffusers reads in float32 unless asked otherwise, transformers in what the config names: a text
     encoder in half precision beside a UNet in float32 could not draw.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)

@@ -132,41 +132,41 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         step += self.config.skip
-        rows, mirrored, ones, silent = self._choose(step)
+        rows, mirrored, chosen, silent = self._choose(step)
         noise = self._draw_noise(step)
-        named = self.data["nouns"][rows, ones] * ~silent[:, None] > 0
+        named = self.data["nouns"][rows, chosen] * ~silent[:, None] > 0
         named &= (noise[-1] < self.config.grounding_timesteps)[:, None]
         count = named.sum().clamp_min(1) / self.processes.count
         part = self.processes.share
         rows = part(rows)
         return Batch(
             *self._scenes(rows, part(mirrored)),
-            *self._captions(rows, part(ones), part(silent)),
+            *self._captions(rows, part(chosen), part(silent)),
             part(named).float(),
             count,
             *map(part, noise),
         )
 
     def _choose(self, step: int) -> tuple[Tensor, ...]:
-        """Scenes of the whole batch, are they mirrored, which captions, are they left out?"""
+        """Scenes of the whole batch, whether they are mirrored, captions, whether these are silent."""
         config, size = self.config, self.config.batch
         rng = np.random.default_rng((config.seed, 7, step))
         rows = rng.integers(config.scenes, size=size)
         mirrored = rng.integers(2, size=size) * config.mirrored
-        ones = rng.integers(config.captions, size=size)
+        chosen = rng.integers(config.captions, size=size)
         silent = rng.random(size) < config.caption_dropout
-        drawn = torch.from_numpy(np.stack([rows, mirrored, ones, silent]))
-        rows, mirrored, ones, silent = drawn.to(self.processes.device)
-        return rows, mirrored > 0, ones, silent > 0
+        drawn = torch.from_numpy(np.stack([rows, mirrored, chosen, silent]))
+        rows, mirrored, chosen, silent = drawn.to(self.processes.device)
+        return rows, mirrored > 0, chosen, silent > 0
 
     def _scenes(self, rows: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.data["latents"][rows + self.config.scenes * mirrored].float() * self.scale
         coverage = self.data["coverage"][rows].float()
         return latents, torch.where(mirrored[:, None, None, None], coverage.flip(-1), coverage)
 
-    def _captions(self, rows: Tensor, ones: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
+    def _captions(self, rows: Tensor, chosen: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
         """Tokens, slots, nouns and looks; of those without a caption, the empty text."""
-        ids, slots, nouns = (self.data[k][rows, ones].long() for k in ("ids", "slots", "nouns"))
+        ids, slots, nouns = (self.data[k][rows, chosen].long() for k in ("ids", "slots", "nouns"))
         more = len(self.silence) - ids.shape[1]
         ids, slots = F.pad(ids, (0, more), value=self.pad), F.pad(slots, (0, more))
         heard = ~silent[:, None]

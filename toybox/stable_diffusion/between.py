@@ -1,4 +1,4 @@
-"""Do placeholders say hues that have no name? Measured while the embedder of looks is there.
+"""How well placeholders show hues without a name, measured while there is an embedder of looks.
 
 Pictures of "a photo of <asset0>", where the token's embedding comes from a look of any hue; the
 classifier of ``toybox.classifier.network`` reads what they show.
@@ -37,8 +37,8 @@ def draw_looks(seed: int, images: int, kinds: Sequence[str]) -> tuple[Tensor, Te
 def prompt_states(pipeline, embedder: LookEmbedder, kinds, numbers, noise, share) -> Tensor:
     """States [b, t, w] of "a photo of <asset0>" with the embeddings of looks."""
     device, tokenizer = pipeline.device, pipeline.tokenizer
-    told = Caption("a photo of <asset0>", (0,), (3,))
-    tokens, slots, _ = Words(tokenizer).read(told, {0})
+    worded = Caption("a photo of <asset0>", (0,), (3,))
+    tokens, slots, _ = Words(tokenizer).encode(worded, {0})
     ids = torch.full((len(kinds), tokenizer.model_max_length), tokenizer.pad_token_id)
     places = torch.zeros_like(ids)
     ids[:, : len(tokens)] = torch.tensor(tokens)

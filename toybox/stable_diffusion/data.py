@@ -34,7 +34,9 @@ def scene_of(config: TrainConfig, index: int) -> Scene:
     return scene
 
 
-def tell(config: TrainConfig, scene: Scene, rng: np.random.Generator) -> tuple[Caption, set[int]]:
+def draw_caption(
+    config: TrainConfig, scene: Scene, rng: np.random.Generator
+) -> tuple[Caption, set[int]]:
     """A caption of a scene, and the toys that it names by placeholders."""
     draw, learned = rng.random(), set()
     if draw < config.placeholders:
@@ -52,16 +54,16 @@ class Words:
         self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id
 
-    def read(self, told: Caption, learned: set[int]) -> tuple[list[int], list[int], list[int]]:
+    def encode(self, worded: Caption, learned: set[int]) -> tuple[list[int], list[int], list[int]]:
         """Tokens [t] of a caption, slots [t] and the position [l] of the token of each toy's noun.
 
         Slots are 1 + l at the placeholder of toy l, 0 elsewhere; a placeholder's own token is a
         padding one, since its embedding is put in its place.
         """
-        words = told.text.split()
+        words = worded.text.split()
         nouns = [0] * MAX_TOYS
         slots = [0] * (len(words) + 2)
-        for toy, word in zip(told.toys, told.nouns, strict=True):
+        for toy, word in zip(worded.toys, worded.nouns, strict=True):
             nouns[toy] = 1 + word
             if toy in learned:
                 slots[1 + word] = 1 + toy
@@ -81,7 +83,7 @@ class Words:
 
 
 class RenderedScenes(Dataset):
-    """Chunks of rendered scenes and what is told of them, as NumPy arrays by name."""
+    """Chunks of rendered scenes and what captions say of them, as NumPy arrays by name."""
 
     def __init__(self, config: TrainConfig, shape: ToyboxConfig, words: Words):
         self.config, self.words = config, words
@@ -125,7 +127,7 @@ class RenderedScenes(Dataset):
         for row, (scene, index) in enumerate(zip(scenes, indices, strict=True)):
             rng = np.random.default_rng((self.config.seed, index, 1))
             for one in range(self.config.captions):
-                tokens, placed, named = self.words.read(*tell(self.config, scene, rng))
+                tokens, placed, named = self.words.encode(*draw_caption(self.config, scene, rng))
                 ids[row, one, : len(tokens)] = tokens
                 slots[row, one, : len(placed)] = placed
                 nouns[row, one] = named
@@ -147,7 +149,7 @@ def encode_scenes(
         ``coverage``: [i, l, h, w] share of each latent pixel that a toy covers.
         ``kinds``: [i, l] indices in KINDS; ``looks``: [i, l, 3] hue in degrees and gains of
         saturation and value.
-        ``ids``, ``slots``: [i, v, t], ``nouns``: [i, v, l]; see :meth:`Words.read`.
+        ``ids``, ``slots``: [i, v, t], ``nouns``: [i, v, l]; see :meth:`Words.encode`.
     """
     if path.exists():
         data, _ = read_tensors(path, "remove it", finite=False)

@@ -15,7 +15,7 @@ def autocast(device: torch.device):
 
 
 class GraphedGradients:
-    """``graphed(index)`` computes the loss of a step, and the parameters' gradients.
+    """``graphed(step)`` computes the loss of a step, and the parameters' gradients.
 
     The first call captures the graph. The inputs keep their shapes from step to step, and nobody
     may set gradients to None in between: the graph writes them to where they were first.
@@ -35,21 +35,21 @@ class GraphedGradients:
         self.inputs, self.loss, self.parameters = inputs, loss, parameters
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, index: int) -> Tensor:
-        given = self.inputs(index)
+    def __call__(self, step: int) -> Tensor:
+        given = self.inputs(step)
         if self.graph is None:
             self._capture(given)
         torch._foreach_copy_(self.static, list(given))
         self.graph.replay()
         return self.value.clone()
 
-    def _once(self) -> Tensor:
+    def _compute(self) -> Tensor:
         with autocast(self.parameters[0].device):
             loss = self.loss(*self.static)
         loss.backward()
         return loss.detach()
 
-    def _without_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -60,10 +60,10 @@ class GraphedGradients:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                self._without_gradients()
-                self._once()
+                self._clear_gradients()
+                self._compute()
         torch.cuda.current_stream().wait_stream(aside)
-        self._without_gradients()
+        self._clear_gradients()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.value = self._once()
+            self.value = self._compute()

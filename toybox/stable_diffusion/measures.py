@@ -194,11 +194,11 @@ def grounding(
     found = {"auc": [], "auc_alike": []}
     for start in tqdm(range(0, scenes, BATCH), "grounding"):
         drawn = [draw_scene(rng, None, kinds) for _ in range(min(BATCH, scenes - start))]
-        told = [caption(scene, rng) for scene in drawn]
+        worded = [caption(scene, rng) for scene in drawn]
         pictures, masks = zip(*(render(scene, size) for scene in drawn), strict=True)
-        texts = [one.text for one in told]
+        texts = [one.text for one in worded]
         maps = word_maps(pipeline, list(pictures), texts, seed + start)
-        for scene, one, mask, rows in zip(drawn, told, masks, maps, strict=True):
+        for scene, one, mask, rows in zip(drawn, worded, masks, maps, strict=True):
             shown = [placed.look.kind for placed in scene.toys]
             for toy, word in zip(one.toys, one.nouns, strict=True):
                 token = noun_token(pipeline.tokenizer, one.text, word)

@@ -56,7 +56,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
     parser.add_argument(
         "--fresh", nargs="+", default=[], choices=PARTS, metavar="PART",
-        help=f"what begins anew nevertheless: {', '.join(PARTS)}",
+        help=f"what begins anew all the same: {', '.join(PARTS)}",
     )  # fmt: skip
     for name, what in (("channels", "channels"), ("heads", "attention heads")):
         parser.add_argument(

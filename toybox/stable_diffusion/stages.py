@@ -29,7 +29,7 @@ def autoencoder_stage(vae, pictures: Pictures, config: TrainConfig) -> Stage:
         restored = vae.decode(pictures.draw_latents(posterior, step)).sample
         return F.mse_loss(restored, crops) + config.kl_weight * posterior.kl().mean()
 
-    losses = partial(computed, loss, vae.device)
+    losses = partial(in_mixed_precision, loss, vae.device)
     return make_stage("autoencoder", config.vae_steps, [vae], config.vae_lr, config, losses)
 
 
@@ -46,19 +46,19 @@ def decoder_stage(vae, pictures: Pictures, config: TrainConfig) -> Stage:
         return F.mse_loss(vae.decode(pictures.draw_latents(posterior, step)).sample, scenes)
 
     modules = [vae.decoder, vae.post_quant_conv]
-    losses = partial(computed, loss, vae.device)
+    losses = partial(in_mixed_precision, loss, vae.device)
     return make_stage("decoder", config.decoder_steps, modules, config.decoder_lr, config, losses)
 
 
 def unet_stage(
     modules: Sequence[nn.Module], loss: Loss, batches: Batches, config: TrainConfig, graph: bool
 ) -> Stage:
-    """UNet, text encoder and embedder of looks learn to predict the noise, nouns to hold on.
+    """UNet, text encoder and embedder of looks learn: to predict the noise, and to let nouns look at toys.
 
     ``graph``: each step is replayed as a CUDA graph.
     """
     device = batches.processes.device
-    losses = partial(computed, lambda step: loss(*batches(step)), torch.device(device))
+    losses = partial(in_mixed_precision, lambda step: loss(*batches(step)), torch.device(device))
     if graph:
         parameters = [p for module in modules for p in module.parameters()]
         gradients = GraphedGradients(batches, loss, parameters)
@@ -74,8 +74,10 @@ def unet_stage(
 
 
 @contextmanager
-def computed(loss: Callable[[int], Tensor], device: torch.device, step: int) -> Iterator[Tensors]:
-    """The loss of a step, in mixed precision where there is one."""
+def in_mixed_precision(
+    loss: Callable[[int], Tensor], device: torch.device, step: int
+) -> Iterator[Tensors]:
+    """The loss of a step, in bfloat16 on CUDA, in float32 elsewhere."""
     with autocast(device):
         value = loss(step)
     yield {"loss": value}

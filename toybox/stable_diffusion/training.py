@@ -36,8 +36,8 @@ class Run:
     Attributes:
         work: folder of the checkpoints.
         start: pipeline folders from which the parts "vae", "unet" and "text_encoder" begin.
-        until: when the UNet is to be done, as time.monotonic() tells it; the steps are chosen to
-            fit. None: as many as the configuration says.
+        until: when the UNet is to be done, on the clock of time.monotonic(); its steps follow
+            from that. None: as many as the configuration says.
         graph: replay each of the UNet's steps as a CUDA graph.
         compiled: compile the UNet, which takes a minute or two at first.
     """
