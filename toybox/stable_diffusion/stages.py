@@ -53,7 +53,7 @@ def decoder_stage(vae, pictures: Pictures, config: TrainConfig) -> Stage:
 def unet_stage(
     modules: Sequence[nn.Module], loss: Loss, batches: Batches, config: TrainConfig, graph: bool
 ) -> Stage:
-    """UNet, text encoder and embedder of looks learn: to predict the noise, and to let nouns look at toys.
+    """UNet, text encoder and embedder of looks predict noise, and let nouns look at their toys.
 
     ``graph``: each step is replayed as a CUDA graph.
     """
