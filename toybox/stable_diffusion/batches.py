@@ -148,7 +148,7 @@ class Batches:
         )
 
     def _choose(self, step: int) -> tuple[Tensor, ...]:
-        """Of the whole batch: scenes, whether they are mirrored, captions, whether they are left out."""
+        """Of the whole batch: scenes, are they mirrored, captions, are these left out."""
         config, size = self.config, self.config.batch
         rng = np.random.default_rng((config.seed, 7, step))
         rows = rng.integers(config.scenes, size=size)
