@@ -34,7 +34,7 @@ class Stage:
         losses: ``losses(step)`` is a context manager that yields the losses of a step by name, each
             a scalar. ``"loss"`` is descended, the others are only recorded (NaN: not in this step).
             The backward pass runs within it. It must depend on the step alone, since a step whose
-            gradient overflows in fp16 is repeated.
+            gradient overflows in fp16 is repeated, and yield new tensors each time.
         state, load_state: the trained tensors for a checkpoint, by name, and back.
         makes_gradients: ``losses`` also makes the gradients, as a replayed CUDA graph does: the
             trainer neither runs the backward pass nor clears the gradients of the step before.
@@ -108,6 +108,8 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         is_writer: bool = True,
     ):
+        if fp16 and read_every != 1:
+            raise ValueError("fp16 has to look at each gradient: read_every must be 1")
         self.path, self.facts = path, facts
         self.max_grad_norm = max_grad_norm
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=fp16)

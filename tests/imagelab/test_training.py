@@ -475,3 +475,8 @@ def test_what_is_not_finite_is_found_when_the_losses_are_read(train, path):
         trainer.run(toy.stages(a=6))
     saved = read_checkpoint(path)
     assert saved.step == 2 and saved.tensors["trained.values"].isfinite().all()
+
+
+def test_fp16_looks_at_each_gradient(tmp_path):
+    with pytest.raises(ValueError, match="read_every must be 1"):
+        Trainer(tmp_path / "c.safetensors", {}, max_grad_norm=1.0, fp16=True, read_every=2)
