@@ -1,1 +1,1 @@
-"""What any image method needs: files, models, training, attention, evaluation. It knows no paper."""
+"""What any image method needs: files, models, training, attention, evaluation."""

@@ -110,7 +110,7 @@ class StableDiffusion:
 
 
 def picture_sizes(unet: Mapping, vae: Mapping) -> tuple[int, int]:
-    """:attr:`StableDiffusion.resolution` and :attr:`StableDiffusion.multiple`, from the parts' configs."""
+    """A Stable Diffusion's ``resolution`` and ``multiple``, from its parts' configs."""
     size = unet["sample_size"]
     side = max(size) if isinstance(size, list | tuple) else size
     return side * _halvings(vae), _halvings(vae) * _halvings(unet)
