@@ -38,9 +38,7 @@ RESULTS, TINY_SD = ROOT / "benchmarks" / "results", ROOT / "tests" / "golden" / 
 PROMPT = "a photo of <asset0> and <asset1>"
 FILES = {"asset0.safetensors", "asset1.safetensors", "manifest.json"}
 PICTURES = {"learning.png", "attention.png"}
-FIGURES = {
-    name: getattr(imagelab.figures, name) for name in ("plot_losses", "plot_attention")
-}
+FIGURES = {name: getattr(imagelab.figures, name) for name in ("plot_losses", "plot_attention")}
 
 
 @pytest.fixture(autouse=True)
