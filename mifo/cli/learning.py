@@ -6,6 +6,7 @@ Reads {folder_path}/{instance}/img.jpg, mask0.png, mask1.png, … and writes {ou
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,97 +24,94 @@ from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.instance import list_instances
 
 
+DEFAULTS = SimpleNamespace(**LearningConfig().settings())
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    defaults = SimpleNamespace(**LearningConfig().settings())
     parser = Parser(prog="semantic_learning.py", description=__doc__, formatter_class=HelpFormatter)
-
-    def add(name: str, text: str, into=parser, **more) -> None:
-        add_setting(into, defaults, name, text, **more)
-
+    add = partial(add_setting, parser, DEFAULTS)
     add("folder_path", "folder of the instance folders")
     parser.add_argument(
         "--instance",
         nargs="+",
-        default=[defaults.instance],
+        default=[DEFAULTS.instance],
         help="names of instance folders, or all; processes share them",
     )
     add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
     add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
     add("output_dir", "where the learned folder goes")
     add("resize", "keep the picture's aspect, or squash it to a square", choices=CHOICES["resize"])
+    add_token_options(parser.add_argument_group("stage 1: the tokens"))
+    add_finetuning_options(parser.add_argument_group("stage 2: fine-tuning"))
+    add_running_options(parser.add_argument_group("running"))
+    return parser, parser.parse_args(argv)
 
-    stage = parser.add_argument_group("stage 1: the tokens")
-    add("train_steps", "steps of stage 1", stage)
-    add(
-        "reward_steps",
-        "how many of the first train_steps use the reward in place of the penalty",
-        stage,
-    )
-    add("learning_rate", "learning rate of stage 1", stage)
-    add("warmup_steps", "steps over which the learning rate rises", stage)
+
+def add_token_options(group) -> None:
+    """What stage 1 does, and the attention loss of both stages."""
+    add = partial(add_setting, group, DEFAULTS)
+    add("train_steps", "steps of stage 1")
+    add("reward_steps", "how many of the first train_steps use the reward in place of the penalty")
+    add("learning_rate", "learning rate of stage 1")
+    add("warmup_steps", "steps over which the learning rate rises")
     add(
         "attention_loss",
         "mifo: the reward, then the penalty; reward: the reward in stage 1, nothing in stage 2; "
         "penalty: the penalty throughout; break_a_scene: that paper's loss throughout",
-        stage,
         choices=CHOICES["attention_loss"],
     )
-    add("attention_weight", "factor on the weight of the attention loss, in both stages", stage)
-    stage.add_argument(
+    add("attention_weight", "factor on the weight of the attention loss, in both stages")
+    group.add_argument(
         "--initializer_tokens",
         nargs="+",
-        default=defaults.initializer_tokens,
+        default=DEFAULTS.initializer_tokens,
         metavar="WORDS",
         help="start the tokens from these words (for all, or for each instance), such as car or "
         '"blue car" "teal car", not at random',
     )
 
-    stage = parser.add_argument_group("stage 2: fine-tuning")
+
+def add_finetuning_options(group) -> None:
+    """What stage 2 trains, and the class images."""
+    add = partial(add_setting, group, DEFAULTS)
     add(
         "finetune",
         "lora: a LoRA; full: the UNet and the text encoder; none: the tokens alone",
-        stage,
         choices=CHOICES["finetune"],
     )
-    add("finetune_steps", "steps of stage 2", stage)
-    add(
-        "finetune_learning_rate",
-        "learning rate of stage 2; None: 1e-4 (lora), 2e-6 (full)",
-        stage,
-        type=float,
-    )
-    add("lora_rank", "rank of the LoRA", stage)
-    add("class_prompt", "prompt of the class images", stage)
-    add("num_class_images", "how many class images are made; runs of one --seed share them", stage)
-    add("class_images", "folder of your own class images, in place of made ones", stage)
-    add("prior_weight", "weight of the class images' loss; 0: none are used", stage)
-    stage.add_argument(
+    add("finetune_steps", "steps of stage 2")
+    text = "learning rate of stage 2; None: 1e-4 (lora), 2e-6 (full)"
+    add("finetune_learning_rate", text, type=float)
+    add("lora_rank", "rank of the LoRA")
+    add("class_prompt", "prompt of the class images")
+    add("num_class_images", "how many class images are made; runs of one --seed share them")
+    add("class_images", "folder of your own class images, in place of made ones")
+    add("prior_weight", "weight of the class images' loss; 0: none are used")
+    group.add_argument(
         "--save_pipeline", action="store_true", help="also save a whole merged diffusers pipeline"
     )
 
-    runtime = parser.add_argument_group("running")
-    add_runtime_options(runtime, defaults)
-    add(
-        "optimizer",
-        "adamw8bit: its moments in 8 bits, by bitsandbytes",
-        runtime,
-        choices=CHOICES["optimizer"],
-    )
-    add("weight_decay", "weight decay of AdamW", runtime)
-    add("max_grad_norm", "largest norm of the gradient; a larger one is scaled down", runtime)
-    add("checkpoint_steps", "steps between checkpoints", runtime)
-    runtime.add_argument(
+
+def add_running_options(group) -> None:
+    """On what a run runs, the optimiser, checkpoints and resuming."""
+    add = partial(add_setting, group, DEFAULTS)
+    add_runtime_options(group, DEFAULTS)
+    text = "adamw8bit: its moments in 8 bits, by bitsandbytes"
+    add("optimizer", text, choices=CHOICES["optimizer"])
+    add("weight_decay", "weight decay of AdamW")
+    add("max_grad_norm", "largest norm of the gradient; a larger one is scaled down")
+    add("checkpoint_steps", "steps between checkpoints")
+    group.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory, more time"
     )
-    runtime.add_argument(
+    group.add_argument(
         "--resume",
         action="store_true",
         help="go on with an unfinished run; of several folders, with every one that is not "
         "finished",
     )
-    runtime.add_argument("--overwrite", action="store_true", help="replace a finished folder")
-    runtime.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
-    return parser, parser.parse_args(argv)
+    group.add_argument("--overwrite", action="store_true", help="replace a finished folder")
+    group.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
 
 
 def learn_one(
