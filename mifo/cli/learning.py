@@ -23,7 +23,6 @@ from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.instance import list_instances
 
-
 DEFAULTS = SimpleNamespace(**LearningConfig().settings())
 
 
