@@ -1,0 +1,100 @@
+"""Learning the folders of a comparison, in every variant."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from experiments.comparison.settings import STAGE_2_SETTINGS, Settings, Variant, folder_seed
+from mifo.learning.config import LearningConfig
+
+
+def learning_config(work: Path, settings: Settings, variant: Variant, name: str) -> LearningConfig:
+    """Tokens start from what a person would call the toys; the class images show their kinds."""
+    from toybox.scenes.instances import read_looks
+
+    looks = read_looks(work / "folders" / name)
+    kinds = [look.kind.replace("_", " ") for look in looks]
+    words = kinds
+    if settings.words == "phrase":
+        words = [f"{look.nearest_colour} {kind}" for look, kind in zip(looks, kinds, strict=True)]
+    shown = " and ".join(f"{'an' if k[0] in 'aeiou' else 'a'} {k}" for k in sorted(set(kinds)))
+    full = variant.learning.get("finetune") == "full"
+    shared = dict(
+        instance=name,
+        folder_path=str(work / "folders"),
+        model_path=settings.model_path,
+        output_dir=str(work / "learned" / variant.learned),
+        seed=folder_seed(settings.seed, name),
+        train_steps=settings.train_steps,
+        reward_steps=settings.train_steps // 3,
+        learning_rate=settings.learning_rate,
+        finetune_steps=settings.finetune_steps,
+        finetune_learning_rate=settings.full_learning_rate if full else settings.lora_learning_rate,
+        class_prompt=f"a photo of {shown}",
+        num_class_images=settings.num_class_images,
+        initializer_tokens=tuple(words),
+        mixed_precision=settings.mixed_precision,
+    )
+    return LearningConfig.from_settings(**shared | variant.learning)
+
+
+def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
+    """Learn an instance folder, going on from what an earlier run left; nothing if it is learned.
+
+    Stage 1 is kept: the next learning with the same stage 1 starts behind it, and ends as if it
+    had gone through it.
+    """
+    from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
+    from mifo.learning.places import CHECKPOINT, is_learned
+    from mifo.learning.plan import make_plan
+    from mifo.learning.resume import kept_settings
+    from mifo.learning.run import learn
+
+    if is_learned(config):
+        return
+    plan = make_plan(config, device)
+    checkpoint, kept = plan.work / CHECKPOINT, work / "stage1" / stage_1_name(plan)
+    if kept.is_file() and not checkpoint.is_file():
+        saved = read_checkpoint(kept)
+        saved.facts["settings"] = kept_settings(config)
+        plan.work.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(checkpoint, saved)
+
+    def keep(stage: str, path: Path) -> None:
+        if stage == "stage 1" and not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(kept, read_checkpoint(path))
+
+    share_class_images(work / "learned", Path(config.output_dir))
+    learn(plan, checkpoint.is_file(), keep)
+
+
+def stage_1_name(plan) -> str:
+    """A file name that is the same for plans whose stage 1 is the same."""
+    import torch
+
+    from mifo.learning.resume import kept_settings
+
+    config = plan.config
+    settings = {k: v for k, v in kept_settings(config).items() if k not in STAGE_2_SETTINGS}
+    autocast = config.recipe.finetune == "full" and plan.dtype != torch.float32
+    facts = json.dumps([settings, str(plan.dtype), autocast], sort_keys=True)
+    return f"{config.instance}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
+
+
+def share_class_images(learned: Path, mine: Path) -> None:
+    """Link the class images that any variant has made into the cache of one of them."""
+    cache = mine / ".class_images"
+    cache.mkdir(parents=True, exist_ok=True)
+    for path in learned.glob("*/.class_images/[!.]*.safetensors"):
+        target = cache / path.name
+        if target.exists():  # its own, or linked before
+            continue
+        try:
+            os.link(path, target)
+        except FileExistsError:  # by another process, just now
+            continue
+        except OSError:  # a disk without hard links
+            shutil.copy(path, target)
