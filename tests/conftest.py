@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from thin import GOLDEN
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load_golden(name: str) -> dict[str, torch.Tensor]:
-    """All arrays of a golden file, as tensors."""
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
 
 
 @pytest.fixture

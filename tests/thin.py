@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -16,6 +17,15 @@ from toybox.stable_diffusion.architecture import build_scheduler
 #: start, a function word, subject 0, a function word, subject 1 in two tokens, end, padding
 TOKENS = TokenRoles(subjects=((2,), (4, 5)), filtered=(1, 3), end=6, length=8, leading=(2, 5))
 BOXES = (Box(0, 0, 0.5, 0.75), Box(0.5, 0.25, 1, 1))
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> dict[str, torch.Tensor]:
+    """All arrays of a golden file, as tensors."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

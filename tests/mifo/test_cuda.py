@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
 from device_runs import (
     FULL,
     STEPS,
@@ -24,6 +23,7 @@ from device_runs import (
     stopped_after,
     tensors_of,
 )
+from thin import load_golden
 
 import semantic_learning
 import semantic_synthesis

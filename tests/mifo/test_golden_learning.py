@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import load_golden
-from thin import batch_loss
+from thin import batch_loss, load_golden
 
 from imagelab.attention import Recorder, processors
 from imagelab.models.stable_diffusion import load_base

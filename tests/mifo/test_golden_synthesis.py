@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
+from thin import load_golden
 
 from imagelab.boxes import Box
 from imagelab.models.stable_diffusion import load_base

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thin import GOLDEN, load_golden
 
 from imagelab.errors import UserError
 from imagelab.io.tensors import write_tensors
@@ -150,3 +150,13 @@ def test_written_files_hold_no_absolute_paths():
         "base_model": {"source": "toybox"},
     }
     assert settings["folder_path"] == "/home/ada/photos"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["folder_path", "output_dir", "class_images", "models_dir", "output_path", "lora", "tokens"],
+)
+def test_no_path_in_the_settings_names_a_person(name):
+    absolute = "/home/ada/photos"
+    shown = portable({"settings": {name: [absolute] if name == "tokens" else absolute}})
+    assert shown["settings"][name] == (["photos"] if name == "tokens" else "photos")

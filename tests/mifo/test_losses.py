@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mifo.method.learning_loss import learning_loss
 from mifo.method.losses import (
     ATTENTION_LOSSES,
     box_alpha,
@@ -126,3 +127,10 @@ def test_box_loss_sums_over_subjects_and_keeps_samples_apart():
 )  # fmt: skip
 def test_alpha(step, alpha):
     assert box_alpha(step) == pytest.approx(alpha)
+
+
+def test_a_pixel_in_two_masks_counts_once():
+    predicted = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    masks = torch.tensor([[[1.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    loss = learning_loss(predicted, torch.zeros_like(predicted), {}, masks)
+    assert loss.reconstruction.item() == (1 + 4 + 9 + 0) / 4

@@ -124,3 +124,8 @@ def test_own_pictures_are_fitted_by_a_central_crop_and_encoded_by_their_mean(tmp
     assert torch.equal(latents, torch.full((1, 4, *SIZE), 2.0))
     colour = torch.tensor([1.0, -1.0, 0.4 - 1])[None, :, None, None]
     torch.testing.assert_close(seen[0], colour.expand(1, 3, 16, 24))
+
+
+def test_what_is_added_to_a_set_is_what_a_larger_set_would_have_had(make, painted, tmp_path):
+    make(3)
+    assert torch.equal(make(5), make(5, cache=tmp_path / "another"))

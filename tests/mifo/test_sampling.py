@@ -237,3 +237,10 @@ def test_steps_that_refine(model, text, guidance_steps, every, expected):
     config = GuidanceConfig(guidance_steps=guidance_steps, refine_every=every)
     boxed = BoxSampling(model, box_control(model, [5]), text[1:], 24, config)
     assert boxed.refining_steps == expected
+
+
+def test_maps_are_recorded_until_the_last_refinement(model, text):
+    """Refined before steps 2 and 4 of 6."""
+    control, recording = box_control(model, [0]), []
+    paint(model, text, control, on_step=lambda _: recording.append(control.recording))
+    assert recording == [True] * 4 + [False] * 2

@@ -299,3 +299,18 @@ def test_hues_between_the_named_ones_are_measured(data):
     found = measure_between(pipeline, embedder, load_classifier(), 3, 0, KINDS, share=0.5)
     assert 0 <= found["hue_error_degrees"] <= 180
     assert (found["images"], found["noise"]) == (3, 0.5)
+
+
+def test_a_caption_that_is_left_out_names_no_toy_and_shows_no_look(data):
+    _, tokenizer, encoded = data
+    told, silent = (
+        Batches(
+            replace(LOOKS, caption_dropout=share, batch=8), encoded, 1.0, tokenizer,
+            SHAPE.text_width, Processes("cpu"),
+        )(3)
+        for share in (0.0, 1.0)
+    )  # fmt: skip
+    assert told.slots.any() and told.nouns.any() and told.named.any()
+    assert not (silent.slots.any() or silent.nouns.any() or silent.named.any())
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+    assert (silent.ids == empty).all()
