@@ -131,7 +131,6 @@ class Batches:
         self.timesteps = build_scheduler().config.num_train_timesteps
 
     def __call__(self, step: int) -> Batch:
-        step += self.config.skip
         rows, mirrored, chosen, silent = self._choose(step)
         noise = self._draw_noise(step)
         named = self.data["nouns"][rows, chosen] * ~silent[:, None] > 0

@@ -28,7 +28,6 @@ class TrainConfig:
     captions: int = 8
     steps: int = 9000
     sample_steps: int = 1000
-    skip: int = 0
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -66,7 +65,6 @@ HELP = {
     "captions": "captions drawn for each of them",
     "steps": "steps of the UNet and the text encoder",
     "sample_steps": "how many of them lie between sample grids",
-    "skip": "steps whose draws are passed over, those of the run that --begin_from comes from",
     "batch": "scenes a step",
     "lr": "their learning rate",
     "weight_decay": "AdamW's, of all parts",
