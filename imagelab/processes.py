@@ -1,6 +1,8 @@
 """Sharing work over the processes of `accelerate launch`; without one, a single process."""
 
+import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -75,6 +77,21 @@ class Processes:
         if self.count > 1:
             self._state.wait_for_everyone()
             self._state.destroy_process_group()
+
+    def end(self, code: int = 0) -> None:
+        """End the command with an exit code, once all processes have come here.
+
+        Several processes end at once, without Python's shutdown: a thread that a group leaves
+        behind can abort it, and the launcher would hear of SIGABRT in place of the exit code.
+        """
+        self.leave()
+        if self.count > 1:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if code:
+            sys.exit(code)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order. All wait here for each other."""

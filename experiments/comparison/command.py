@@ -10,7 +10,6 @@ goes on where it was stopped. Processes share the folders:
 """
 
 import argparse
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -89,6 +88,4 @@ def main(argv: list[str] | None = None) -> None:
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         if processes.is_first:
             print((work / "comparison.md").read_text(encoding="utf-8"))
-        processes.leave()  # the table comes before the launcher hears of a failure
-        if failures:
-            sys.exit(2)
+        processes.end(2 if failures else 0)

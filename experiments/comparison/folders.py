@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.comparison.learning import learning_config
-from experiments.comparison.settings import FREE_SETTINGS, VARIANTS, Settings, folder_seed
+from experiments.comparison.settings import FREE_SETTINGS, VARIANTS, Settings
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 

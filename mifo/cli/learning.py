@@ -4,7 +4,6 @@ Reads {folder_path}/{instance}/img.jpg, mask0.png, mask1.png, … and writes {ou
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -203,9 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         model = choose_model(options.model_path, processes.device)
         configs = [replace(config, model_path=model) for config in configs]
         is_well = learn_all(configs, options, processes)
-        processes.leave()  # the summary comes before the launcher hears of a failure
-        if not is_well:
-            sys.exit(2)
+        processes.end(0 if is_well else 2)
 
 
 def instance_names(folder_path: str, names: list[str]) -> list[str]:

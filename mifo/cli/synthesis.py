@@ -175,4 +175,4 @@ def main(argv: list[str] | None, get_boxes: "GetBoxes") -> None:
                 print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
         for path in synthesise(scene, folder, processes):
             print(path)
-        processes.leave()
+        processes.end()

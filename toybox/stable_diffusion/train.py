@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             if isinstance(stop, Interrupted):  # in all processes, and the first one still saves
                 processes.leave()
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
-        processes.leave()
+        processes.end()
 
 
 if __name__ == "__main__":
