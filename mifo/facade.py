@@ -4,6 +4,7 @@ import html
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 from PIL import Image
@@ -59,6 +60,8 @@ def learn(
     from mifo.learning.run import learn as run
 
     folder = Path(folder)
+    if not folder.name or folder.name == "..":  # such as ".": its name is needed
+        folder = folder.resolve()
     places = {"folder_path": str(folder.parent), "instance": folder.name}
     config = LearningConfig.from_settings(**settings, **places, seed=seed)
     check_target(config, resume, overwrite)
@@ -135,7 +138,9 @@ class LearnedInstance:
             models_dir=str(self.folder.parent), model_id=self.folder.name,
         )  # fmt: skip
         device = choose_device(config.runtime.device)
-        scene = make_scene(config, preset_boxes, _parsed(boxes), device=device, base=self._model)
+        size = (config.width, config.height) if config.width and config.height else None
+        placed = _parse_boxes(boxes, size)
+        scene = make_scene(config, preset_boxes, placed, device=device, base=self._model)
         self._model = scene.base
         text = prepare(scene)
         paintings, size = [], config.runtime.batch_size
@@ -207,21 +212,26 @@ class Paintings(Sequence):
         return encode_png(self.sheet())
 
 
-def _parsed(boxes) -> list[Box] | dict[str, list[Box]] | None:
-    """Boxes as make_scene takes them."""
+def _parse_boxes(boxes, size: tuple[int, int] | None) -> list[Box] | dict[str, list[Box]] | None:
+    """Boxes as make_scene takes them; ``size``: width and height, for boxes in pixels."""
     if boxes is None:
         return None
     if not isinstance(boxes, Mapping):
-        return [parse_box(box) for box in boxes]
+        return [parse_box(box, size) for box in _list_boxes(boxes)]
     return {
-        name: [parse_box(box) for box in (found if _holds_boxes(found) else [found])]
-        for name, found in boxes.items()
+        name: [parse_box(box, size) for box in _list_boxes(given)] for name, given in boxes.items()
     }
 
 
-def _holds_boxes(value) -> bool:
-    """Is this a list of boxes, and not one box?"""
-    return not isinstance(value, str) and not all(isinstance(v, int | float | str) for v in value)
+def _list_boxes(given) -> list:
+    """The boxes in a list of boxes, or in one box."""
+    if isinstance(given, str):
+        return [given]
+    try:
+        given = list(given)
+    except TypeError:
+        raise UserError(f"{given!r} is no box; give x0, y0, x1, y1, or a list of boxes") from None
+    return [given] if all(isinstance(part, Real) for part in given) else given
 
 
 def _img(picture: Image.Image) -> str:

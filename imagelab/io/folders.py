@@ -8,7 +8,7 @@ from imagelab.errors import UserError
 
 def check_name(name: str, option: str) -> None:
     """Raises UserError unless a name is that of a folder right below another."""
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise UserError(
             f"--{option} {name!r} is not the plain name of a folder; give the name alone, such as "
             "toy_car, and the folder above it by its own option"

@@ -44,8 +44,7 @@ def choose_model(path: str, device: str) -> str:
         return MIRRORS[0]
     log.warning(
         "%s is not there and there is no CUDA device: using 'toybox', a very small model of toy "
-        "scenes that comes with this project, and wants settings of its own (see the README). For "
-        "Stable Diffusion 2.1: %s",
+        "scenes that comes with this project. For Stable Diffusion 2.1: %s",
         path,
         FETCH,
     )

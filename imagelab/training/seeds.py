@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from imagelab.errors import UserError
+
 
 def seed_for(seed: int, *labels: str | int) -> int:
     """The seed of one draw, from 0 to 2**63 - 1.
@@ -14,6 +16,12 @@ def seed_for(seed: int, *labels: str | int) -> int:
     """
     text = "\x1f".join([str(int(seed)), *(f"{type(x).__name__}:{x}" for x in labels)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def check_seed(seed: object) -> None:
+    """Raises UserError unless a seed is a whole number from 0 to 2**63 - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"the seed is {seed!r:.60}; give a whole number from 0 to 2**63 - 1")
 
 
 def generator_for(seed: int, *labels: str | int) -> torch.Generator:

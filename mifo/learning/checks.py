@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from imagelab.errors import UserError
 from imagelab.io.atomic import readable
 from imagelab.io.folders import check_name, check_writable
+from imagelab.training.seeds import check_seed
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET
@@ -15,7 +16,7 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     check_name(config.instance, "instance")
     target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
-    is_there = readable(target).exists()
+    is_there = readable(target).exists() or target.is_symlink()
     if is_there and not is_learned(config):
         raise UserError(f"{target} is there and is no learned folder; give another --output_dir")
     if resume and not is_begun(config):
@@ -32,6 +33,7 @@ def check_settings(config: LearningConfig) -> None:
     """Raises UserError for settings that make no sense."""
     if config.seed is None:
         raise UserError("there is no seed; give one (only the command draws it)")
+    check_seed(config.seed)
     recipe, settings = config.recipe, config.settings()
     for name in CHOICES:
         check_choice(name, settings[name])

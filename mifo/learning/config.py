@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from imagelab.errors import UserError
 from imagelab.models.device import PRECISIONS
 from imagelab.models.sources import DEFAULT_MODEL
+from imagelab.settings import fit_settings
 
 #: What settings that are words may be.
 CHOICES = {
@@ -108,7 +109,11 @@ class LearningConfig:
 
     @classmethod
     def from_settings(cls, **settings) -> "LearningConfig":
-        """A config from settings by name, whichever part they belong to."""
+        """A config from settings by name, whichever part they belong to.
+
+        Raises UserError for a name that is no setting, and for a value of another type.
+        """
+        settings = fit_settings(settings, cls().settings())
         parts = {"recipe": Recipe, "runtime": Runtime}
         for name, part in parts.items():
             mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
+from imagelab.settings import fit_settings
 from mifo.method.guidance import GuidanceConfig
 
 DEFAULT_PROMPT = "a photo of <asset0>"
@@ -41,7 +42,11 @@ class SynthesisConfig:
 
     @classmethod
     def from_settings(cls, **settings) -> "SynthesisConfig":
-        """A config from settings by name, whichever part they belong to."""
+        """A config from settings by name, whichever part they belong to.
+
+        Raises UserError for a name that is no setting, and for a value of another type.
+        """
+        settings = fit_settings(settings, cls().settings())
         for name, part in {"guidance": GuidanceConfig, "runtime": Runtime}.items():
             mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
             settings[name] = part(**mine)

@@ -13,6 +13,7 @@ from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
 from imagelab.prompts import encode_ids
 from imagelab.sampling import check_steps
+from imagelab.training.seeds import check_seed
 from mifo.learned import Learned, read_learned_folder
 from mifo.learned_files import read_learned_files
 from mifo.method.layers import decoder_block
@@ -116,6 +117,7 @@ def check_numbers(config: SynthesisConfig) -> None:
             raise UserError(f"--{name} is {value}; give a whole number from 1 to {MOST[name]}")
     if config.seed is None:
         raise UserError("there is no seed; give one (only the commands draw it)")
+    check_seed(config.seed)
     numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -36,8 +37,42 @@ def test_the_function_learns_what_the_command_learns(examples, small_sd, learned
         assert weights[0] == weights[1]
     with pytest.raises(UserError, match="is there already"):
         mifo.learn(examples / "toys", model_path=str(small_sd), output_dir=str(tmp_path / "mine"))
-    with pytest.raises(TypeError, match="train_stops"):
+    with pytest.raises(UserError, match="no setting 'train_stops'; the settings are attention_"):
         mifo.learn(examples / "toys", train_stops=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_steps": "30"}, "train_steps is '30'; give a whole number"),
+        ({"train_steps": 2.5}, "train_steps is 2.5; give a whole number"),
+        ({"prior_weight": True}, "prior_weight is True; give a number"),
+        ({"offline": 1}, "offline is 1; give True or False"),
+        ({"initializer_tokens": 3}, "initializer_tokens is 3; give a list of texts"),
+        ({"seed": 2**70}, "the seed is 1180591620717411303424; give a whole number from 0"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"seed": "abc"}, "the seed is 'abc'"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(settings, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        mifo.learn(tmp_path / "nothing", output_dir=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_and_single_words_are_settings_too(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("mifo.facade.make_plan", lambda config, device: seen.append(config))
+    monkeypatch.setattr("mifo.learning.run.learn", lambda *_, **__: None)
+    monkeypatch.setattr("mifo.facade.LearnedInstance", lambda folder: folder)
+    (tmp_path / "toys").mkdir()
+    monkeypatch.chdir(tmp_path / "toys")
+    out = tmp_path / "out"
+    found = mifo.learn(".", seed=1, output_dir=out, initializer_tokens="red car")
+    assert found == out / "toys"
+    (config,) = seen
+    assert config.output_dir == str(out) and config.recipe.initializer_tokens == ("red car",)
+    assert config.folder_path == str(tmp_path)
 
 
 def test_boxes_by_asset_and_in_the_prompts_order_are_the_same(toys):
@@ -47,6 +82,13 @@ def test_boxes_by_asset_and_in_the_prompts_order_are_the_same(toys):
     assert named[0].names == ("<asset1>", "<asset0>")
     assert named[0].boxes == listed[0].boxes == ((0.5, 0.1, 1, 0.9), left)
     assert np.array_equal(named[0].image, listed[0].image)
+    pixels = {"<asset0>": "0,12.8,64,115.2px", "<asset1>": np.float32([0.5, 0.1, 1, 0.9])}
+    sized = toys.paint(PROMPT, pixels, seed=3, width=128, height=128, **QUICK)
+    assert sized[0].boxes[1] == left
+    with pytest.raises(UserError, match="None is no box"):
+        toys.paint(PROMPT, {"<asset0>": None, "<asset1>": right}, seed=3, **QUICK)
+    one = toys.paint("a photo of <asset0>", left, seed=3, **QUICK)
+    assert one[0].boxes == (left,)
     with pytest.raises(UserError, match="no box for <asset0>"):
         toys.paint(PROMPT, {"<asset1>": right}, seed=3, **QUICK)
 
