@@ -26,6 +26,8 @@ DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -92,6 +94,7 @@ def write_tensors(
     """
     with disk_errors(path), written_aside(path) as aside:
         save_file(_separate(tensors), aside, dict(metadata) if metadata else None)
+        aside.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A checked request for pictures: the model, the size, and what each box is for."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from mifo.tokens import ASSET, find_assets, token_roles
 
 MOST = {"batch_size": 10_000, "num_images": 1_000_000, "num_inference_steps": 999}
 MOST_TIMES = 4  # the model's own resolution, for a side of a picture
+
+#: What is meant for an asset, maybe without its brackets, in capitals or with a space.
+LIKE_AN_ASSET = re.compile(r"<?\basset ?\d+>?", re.IGNORECASE)
 
 GetBoxes = Callable[[int], Sequence[Box]]  # the layout of so many subjects
 #: One box a subject in the order of the prompt, or lists of boxes by asset name.
@@ -127,6 +131,10 @@ def check_numbers(config: SynthesisConfig) -> None:
 def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
     """The assets that a prompt names, in its order; a UserError where one was not learned."""
     names = tuple(ASSET.findall(prompt))
+    for found in LIKE_AN_ASSET.findall(prompt):
+        if found not in names:
+            number = found.strip("<>").lower().removeprefix("asset").strip()
+            raise UserError(f"the prompt writes {found!r}; write <asset{number}> for an asset")
     for name in names:
         if name not in learned.tokens:
             raise UserError(

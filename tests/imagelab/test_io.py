@@ -373,3 +373,11 @@ def test_a_saved_sheet_enlarges_small_pictures_and_shrinks_many(tmp_path, monkey
     monkeypatch.setattr(pictures, "MAX_SHEET_SIDE", 300)
     with Image.open(save_sheet(paths, [], [])) as sheet:
         assert sheet.size == (308, 204)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_tensors_have_the_mode_of_other_files(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    (tmp_path / "b").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b")]
+    assert modes[0] == modes[1]

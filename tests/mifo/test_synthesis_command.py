@@ -304,3 +304,10 @@ def test_unexpected_errors_keep_their_traceback(paint, monkeypatch, error):
 def test_edited_presets_are_checked(paint, capsys, monkeypatch):
     monkeypatch.setattr(semantic_synthesis, "get_boxes", lambda count: [(0.1, 0.1, 0.5)] * count)
     assert "does not hold four numbers" in fails(paint, capsys, 2)
+
+
+@pytest.mark.parametrize("wrong", ["asset1", "<asset 1>", "<Asset1>", "asset 1"])
+def test_an_asset_that_is_nearly_written_is_no_other_word(learned_dir, fails, wrong):
+    argv = ["--models_dir", str(learned_dir), "--model_id", "toys", "--prompt"]
+    told = fails(semantic_synthesis.main, [*argv, f"<asset0> and {wrong} in the snow"]).err
+    assert f"the prompt writes {wrong!r}; write <asset1> for an asset" in told
