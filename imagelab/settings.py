@@ -1,12 +1,41 @@
-"""Settings by name, as Python code gives them."""
+"""Settings by name, and configs that hold them in parts."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
+from typing import Self
 
 from imagelab.errors import UserError
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+class Config:
+    """Base of a dataclass with defaults, some of whose fields are dataclasses of settings.
+
+    No two of them have a setting of the same name.
+    """
+
+    @classmethod
+    def from_settings(cls, **settings) -> Self:
+        """A config from settings by name, whichever part they belong to.
+
+        Raises UserError for a name that is no setting, and for a value of another type.
+        """
+        settings = fit_settings(settings, cls().settings())
+        for field in fields(cls):
+            if is_dataclass(field.default):
+                names = [part.name for part in fields(field.default) if part.name in settings]
+                settings[field.name] = type(field.default)(**{n: settings.pop(n) for n in names})
+        return cls(**settings)
+
+    def settings(self) -> dict:
+        """All settings by name, of every part."""
+        settings = {}
+        for name, value in asdict(self).items():
+            settings |= value if is_dataclass(getattr(self, name)) else {name: value}
+        return settings
 
 
 def fit_settings(settings: Mapping[str, object], defaults: Mapping[str, object]) -> dict:

@@ -1,11 +1,11 @@
 """Every setting of semantic learning and its default: the only home of both."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from imagelab.errors import UserError
 from imagelab.models.device import PRECISIONS
 from imagelab.models.sources import DEFAULT_MODEL
-from imagelab.settings import fit_settings
+from imagelab.settings import Config
 
 #: What settings that are words may be.
 CHOICES = {
@@ -94,7 +94,7 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class LearningConfig:
+class LearningConfig(Config):
     """What is learned, from where to where, by which recipe, on what."""
 
     instance: str = "toy_car"
@@ -106,25 +106,6 @@ class LearningConfig:
     save_pipeline: bool = False
     recipe: Recipe = Recipe()
     runtime: Runtime = Runtime()
-
-    @classmethod
-    def from_settings(cls, **settings) -> "LearningConfig":
-        """A config from settings by name, whichever part they belong to.
-
-        Raises UserError for a name that is no setting, and for a value of another type.
-        """
-        settings = fit_settings(settings, cls().settings())
-        parts = {"recipe": Recipe, "runtime": Runtime}
-        for name, part in parts.items():
-            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
-            settings[name] = part(**mine)
-        return cls(**settings)
-
-    def settings(self) -> dict:
-        """All settings by name, of every part."""
-        settings = asdict(self)
-        recipe, runtime = settings.pop("recipe"), settings.pop("runtime")
-        return settings | recipe | runtime
 
 
 def check_choice(name: str, value: str) -> None:

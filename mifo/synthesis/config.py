@@ -1,8 +1,8 @@
 """Every setting of semantic synthesis and its default: the only home of both."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
-from imagelab.settings import fit_settings
+from imagelab.settings import Config
 from mifo.method.guidance import GuidanceConfig
 
 DEFAULT_PROMPT = "a photo of <asset0>"
@@ -19,7 +19,7 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Config):
     """What is painted, from what was learned, how, and where it goes."""
 
     model_id: str = "toy_car"
@@ -39,21 +39,3 @@ class SynthesisConfig:
     box_control: bool = True
     guidance: GuidanceConfig = GuidanceConfig()
     runtime: Runtime = Runtime()
-
-    @classmethod
-    def from_settings(cls, **settings) -> "SynthesisConfig":
-        """A config from settings by name, whichever part they belong to.
-
-        Raises UserError for a name that is no setting, and for a value of another type.
-        """
-        settings = fit_settings(settings, cls().settings())
-        for name, part in {"guidance": GuidanceConfig, "runtime": Runtime}.items():
-            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
-            settings[name] = part(**mine)
-        return cls(**settings)
-
-    def settings(self) -> dict:
-        """All settings by name, of every part."""
-        settings = asdict(self)
-        guidance, runtime = settings.pop("guidance"), settings.pop("runtime")
-        return settings | guidance | runtime
