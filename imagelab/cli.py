@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from imagelab.errors import FAILURES, memory_errors, sentence
 from imagelab.models.device import PRECISIONS
+from imagelab.settings import Config
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,10 +52,10 @@ def random_seed_if_none(seed: int | None) -> int:
     return secrets.randbelow(2**31) if seed is None else seed
 
 
-def add_setting(into, defaults, name: str, text: str, **more) -> None:
-    """Declare ``--name`` with the default, and its type, of the config dataclass ``defaults``."""
-    default = getattr(defaults, name)
-    more.setdefault("type", type(default) if default is not None else str)
+def add_setting(into, defaults: Config, name: str, text: str, **more) -> None:
+    """Declare ``--name`` with the default, and its type, of a config."""
+    default = defaults.settings()[name]
+    more.setdefault("type", defaults.open_kinds().get(name, type(default)))
     into.add_argument(f"--{name}", default=default, help=text, **more)
 
 

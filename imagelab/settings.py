@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Self
+from typing import Self, get_args, get_type_hints
 
 from imagelab.errors import UserError
 
@@ -23,7 +23,7 @@ class Config:
 
         Raises UserError for a name that is no setting, and for a value of another type.
         """
-        settings = fit_settings(settings, cls().settings())
+        settings = fit_settings(settings, cls().settings(), cls.open_kinds())
         for field in fields(cls):
             if is_dataclass(field.default):
                 names = [part.name for part in fields(field.default) if part.name in settings]
@@ -37,28 +37,48 @@ class Config:
             settings |= value if is_dataclass(getattr(self, name)) else {name: value}
         return settings
 
+    def with_settings(self, **settings) -> Self:
+        """The same with other values of some settings."""
+        return type(self).from_settings(**self.settings() | settings)
 
-def fit_settings(settings: Mapping[str, object], defaults: Mapping[str, object]) -> dict:
+    @classmethod
+    def open_kinds(cls) -> dict[str, type]:
+        """The types of settings that may be None, as in ``int | None``, by name."""
+        parts = [type(field.default) for field in fields(cls) if is_dataclass(field.default)]
+        hints = {k: v for part in (cls, *parts) for k, v in get_type_hints(part).items()}
+        return {name: get_args(v)[0] for name, v in hints.items() if type(None) in get_args(v)}
+
+
+def fit_settings(
+    settings: Mapping[str, object],
+    defaults: Mapping[str, object],
+    kinds: Mapping[str, type] | None = None,
+) -> dict:
     """Settings in the types of their defaults; paths become texts, one text a tuple of one.
 
-    A setting whose default is None may be anything; whoever uses it checks it.
+    Args:
+        kinds: the types of settings that may be None, by name.
 
-    Raises UserError for a name that is no setting, and for a value of another type.
+    Raises:
+        UserError: a name is no setting, or a value is of another type.
     """
     fitted = {}
     for name, value in settings.items():
         if name not in defaults:
             known = ", ".join(sorted(defaults))
             raise UserError(f"there is no setting {name!r}; the settings are {known}")
-        fitted[name] = _fit(name, value, defaults[name])
+        default = defaults[name]
+        if kinds and name in kinds:
+            fitted[name] = None if value is None else _fit(name, value, kinds[name]())
+        else:
+            fitted[name] = _fit(name, value, default)
     return fitted
 
 
 def _fit(name: str, value: object, default: object) -> object:
+    """A value in the type of a default."""
     if isinstance(value, PurePath):
         value = str(value)
-    if default is None:
-        return value
     if isinstance(default, tuple):
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):

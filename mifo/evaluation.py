@@ -4,7 +4,7 @@ The cases of :mod:`imagelab.evaluation`: learned folders, each with each prompt,
 semantic_synthesis.py does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,16 @@ from imagelab.models.device import choose_precision
 from mifo.learned import Learned, learned_names, read_learned_folder
 from mifo.learning.instance import Instance, read_instance
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import GetBoxes
 from mifo.synthesis.paint import paint, prepare
-from mifo.synthesis.scene import Scene, asset_names, check_numbers, make_scene
+from mifo.synthesis.scene import (
+    Scene,
+    asset_names,
+    check_numbers,
+    lay_out,
+    make_scene,
+    settle_synthesis,
+)
 from mifo.tokens import ASSET, asset_token, view_prompt
 
 REFERENCE_SIDE = 512  # pixels of the short side of the photo that reference crops are cut from
@@ -76,7 +84,7 @@ def plan_cases(
     model_ids: Sequence[str],
     prompts: Sequence[str],
     folder_path: str | None,
-    get_boxes: Callable[[int], Sequence[Box]],
+    get_boxes: GetBoxes,
     boxes: Sequence[Box] | None = None,
 ) -> list[LearnedCase]:
     """All pairs of learned folders and prompts, checked; without prompts, all assets at once.
@@ -94,16 +102,18 @@ def plan_cases(
     for model_id in model_ids:
         learned = read_learned_folder(Path(config.models_dir) / model_id)
         instance = _instance(learned, folder_path)
+        settled, _ = settle_synthesis(replace(config, model_id=model_id), learned)
         for prompt in prompts or [view_prompt(tuple(learned.assets))]:
             own = _prompt_assets(prompt, learned)
-            placed = tuple(boxes or get_boxes(len(own)))
+            names = [asset_token(asset) for asset in own]
+            placed = tuple(boxes or lay_out(names, learned, get_boxes))
             if len(placed) != len(own):
                 raise UserError(
                     f"there are {len(placed)} boxes and {len(own)} assets in the prompt "
                     f"{prompt!r}; give one box for each"
                 )
             outside_of(placed, (64, 64))  # layout is measured against some background
-            full = replace(config, model_id=model_id, prompt=prompt)
+            full = replace(settled, prompt=prompt)
             cases.append(_case(full, learned, instance, own, placed))
     return cases
 

@@ -48,6 +48,8 @@ FORM = {
     "settings": {"instance": str, "folder_path": str, "finetune": str, "finetune_steps": int},
     "separation": [float],
 }
+#: What folders have that were written since it is kept.
+ALSO = {"proportions": [float]}
 LEARN_AGAIN = "learn the instance again with --overwrite"
 
 
@@ -102,6 +104,11 @@ class Learned:
     def tokens(self) -> list[str]:
         """Names of the tokens, by asset: ``<asset0>`` and so on."""
         return [asset_token(asset) for asset in self.assets]
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """Width over height of assets in their photo, by name; of those that are known."""
+        return dict(zip(self.tokens, self.manifest.get("proportions", []), strict=False))
 
     @property
     def base_source(self) -> str:
@@ -201,12 +208,15 @@ def read_manifest(path: Path) -> dict:
             f"{path} has format {manifest['format']}, and this version of mifo reads format "
             f"{FORMAT}; use the version that wrote it, or {LEARN_AGAIN}"
         )
-    wrong = misfit(manifest, FORM)
+    wrong = misfit(manifest, FORM | {key: form for key, form in ALSO.items() if key in manifest})
     if not wrong and manifest["settings"]["finetune"] not in FINETUNES:
         wrong = f"settings.finetune is {manifest['settings']['finetune']!r}"
     tokens = manifest["tokens"] if not wrong else []
     if not wrong and tokens != [asset_token(i) for i in range(max(1, len(tokens)))]:
         wrong = f"tokens is {tokens}"
+    shapes = manifest.get("proportions", [1] * len(tokens)) if not wrong else []
+    if len(shapes) != len(tokens) or any(each <= 0 for each in shapes):
+        wrong = f"proportions is {shapes}"
     if wrong:
         raise UserError(f"{file}: {wrong}; {LEARN_AGAIN}")
     return manifest

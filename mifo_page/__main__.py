@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add_setting(
         parser, learning, "model_path", "diffusers folder, .safetensors file, hub id, or toybox"
     )
-    add_setting(parser, learning.runtime, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
+    add_setting(parser, learning, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
     parser.add_argument(
         "--listen",

@@ -38,7 +38,7 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
     alike, count = _sort(index)
     rng = np.random.default_rng((seed, index))
     looks = look_alikes(rng, count, alike, kinds)
-    if not (folder / "instance.json").is_file():  # which is written last
+    if not (folder / "scene.json").is_file():  # which is written last
         scene = with_looks(draw_scene(rng, count), looks)
         write_folder(folder, scene, seed, overwrite=True)
     elif read_looks(folder) != list(looks):

@@ -203,7 +203,13 @@ def resize_mask(inside: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def mask_window(mask: np.ndarray) -> tuple[slice, slice]:
     """Rows and columns of the bounding box of a mask, bool [h, w] with a pixel inside."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def proportion(mask: np.ndarray) -> float:
+    """Width over height of the bounding box of a mask, bool [h, w] with a pixel inside."""
+    down, across = mask_window(mask)
+    return (across.stop - across.start) / (down.stop - down.start)
 
 
 def in_pixels(size: tuple[int, int]) -> str:

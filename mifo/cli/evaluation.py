@@ -8,33 +8,31 @@ again, it paints what is missing.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
-from imagelab.boxes import Box, parse_boxes
+from imagelab.boxes import parse_boxes
 from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, report_errors
 from imagelab.io.folders import check_writable
 from mifo.method.guidance import GuidanceConfig
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import GetBoxes
 
 DEFAULTS = SynthesisConfig(num_images=4, seed=0, output_path="evaluation")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    defaults = SimpleNamespace(**DEFAULTS.settings())
     parser = Parser(
         prog="semantic_evaluation.py", description=__doc__, formatter_class=HelpFormatter
     )
 
     def add(name: str, text: str, into=parser) -> None:
-        add_setting(into, defaults, name, text)
+        add_setting(into, DEFAULTS, name, text)
 
     parser.add_argument(
         "--model_id",
         nargs="+",
-        default=[defaults.model_id],
+        default=[DEFAULTS.model_id],
         help="names of learned folders, or all",
     )
     add("models_dir", "folder of the learned folders")
@@ -59,13 +57,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("batch_size", "pictures painted at a time")
     add("negative_prompt", "what not to paint")
     add("num_inference_steps", "DDIM steps")
-    add("guidance_scale", "weight of classifier-free guidance")
+    add("guidance_scale", "weight of classifier-free guidance; None: the model's own, or 7.5")
     add("model_path", "base model; None: the one that the learned folder names")
     group = parser.add_argument_group("box control, as in semantic_synthesis.py")
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")
     for field in fields(GuidanceConfig):
         add(field.name, "see semantic_synthesis.py --help", group)
-    add_runtime_options(parser.add_argument_group("running"), defaults)
+    add_runtime_options(parser.add_argument_group("running"), DEFAULTS.runtime)
     return parser, parser.parse_args(argv)
 
 
@@ -76,8 +74,8 @@ def config_from(options: argparse.Namespace) -> SynthesisConfig:
     return SynthesisConfig.from_settings(**{name: given[name] for name in names})
 
 
-def main(argv: list[str] | None, get_boxes: Callable[[int], Sequence[Box]]) -> None:
-    """The command; ``get_boxes(count)`` is the layout where no boxes are given."""
+def main(argv: list[str] | None, get_boxes: GetBoxes) -> None:
+    """The command; ``get_boxes`` is the layout where no boxes are given."""
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
         boxes = parse_boxes(options.boxes) if options.boxes is not None else None

@@ -7,7 +7,6 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from imagelab.cli import (
     HelpFormatter,
@@ -22,7 +21,7 @@ from imagelab.errors import FAILURES, UserError, memory_errors, sentence
 from mifo.learning.config import CHOICES, LearningConfig
 from mifo.learning.instance import list_instances
 
-DEFAULTS = SimpleNamespace(**LearningConfig().settings())
+DEFAULTS = LearningConfig()
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -50,7 +49,8 @@ def add_token_options(group) -> None:
     add = partial(add_setting, group, DEFAULTS)
     add("train_steps", "steps of stage 1")
     add("reward_steps", "how many of the first train_steps use the reward in place of the penalty")
-    add("learning_rate", "learning rate of stage 1")
+    text = "learning rate of stage 1; None: the model's own, or 5e-3"
+    add("learning_rate", text)
     add("warmup_steps", "steps over which the learning rate rises")
     add(
         "attention_loss",
@@ -62,10 +62,15 @@ def add_token_options(group) -> None:
     group.add_argument(
         "--initializer_tokens",
         nargs="+",
-        default=DEFAULTS.initializer_tokens,
+        default=DEFAULTS.recipe.initializer_tokens,
         metavar="WORDS",
         help="start the tokens from these words (for all, or for each instance), such as car or "
         '"blue car" "teal car", not at random',
+    )
+    group.add_argument(
+        "--initialize_from_class",
+        action="store_true",
+        help="start the tokens from the class in instance.json, not at random",
     )
 
 
@@ -78,11 +83,16 @@ def add_finetuning_options(group) -> None:
         choices=CHOICES["finetune"],
     )
     add("finetune_steps", "steps of stage 2")
-    text = "learning rate of stage 2; None: 1e-4 (lora), 2e-6 (full)"
-    add("finetune_learning_rate", text, type=float)
+    text = "learning rate of stage 2; None: the model's own, or 1e-4 (lora), 2e-6 (full)"
+    add("finetune_learning_rate", text)
     add("lora_rank", "rank of the LoRA")
-    add("class_prompt", "prompt of the class images")
-    add("num_class_images", "how many class images are made; runs of one --seed share them")
+    text = "prompt of the class images; None: of the class in instance.json, or of a chair"
+    add("class_prompt", text)
+    text = (
+        "how many class images are made; runs of one --seed share them; None: the model's own, or "
+        "100"
+    )
+    add("num_class_images", text)
     add("class_images", "folder of your own class images, in place of made ones")
     add("prior_weight", "weight of the class images' loss; 0: none are used")
     group.add_argument(
@@ -93,7 +103,7 @@ def add_finetuning_options(group) -> None:
 def add_running_options(group) -> None:
     """On what a run runs, the optimiser, checkpoints and resuming."""
     add = partial(add_setting, group, DEFAULTS)
-    add_runtime_options(group, DEFAULTS)
+    add_runtime_options(group, DEFAULTS.runtime)
     text = "adamw8bit: its moments in 8 bits, by bitsandbytes"
     add("optimizer", text, choices=CHOICES["optimizer"])
     add("weight_decay", "weight decay of AdamW")

@@ -10,7 +10,6 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from imagelab.boxes import Box, UnknownSize, parse_boxes, parse_named_box
@@ -28,7 +27,8 @@ from imagelab.io.folders import check_name, check_writable
 from mifo.synthesis.config import SynthesisConfig
 
 if TYPE_CHECKING:
-    from mifo.synthesis.scene import GetBoxes, GivenBoxes
+    from mifo.synthesis.layouts import GetBoxes
+    from mifo.synthesis.scene import GivenBoxes, Scene
 
 #: Help of the options of the box control.
 GUIDANCE_HELP = {
@@ -36,6 +36,7 @@ GUIDANCE_HELP = {
     "guidance_iterations": "updates of the latents, at most, in each of these steps",
     "step_size": "size of the updates at the first step",
     "final_step_size": "size toward which they fall over these steps",
+    "step_scale": "factor on both sizes; None: the model's own, or 1",
     "cross_weight": "weight of the cross-attention terms",
     "self_weight": "weight of the self-attention terms",
     "loss_threshold": "loss per subject below which a step's guidance ends",
@@ -61,7 +62,7 @@ def token_indices(text: str) -> list[list[int]]:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    defaults = SimpleNamespace(**SynthesisConfig().settings())
+    defaults = SynthesisConfig()
     parser = Parser(
         prog="semantic_synthesis.py", description=__doc__, formatter_class=HelpFormatter
     )
@@ -94,11 +95,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         help="the box of one asset; repeat the option for more",
     )
     add("negative_prompt", "what not to paint")
-    add("num_images", "how many pictures; None: one batch", type=int)
+    add("num_images", "how many pictures; None: one batch")
     add("num_inference_steps", "DDIM steps")
-    add("guidance_scale", "weight of classifier-free guidance")
-    add("width", "pixels; None: the model's own", type=int)
-    add("height", "pixels; None: the model's own", type=int)
+    text = "weight of classifier-free guidance; None: the model's own, or 7.5"
+    add("guidance_scale", text)
+    add("width", "pixels; None: the model's own")
+    add("height", "pixels; None: the model's own")
     add("models_dir", "folder of the learned folders")
     parser.add_argument(
         "--lora",
@@ -118,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")
     for name, text in GUIDANCE_HELP.items():
         add(name, text, group)
-    add_runtime_options(parser.add_argument_group("running"), defaults)
+    add_runtime_options(parser.add_argument_group("running"), defaults.runtime)
     return parser, parser.parse_args(argv)
 
 
@@ -151,8 +153,19 @@ def read_boxes(options: argparse.Namespace) -> "GivenBoxes | None":
     return named or None
 
 
+def describe_numbers(scene: "Scene") -> str:
+    """The numbers that depend on the model, and where each is from."""
+    config, origins = scene.config, scene.origins
+    guidance = config.guidance
+    text = f"guidance scale {config.guidance_scale:g} ({origins['guidance_scale']})"
+    if scene.tokens is not None:
+        sizes = f"{guidance.step_size:g} → {guidance.final_step_size:g}"
+        text += f", box steps {sizes} × {guidance.step_scale:g} ({origins['step_scale']})"
+    return text
+
+
 def main(argv: list[str] | None, get_boxes: "GetBoxes") -> None:
-    """The command; ``get_boxes(count)`` is the layout where no boxes are given."""
+    """The command; ``get_boxes`` is the layout where no boxes are given."""
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
         boxes = read_boxes(options)
@@ -171,6 +184,7 @@ def main(argv: list[str] | None, get_boxes: "GetBoxes") -> None:
         scene = make_scene(config, get_boxes, boxes, indices, device)
         if processes.is_first:
             print(f"seed {config.seed}, {scene.base.source} on {scene.device}")
+            print(describe_numbers(scene))
             for name, box in zip(scene.names, scene.boxes, strict=False):
                 print(f"{name} in " + ", ".join(f"{side:.3g}" for side in box))
         for path in synthesise(scene, folder, processes):

@@ -40,7 +40,7 @@ def check_settings(config: LearningConfig) -> None:
     positive = ("lora_rank", "num_class_images", "checkpoint_steps")
     for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
         least = int(name in positive)
-        if settings[name] < least:
+        if settings[name] is not None and settings[name] < least:
             raise UserError(f"--{name} is {settings[name]}; give a whole number from {least} on")
     rates = ("learning_rate", "finetune_learning_rate", "weight_decay")
     for name in (*rates, "prior_weight", "attention_weight"):
@@ -52,7 +52,11 @@ def check_settings(config: LearningConfig) -> None:
         raise UserError("there is nothing to learn: --train_steps and --finetune_steps are 0")
     if recipe.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise UserError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
-    if ASSET.search(recipe.class_prompt):
+    if recipe.initialize_from_class and recipe.initializer_tokens:
+        raise UserError(
+            "--initialize_from_class and --initializer_tokens are both given; give one of them"
+        )
+    if ASSET.search(recipe.class_prompt or ""):
         raise UserError(
             f"--class_prompt {recipe.class_prompt!r} names an asset, which the base model does not "
             "know; name the kind of thing, as in 'a photo of a chair'"

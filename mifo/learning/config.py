@@ -1,4 +1,4 @@
-"""Every setting of semantic learning and its default: the only home of both."""
+"""Every setting of semantic learning and its default, where no model brings it (mifo.defaults)."""
 
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "resize": ("aspect", "squash"),
 }
+#: The authors' prompt of the class images, for whatever is learned.
+CLASS_PROMPT = "a photo of a chair"
 
 
 @dataclass(frozen=True)
@@ -24,32 +26,27 @@ class Recipe:
     # stage 1: the asset rows alone
     train_steps: int = 600
     reward_steps: int = 200  # of the train_steps, the first ones
-    learning_rate: float = 5e-3
+    learning_rate: float | None = None  # None: the model's own, or the paper's
     warmup_steps: int = 10
 
     # stage 2: LoRA or the full model as well
     finetune: str = "lora"
     finetune_steps: int = 400
-    finetune_learning_rate: float | None = None  # None: 1e-4 for lora, 2e-6 for full
+    finetune_learning_rate: float | None = None  # None: likewise, by the kind of fine-tuning
     lora_rank: int = 16
     prior_weight: float = 1.0
-    class_prompt: str = "a photo of a chair"
-    num_class_images: int = 100
+    class_prompt: str | None = None  # None: of the class that the instance folder names
+    num_class_images: int | None = None  # None: the model's own, or the paper's
 
     # both
     attention_loss: str = "mifo"
     attention_weight: float = 1.0  # times the method's own
     initializer_tokens: tuple[str, ...] = ()  # empty: the rows start at random
+    initialize_from_class: bool = False  # from the class that the instance folder names
     resize: str = "aspect"
     optimizer: str = "adamw"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-
-    @property
-    def stage_two_learning_rate(self) -> float:
-        """The given one, or what suits the kind of fine-tuning."""
-        default = {"lora": 1e-4, "full": 2e-6, "none": 0.0}[self.finetune]
-        return default if self.finetune_learning_rate is None else self.finetune_learning_rate
 
     @property
     def steps(self) -> dict[int, int]:

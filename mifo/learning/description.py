@@ -9,13 +9,20 @@ def describe(plan: Plan) -> str:
     """The plan in words, with an estimate of the memory that it takes."""
     config, recipe, instance = plan.config, plan.config.recipe, plan.instance
     height, width = instance.image.shape[:2]
-    images = config.class_images or f"{recipe.num_class_images} to make"
+    count, origins = recipe.num_class_images, plan.origins
+    images = f'{count} to make ({origins["num_class_images"]}) of "{recipe.class_prompt}"'
+    images = config.class_images or f"{images} ({origins['class_prompt']})"
+    rates = {1: "learning_rate", 2: "finetune_learning_rate"}
+    rates = {stage: (getattr(recipe, name), origins.get(name)) for stage, name in rates.items()}
     precision = str(plan.dtype).removeprefix("torch.")
     lines = [
         f"base model   {plan.model.source} on {plan.device} in {precision}",
         f"instance     {instance.folder}: {len(instance.masks)} masks, {width}×{height}",
         *(f"             {line}" for line in coverage_report(instance).splitlines()),
-        *(f"stage {stage}      {steps} steps" for stage, steps in recipe.steps.items()),
+        *(
+            f"stage {stage}      {steps} steps, rate {rates[stage][0]:g} ({rates[stage][1]})"
+            for stage, steps in recipe.steps.items()
+        ),
         f"fine-tuning  {recipe.finetune}; attention loss {recipe.attention_loss}",
         f"seed         {config.seed}",
         f"class images {images if recipe.needs_class_images else 'none'}",

@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imagelab.errors import UserError
 from imagelab.models.device import choose_precision
 from imagelab.models.sources import choose_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base, read_sizes
 from imagelab.prompts import encode_ids
+from mifo.defaults import Own, read_own, settle
 from mifo.learning.checks import check_settings
-from mifo.learning.config import LearningConfig
+from mifo.learning.classes import DESCRIPTION, class_prompt, read_classes
+from mifo.learning.config import CLASS_PROMPT, LearningConfig, Recipe
 from mifo.learning.instance import Instance, find_files, read_instance
 from mifo.learning.places import instance_folder, target_folder, work_folder
 from mifo.learning.priors import find_class_images
@@ -27,6 +30,7 @@ class Plan:
         model: the base model, to which the asset tokens have been added.
         ids, rows: the asset tokens and their first embeddings, [assets, width].
         class_images: the user's own pictures of the class; None: the model makes them.
+        origins: where each setting that the config left open got its value, by name.
     """
 
     config: LearningConfig
@@ -37,6 +41,7 @@ class Plan:
     device: str
     dtype: torch.dtype
     class_images: list[Path] | None
+    origins: dict[str, str]
 
     @property
     def target(self) -> Path:
@@ -55,8 +60,12 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     recipe, offline = config.recipe, config.runtime.offline
     dtype = choose_precision(config.runtime.mixed_precision, device)
     folder = instance_folder(config)
-    find_files(folder)  # before a model is fetched
+    _, masks = find_files(folder)  # before a model is fetched
+    classes = read_classes(folder, len(masks))
     source = choose_model(config.model_path, device)
+    config, origins = settle_learning(config, read_own(source, offline), classes)
+    check_settings(config)  # once more, with the numbers that were open
+    recipe = config.recipe
     pictures = find_class_images(config.class_images) if config.class_images else None
     model, sizes = None, read_sizes(source, offline)
     if sizes is None:  # a single file shows its sizes only when it is loaded
@@ -68,8 +77,35 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     encode_ids(tokenizer, recipe.class_prompt)
     ids = add_asset_tokens(tokenizer, text_encoder, len(instance.masks))
     encode_ids(tokenizer, view_prompt(tuple(range(len(ids)))))  # the longest of all views
-    rows = initial_rows(tokenizer, text_encoder, ids, recipe.initializer_tokens, config.seed)
-    return Plan(config, model, instance, ids, rows, device, dtype, pictures)
+    words = first_words(recipe, classes, folder)
+    rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed)
+    return Plan(config, model, instance, ids, rows, device, dtype, pictures, origins)
+
+
+def settle_learning(
+    config: LearningConfig, own: Own, classes: tuple[str, ...]
+) -> tuple[LearningConfig, dict[str, str]]:
+    """Give each open setting its value: of the model, of the instance folder, or the default.
+
+    Returns the config, and where each value is from, by setting.
+    """
+    wanted = {name: name for name in ("learning_rate", "num_class_images")}
+    if config.recipe.finetune != "none":
+        wanted["finetune_learning_rate"] = f"{config.recipe.finetune}_learning_rate"
+    prompt = (class_prompt(classes), DESCRIPTION) if classes else (CLASS_PROMPT, "default")
+    return settle(config, own, wanted, {"class_prompt": prompt})
+
+
+def first_words(recipe: Recipe, classes: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    """What the tokens start from; nothing: they start at random."""
+    if not recipe.initialize_from_class:
+        return recipe.initializer_tokens
+    if not classes:
+        raise UserError(
+            f"--initialize_from_class: {folder} says no class; write {folder / DESCRIPTION}, such "
+            'as {"class": "car"}, or give the words with --initializer_tokens'
+        )
+    return classes
 
 
 def inputs_of(plan: Plan) -> dict:

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from imagelab.io.atomic import replacing
+from imagelab.io.images import proportion
 from mifo.learned import (
     FORMAT,
     PIPELINE,
@@ -65,7 +66,9 @@ def describe_result(session: Session, curves: dict[str, list[float]], scores: li
         "image_sha256": plan.instance.image_hash,
         "mask_sha256": list(plan.instance.mask_hashes),
         "size": list(plan.instance.image.shape[1::-1]),
+        "proportions": [proportion(mask) for mask in plan.instance.masks],
         "settings": plan.config.settings(),
+        "origins": plan.origins,
         "precision": str(plan.dtype).removeprefix("torch."),
         "final_losses": {name: _tail_mean(values) for name, values in curves.items()},
         "separation": scores,

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import replace
 
 from imagelab.errors import UserError
 from imagelab.training.checkpoint import Checkpoint, read_facts
@@ -12,6 +11,8 @@ from mifo.learning.instance import find_files
 from mifo.learning.places import CHECKPOINT, instance_folder, target_folder, work_folder
 from mifo.learning.plan import Plan, inputs_of
 
+#: Settings that a config may leave open, which is None: a resumed run keeps its own.
+OPEN = ("seed", "learning_rate", "finetune_learning_rate", "class_prompt", "num_class_images")
 #: Settings that may differ between a run and its resumption.
 FREE_SETTINGS = {
     "folder_path", "output_dir", "model_path", "class_images", "offline", "checkpoint_steps",
@@ -20,15 +21,19 @@ FREE_SETTINGS = {
 
 
 def resumed(config: LearningConfig) -> LearningConfig:
-    """The config that an unfinished run goes on with: without a seed, it takes the run's own.
+    """The config that an unfinished run goes on with: it takes the run's own for what is open.
 
     Raises UserError for other settings than the unfinished run's.
     """
     then = read_facts(work_folder(config) / CHECKPOINT)["settings"]
-    if config.seed is None:
-        config = replace(config, seed=then["seed"])
+    config = config.with_settings(**{name: then[name] for name in _open_settings(config)})
     _check_same_settings(then, config)
     return config
+
+
+def _open_settings(config: LearningConfig) -> list[str]:
+    settings = config.settings()
+    return [name for name in OPEN if settings[name] is None]
 
 
 def check_same(saved: Checkpoint, plan: Plan) -> None:
@@ -72,12 +77,11 @@ def _changed_settings(
 def learned_otherwise(config: LearningConfig) -> str:
     """How what was learned differs from what a config asks for; empty if it does not.
 
-    A config without a seed goes with any. Its model_path is one that choose_model returned.
+    What the config leaves open goes with any. Its model_path is one that choose_model returned.
     """
     manifest = read_manifest(target_folder(config))
     then = manifest["settings"] | {"model_path": manifest["base_model"]["source"]}
-    if config.seed is None:
-        then["seed"] = None
+    then |= dict.fromkeys(_open_settings(config))
     free = FREE_SETTINGS - {"model_path", "class_images"}
     if changed := _changed_settings(then, config, free):
         return f"with {changed}"

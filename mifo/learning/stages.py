@@ -62,7 +62,7 @@ def finetuning_stage(session: Session, trainer: Trainer) -> Stage:
     recipe, rows = session.recipe, session.rows
     prior = prior_latents(session, trainer.interrupt)
     parameters = [rows, *unfreeze(session)]
-    optimizer = make_optimizer(recipe, parameters, recipe.stage_two_learning_rate)
+    optimizer = make_optimizer(recipe, parameters, recipe.finetune_learning_rate)
     schedule = get_scheduler("constant", optimizer)
     layers = supervised_layers(session.model.unet, session.views.size, stage=2)
 

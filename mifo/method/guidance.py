@@ -11,6 +11,7 @@ class GuidanceConfig:
     guidance_iterations: int = 5  # at most, in each of these steps
     step_size: float = 8.0  # at step 0
     final_step_size: float = 2.0  # toward step guidance_steps
+    step_scale: float | None = None  # factor on both, for other latents; None: the model's, or 1
     cross_weight: float = 1.5
     self_weight: float = 0.5
     loss_threshold: float = 0.2  # loss / subjects below which a step's guidance ends

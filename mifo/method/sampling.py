@@ -30,9 +30,10 @@ class Guided:
 
 
 def step_size(step: int, config: GuidanceConfig) -> float:
-    """Falls linearly from ``step_size`` at step 0 toward ``final_step_size``."""
+    """Falls linearly from ``step_size`` at step 0 toward ``final_step_size``, both scaled."""
     share = step / config.guidance_steps
-    return config.step_size + (config.final_step_size - config.step_size) * share
+    size = config.step_size + (config.final_step_size - config.step_size) * share
+    return size if config.step_scale is None else size * config.step_scale
 
 
 def refines(step: int, config: GuidanceConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Every setting of semantic synthesis and its default: the only home of both."""
+"""Every setting of semantic synthesis and its default, where no model brings it (mifo.defaults)."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class SynthesisConfig(Config):
     num_images: int | None = None  # None: one batch
     seed: int | None = None  # None: drawn by the command, which prints it
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # None: the model's own, or the paper's
     width: int | None = None  # pixels; None: the model's own
     height: int | None = None
     box_control: bool = True

@@ -1,8 +1,13 @@
 """Preset boxes, for prompts whose boxes are not given."""
 
 import math
+from collections.abc import Callable, Sequence
 
 from imagelab.boxes import Box
+
+#: What lays out a number of subjects. It also gets the proportion of each, width over height in
+#: fractions of the picture, as the photo shows it; None where that is not known.
+GetBoxes = Callable[[int, Sequence[float | None]], Sequence[Box]]
 
 #: Layouts of few subjects, side by side around the middle of the picture.
 ROWS = {
@@ -12,9 +17,30 @@ ROWS = {
 }
 
 
-def preset_boxes(count: int) -> list[Box]:
-    """Boxes of ``count`` subjects: a row of up to three, a grid of more."""
-    return list(ROWS[count]) if count in ROWS else grid_boxes(count)
+#: Boxes are at most so many times as long as wide.
+MOST_PROPORTION = 3.0
+
+
+def preset_boxes(count: int, proportions: Sequence[float | None] = ()) -> list[Box]:
+    """Boxes of ``count`` subjects: places in a row of up to three, in a grid of more.
+
+    A subject of a known proportion, width over height in fractions of the picture, gets the largest
+    box of that proportion in the middle of its place; any other gets the whole place.
+    """
+    places = ROWS[count] if count in ROWS else grid_boxes(count)
+    known = proportions or [None] * count
+    return [fit(place, each) for place, each in zip(places, known, strict=True)]
+
+
+def fit(place: Box, proportion: float | None) -> Box:
+    """The largest box of a proportion in the middle of a place."""
+    if proportion is None:
+        return place
+    proportion = min(max(proportion, 1 / MOST_PROPORTION), MOST_PROPORTION)
+    width, height = place.x1 - place.x0, place.y1 - place.y0
+    width, height = min(width, height * proportion), min(height, width / proportion)
+    x, y = (place.x0 + place.x1) / 2, (place.y0 + place.y1) / 2
+    return Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
 def grid_boxes(count: int, gap: float = 0.1) -> list[Box]:

@@ -98,6 +98,7 @@ def describe(scene: Scene, index: int) -> dict:
     settings = scene.config.settings()
     return {
         "settings": settings | {"seed": scene.config.seed + index, "num_images": 1},
+        "origins": scene.origins,
         "subjects": list(scene.names),
         "boxes": [list(box) for box in scene.boxes],
         "subject_token_indices": [list(s) for s in scene.tokens.subjects] if scene.tokens else [],

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from imagelab.models.stable_diffusion import StableDiffusion
 from imagelab.prompts import encode_ids
 from imagelab.sampling import check_steps
 from imagelab.training.seeds import check_seed
+from mifo.defaults import read_own, settle
 from mifo.learned import Learned, read_learned_folder
 from mifo.learned_files import read_learned_files
 from mifo.method.layers import decoder_block
 from mifo.method.regions import TokenRoles
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.layouts import GetBoxes
 from mifo.tokens import ASSET, find_assets, token_roles
 
 MOST = {"batch_size": 10_000, "num_images": 1_000_000, "num_inference_steps": 999}
@@ -28,7 +31,6 @@ MOST_TIMES = 4  # the model's own resolution, for a side of a picture
 #: What is meant for an asset, maybe without its brackets, in capitals or with a space.
 LIKE_AN_ASSET = re.compile(r"<?\basset ?\d+>?", re.IGNORECASE)
 
-GetBoxes = Callable[[int], Sequence[Box]]  # the layout of so many subjects
 #: One box a subject in the order of the prompt, or lists of boxes by asset name.
 GivenBoxes = Sequence[Box] | dict[str, list[Box]]
 
@@ -42,6 +44,7 @@ class Scene:
         tokens: roles of the prompt's tokens; None paints without boxes.
         size: rows and columns of the latents.
         device, dtype: of the UNet.
+        origins: where each setting that the config left open got its value, by name.
     """
 
     config: SynthesisConfig
@@ -52,6 +55,7 @@ class Scene:
     size: tuple[int, int]
     device: str
     dtype: torch.dtype
+    origins: dict[str, str]
 
 
 def make_scene(
@@ -78,8 +82,10 @@ def make_scene(
     dtype = choose_precision(runtime.mixed_precision, device)
     learned = read_learned(config)
     names = asset_names(config.prompt, learned)
+    layout = partial(lay_out, names, learned, get_boxes)
     if config.box_control and subject_token_indices is None:
-        place_boxes(names, boxes, get_boxes)  # fails before the model is loaded
+        place_boxes(names, boxes, layout)  # fails before the model is loaded
+    config, origins = settle_synthesis(config, learned)
     if base is None:
         base, _ = learned.load(config.model_path, runtime.offline)
     check_steps(config.num_inference_steps, base.scheduler)
@@ -87,18 +93,39 @@ def make_scene(
     found = find_assets(base.tokenizer, config.prompt, learned.assets)
     size = latent_size(config, base)
     if not config.box_control:
-        return Scene(config, base, names, (), None, size, device, dtype)
+        return Scene(config, base, names, (), None, size, device, dtype, origins)
     if subject_token_indices is None:
         subjects = [[position] for _, position in found]
     else:
         subjects = [list(positions) for positions in subject_token_indices]
         names = _subject_names(subjects, found)
     tokens = token_roles(base.tokenizer, config.prompt, subjects)
-    placed = place_boxes(names, boxes, get_boxes)
+    placed = place_boxes(names, boxes, partial(lay_out, names, learned, get_boxes, size))
     grid = layer_grid(base.unet, size, decoder_block(base.unet))
     for index, box in enumerate(placed):
         check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
-    return Scene(config, base, names, tuple(placed), tokens, size, device, dtype)
+    return Scene(config, base, names, tuple(placed), tokens, size, device, dtype, origins)
+
+
+def settle_synthesis(
+    config: SynthesisConfig, learned: Learned
+) -> tuple[SynthesisConfig, dict[str, str]]:
+    """Give each open setting the value that suits the model; where each value is from."""
+    source = config.model_path or str(learned.pipeline or learned.base_source)
+    wanted = {name: name for name in ("guidance_scale", "step_scale")}
+    return settle(config, read_own(source, config.runtime.offline), wanted)
+
+
+def lay_out(
+    names: Sequence[str],
+    learned: Learned,
+    get_boxes: GetBoxes,
+    size: tuple[int, int] = (1, 1),
+) -> list[Box]:
+    """The boxes of a layout for subjects of these names; ``size``: rows and columns."""
+    rows, columns = size
+    known = [learned.proportions.get(name) for name in names]
+    return list(get_boxes(len(names), [each and each * rows / columns for each in known]))
 
 
 def read_learned(config: SynthesisConfig) -> Learned:
@@ -124,7 +151,7 @@ def check_numbers(config: SynthesisConfig) -> None:
     check_seed(config.seed)
     numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
     for name, value in numbers.items():
-        if not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name} is {value}; give a number from 0 on")
 
 
@@ -173,16 +200,19 @@ def _subject_names(
 
 
 def place_boxes(
-    names: Sequence[str], boxes: GivenBoxes | None, get_boxes: GetBoxes | None
+    names: Sequence[str], boxes: GivenBoxes | None, layout: Callable[[], Sequence[Box]]
 ) -> list[Box]:
-    """The box of each subject, in the order of ``names``; a UserError where they do not fit."""
+    """The box of each subject, in the order of ``names``; a UserError where they do not fit.
+
+    ``layout`` is asked where ``boxes`` is None.
+    """
     if not names:
         raise UserError(
             "the prompt names no asset; name one, such as <asset0>, or give --no_box_control"
         )
     if isinstance(boxes, dict):
         return _place_named(names, boxes)
-    placed = list(get_boxes(len(names)) if boxes is None else boxes)
+    placed = list(layout() if boxes is None else boxes)
     if len(placed) != len(names):
         raise UserError(
             f"there are {len(placed)} boxes and {len(names)} assets in the prompt "

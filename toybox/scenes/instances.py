@@ -1,8 +1,9 @@
 """Write instance folders: toys that look alike, in one picture, with exact masks.
 
 Without ``--count`` the five folders of ``example/`` are written; with it, new ones from a seed.
-A folder holds ``img.jpg``, ``mask0.png``, ``mask1.png``, … and ``instance.json``, which says how
-each toy looks. The hues lie halfway between the hues that have names, so that no caption toybox
+A folder holds ``img.jpg``, ``mask0.png``, ``mask1.png``, …, ``instance.json``, which says what kind
+of thing each toy is, as a person would, and ``scene.json``, which records how each looks; learning
+never reads that. The hues lie halfway between the hues that have names, so that no caption toybox
 was trained on describes these toys exactly: something is left to learn.
 """
 
@@ -113,7 +114,7 @@ def with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:
 def write_folder(
     folder: Path, scene: Scene, seed: int, size: int = 512, overwrite: bool = False
 ) -> None:
-    """Write ``img.jpg`` (RGB), ``mask{i}.png`` (0 or 255) and ``instance.json``.
+    """Write ``img.jpg`` (RGB), ``mask{i}.png`` (0 or 255), ``instance.json`` and ``scene.json``.
 
     An existing folder is an error unless ``overwrite``; then these files are replaced, surplus
     masks are removed, and whatever else lies there stays.
@@ -133,7 +134,10 @@ def write_folder(
     for index, mask in enumerate(masks):
         image = Image.fromarray(mask.astype(np.uint8) * 255)
         put(f"mask{index}.png", lambda path, image=image: image.save(path, "PNG", optimize=True))
-    write_json(folder / "instance.json", description)
+    classes = [placed.look.kind.replace("_", " ") for placed in scene.toys]
+    alike = len(set(classes)) == 1
+    write_json(folder / "instance.json", {"class": classes[0] if alike else classes})
+    write_json(folder / "scene.json", description)
     for path in folder.glob("mask*.png"):
         if path.stem[4:].isdigit() and int(path.stem[4:]) >= len(masks):
             path.unlink()
@@ -141,7 +145,7 @@ def write_folder(
 
 def read_looks(folder: Path) -> list[Look]:
     """How the toys of a folder look, in the order of their masks."""
-    description = json.loads((folder / "instance.json").read_text(encoding="utf-8"))
+    description = json.loads((folder / "scene.json").read_text(encoding="utf-8"))
     return [Look(**placed["look"]) for placed in description["instances"]]
 
 
