@@ -1,29 +1,19 @@
-"""The paper's comparison on toybox: MIFO against other losses, ranks and ways of painting.
+"""The paper's comparison on toybox: MIFO's attention loss against others, with and without boxes.
 
-Makes instance folders of look-alikes from a seed, learns each of them in every variant, paints it
-with fixed seeds and measures the pictures as semantic_evaluation.py does. Writes comparison.md,
-comparison.json, sheet.png and confusion.png into {work}, anew after each variant. The same command
-goes on where it was stopped. Processes share the folders:
+Makes instance folders of look-alikes from a seed, learns each of them with every loss, paints it
+with fixed seeds and reads from the pictures which toys they show. Writes rows.jsonl, and from it
+comparison.md and contact sheets, into {work}. The same command goes on where it was
+stopped, also with more folders, losses or bases. Processes share the work:
 
-    torchrun --nproc_per_node 2 -m experiments.comparison            # about 70 minutes on two cores
-    torchrun --nproc_per_node 2 -m experiments.comparison --short    # ten minutes
+    torchrun --nproc_per_node 2 -m experiments.comparison
+    torchrun --nproc_per_node 2 -m experiments.comparison --bases toybox comparison_base
 """
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from experiments.comparison.run import compare
-from experiments.comparison.settings import (
-    HELP,
-    LONG,
-    SHORT,
-    SHORT_VARIANTS,
-    VARIANTS,
-    WORDS,
-    Settings,
-    Variant,
-)
+from experiments.comparison.settings import HELP, LOSSES, TOKENS, Settings, Variant, variants
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 
@@ -32,60 +22,61 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser = Parser(
         prog="python -m experiments.comparison", description=__doc__, formatter_class=HelpFormatter
     )
-    unset = argparse.SUPPRESS
     parser.add_argument(
-        "--work",
-        type=Path,
-        default=unset,
-        help="where everything goes (default: comparison, with --short comparison_short)",
+        "--work", type=Path, default=Path("comparison"), help="where everything goes"
     )
-    parser.add_argument("--short", action="store_true", help="a small comparison in minutes")
     parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=VARIANTS,
-        default=unset,
-        metavar="VARIANT",
-        help=f"some of {', '.join(VARIANTS)} (default: all, with --short "
-        f"{', '.join(SHORT_VARIANTS)})",
-    )
-    for one in fields(Settings):
-        long, short = getattr(LONG, one.name), getattr(SHORT, one.name)
-        shown = f"{long}" if short == long else f"{long}, with --short {short}"
-        text = f"{HELP[one.name]} (default: {shown})"
-        choices = WORDS if one.name == "words" else None
+        "--bases", nargs="+", default=["toybox"], metavar="MODEL",
+        help="base models: toybox, or folders that toybox.stable_diffusion.train wrote",
+    )  # fmt: skip
+    choices = (("tokens", TOKENS, "how the tokens begin"), ("losses", LOSSES, "attention losses"))
+    for name, known, text in choices:
+        shown = f"{text}, some of {', '.join(known)}"
         parser.add_argument(
-            f"--{one.name}", type=type(long), choices=choices, default=unset, help=text
+            f"--{name}", nargs="+", choices=known, default=list(known), metavar="NAME", help=shown
+        )
+    for one in fields(Settings):
+        parser.add_argument(
+            f"--{one.name}", type=type(one.default), default=one.default, help=HELP[one.name]
         )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 
 
-def chosen(options: argparse.Namespace) -> tuple[Settings, list[Variant], Path]:
+def chosen(options: argparse.Namespace) -> tuple[Settings, list[Variant]]:
     """What the options ask for; a UserError for what makes no sense."""
-    given = vars(options)
-    names = {one.name for one in fields(Settings)} & given.keys()
-    settings = replace(SHORT if options.short else LONG, **{name: given[name] for name in names})
-    if settings.folders < 1 or settings.seeds < 1:
-        name = "folders" if settings.folders < 1 else "seeds"
-        raise UserError(f"--{name} is {getattr(settings, name)}; give a whole number from 1 on")
-    wanted = given.get("only", SHORT_VARIANTS if options.short else VARIANTS)
-    work = given.get("work", Path("comparison_short" if options.short else "comparison"))
-    return settings, [VARIANTS[name] for name in VARIANTS if name in wanted], work
+    settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
+    for name, least in (("folders", 1), ("first", 0), ("pictures", 1), ("alone", 1)):
+        value = getattr(settings, name)
+        if value < least:
+            raise UserError(f"--{name} is {value}; give a whole number from {least} on")
+    found = variants(
+        *(list(dict.fromkeys(v)) for v in (options.bases, options.tokens, options.losses))
+    )
+    if len({variant.name for variant in found}) < len(found):
+        raise UserError("--bases has two models of one name; rename the folder of one")
+    return settings, found
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
-        settings, variants, work = chosen(options)
+        settings, found = chosen(options)
+        from experiments.comparison.folders import make_job, prepare
+        from experiments.comparison.report import write_comparison
+        from experiments.study import rows_of, run_study
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
 
-        processes = Processes(choose_device(settings.device))
+        work, processes = options.work, Processes(choose_device(settings.device))
+        with processes.first_alone():
+            names = prepare(work, settings, list(dict.fromkeys(v.base for v in found)))
+        # folder by folder, so that a table of some folders has all variants
+        jobs = [make_job(work, settings, variant, name) for name in names for variant in found]
         try:
-            failures = compare(settings, variants, work, processes)
+            failures = run_study(jobs, work, processes)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         if processes.is_first:
-            print((work / "comparison.md").read_text(encoding="utf-8"))
+            print(write_comparison(found, rows_of(jobs, work), work, failures))
         processes.end(2 if failures else 0)

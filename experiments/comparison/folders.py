@@ -1,14 +1,32 @@
-"""The instance folders of a comparison, and the folder that it all goes to."""
+"""The instance folders of a comparison, and the jobs that learn and paint them."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.comparison.learning import learning_config
-from experiments.comparison.settings import FREE_SETTINGS, VARIANTS, Settings
+import numpy as np
+
+from experiments.comparison.settings import (
+    FREE_SETTINGS,
+    LOSSES,
+    Settings,
+    Variant,
+    folder_seed,
+)
+from experiments.study import Job
+from experiments.tasks import Task
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
+from imagelab.io.folders import check_writable
+from imagelab.models.sources import check_folder, locate_model, model_digest
+from mifo.learning.checks import check_settings
+from mifo.learning.config import LearningConfig
+from toybox.scenes.instances import look_alikes, read_looks, with_looks, write_folder
+from toybox.scenes.scenes import draw_scene
+from toybox.stable_diffusion.architecture import trained_kinds
+
+APART = (25.0, 50.0)  # degrees between the hues of toys of one kind
 
 
 def folder_name(index: int) -> str:
@@ -30,14 +48,9 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
 
     Raises UserError for one that is there and shows other toys.
     """
-    import numpy as np
-
-    from toybox.scenes.instances import look_alikes, read_looks, with_looks, write_folder
-    from toybox.scenes.scenes import draw_scene
-
     alike, count = _sort(index)
     rng = np.random.default_rng((seed, index))
-    looks = look_alikes(rng, count, alike, kinds)
+    looks = look_alikes(rng, count, alike, kinds, APART)
     if not (folder / "scene.json").is_file():  # which is written last
         scene = with_looks(draw_scene(rng, count), looks)
         write_folder(folder, scene, seed, overwrite=True)
@@ -45,29 +58,68 @@ def make_folder(folder: Path, seed: int, index: int, kinds: Sequence[str]) -> No
         raise UserError(f"{folder} holds other toys than --seed {seed} makes; give another --work")
 
 
-def prepare(work: Path, settings: Settings) -> list[str]:
+def prepare(work: Path, settings: Settings, bases: Sequence[str]) -> list[str]:
     """Check that ``work`` is this comparison's, and make its instance folders; their names."""
-    from imagelab.io.folders import check_writable
-    from imagelab.models.sources import check_folder, locate_model, model_digest
-    from mifo.learning.checks import check_settings
-    from toybox.stable_diffusion.architecture import trained_kinds
-
     check_writable(work, "work")
-    model = locate_model(settings.model_path, offline=True)
-    kinds = trained_kinds(model)
+    models = {base: locate_model(base, offline=True) for base in bases}
+    kinds = trained_kinds(models[bases[0]])
     now = {k: v for k, v in asdict(settings).items() if k not in FREE_SETTINGS}
-    now["base model"] = model_digest(check_folder(model))[:12]
+    digests = {base: model_digest(check_folder(path))[:12] for base, path in models.items()}
     path = work / "settings.json"
-    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
-    if differ := ", ".join(f"{key} {then.get(key)}" for key in now if then.get(key) != now[key]):
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now | digests
+    differ = [key for key in now if then.get(key) != now[key]]
+    differ += [key for key in digests if then.get(key, digests[key]) != digests[key]]
+    if differ:
+        shown = ", ".join(f"{key} {then.get(key)}" for key in differ)
         raise UserError(
-            f"{work} holds a comparison with other settings ({differ}); go on with those, or give "
+            f"{work} holds a comparison with other settings ({shown}); go on with those, or give "
             "another --work"
         )
-    names = [folder_name(index) for index in range(settings.folders)]
+    names = [folder_name(settings.first + index) for index in range(settings.folders)]
     for index, name in enumerate(names):
-        make_folder(work / "folders" / name, settings.seed, index, kinds)
-    check_settings(learning_config(work, settings, VARIANTS["mifo"], names[0]))
-    if not path.is_file():
-        write_json(path, now)
+        make_folder(work / "folders" / name, settings.seed, settings.first + index, kinds)
+    check_settings(learning_config(work, settings, Variant(bases[0], "random", "mifo"), names[0]))
+    if then | digests != then or not path.is_file():
+        write_json(path, then | digests)
     return names
+
+
+def learning_config(work: Path, settings: Settings, variant: Variant, name: str) -> LearningConfig:
+    """How a folder is learned in a variant; the class images show its kinds."""
+    return LearningConfig.from_settings(
+        instance=name,
+        folder_path=work / "folders",
+        model_path=variant.base,
+        output_dir=work / "learned" / variant.name,
+        seed=folder_seed(settings.seed, name),
+        train_steps=settings.train_steps,
+        reward_steps=settings.train_steps // 3,
+        learning_rate=settings.learning_rate,
+        finetune_steps=settings.finetune_steps,
+        finetune_learning_rate=settings.finetune_learning_rate,
+        num_class_images=settings.num_class_images,
+        initialize_from_class=variant.tokens == "kind",
+        attention_loss=variant.loss,
+        attention_weight=LOSSES[variant.loss] * settings.weight,
+        mixed_precision=settings.mixed_precision,
+        offline=True,
+    )
+
+
+def make_job(work: Path, settings: Settings, variant: Variant, name: str) -> Job:
+    """A folder in a variant: all its assets with and without boxes, and each alone."""
+    looks = tuple(read_looks(work / "folders" / name))
+    every, seed = tuple(range(len(looks))), folder_seed(settings.seed, name)
+    tasks = [
+        Task("boxed", every, True, settings.pictures, seed),
+        Task("unboxed", every, False, settings.pictures, seed),
+        *(Task(f"alone {one}", (one,), False, settings.alone, seed) for one in every),
+    ]
+    about = {"base": variant.base_name, "tokens": variant.tokens, "loss": variant.loss}
+    painting = {
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_steps": settings.guidance_steps,
+        "mixed_precision": settings.mixed_precision,
+    }
+    config = learning_config(work, settings, variant, name)
+    return Job(variant.name, config, looks, tuple(tasks), about, painting)

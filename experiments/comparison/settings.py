@@ -1,117 +1,90 @@
 """The settings of a comparison, and its variants: the only home of both."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
-from mifo.learning.config import Recipe
+#: How much each loss weighs, times its own weight. See docs/results.md for how they were chosen.
+LOSSES = {"mifo": 1.0, "break_a_scene": 1.0, "none": 1.0, "reward": 1.0, "penalty": 1.0}
+TEXTS = {
+    "mifo": "MIFO: reward, then penalty",
+    "break_a_scene": "Break-a-Scene's attention loss",
+    "none": "no attention loss",
+    "reward": "reward only",
+    "penalty": "penalty only",
+}
+#: How the tokens begin: at random, or from the word for their kind.
+TOKENS = ("random", "kind")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants share.
+    """What all variants share. Steps and rates are the method's own, but for the LoRA's rate."""
 
-    Steps are fewer than the method's, to fit into the time. The rates and the guidance are
-    toybox's own, see its README.
-    """
-
-    folders: int = 12
-    seeds: int = 4
+    folders: int = 6
+    first: int = 0
     seed: int = 0
-    model_path: str = "toybox"
+    train_steps: int = 600
+    finetune_steps: int = 400
+    learning_rate: float = 5e-3
+    finetune_learning_rate: float = 1e-3
+    num_class_images: int = 16
+    weight: float = 1.0
 
-    words: str = "phrase"
-    train_steps: int = 240
-    finetune_steps: int = 150
-    learning_rate: float = 1e-3
-    lora_learning_rate: float = 1e-3
-    full_learning_rate: float = 1e-4
-    num_class_images: int = 8
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 3.0
-    guidance_steps: int = 8
-    guidance_iterations: int = 5
-    step_size: float = 2.0
-    final_step_size: float = 0.5
-    batch_size: int = 4
+    pictures: int = 4
+    alone: int = 4
+    num_inference_steps: int = 50
+    guidance_steps: int = 15
 
     device: str = "auto"
     mixed_precision: str = "auto"
 
 
-LONG = Settings()
-SHORT = replace(LONG, folders=4, seeds=2)
-WORDS = ("phrase", "kind")
 HELP = {
     "folders": "instance folders",
-    "seeds": "pictures of each folder and variant, from seeds of the folder's own",
+    "first": "number of the first of them: others are other toys",
     "seed": "fixes the folders, the learning and the noise",
-    "words": "tokens start from a phrase (purple fox), or from the kind alone (fox)",
-    "model_path": "base model: toybox, or a folder that toybox.stable_diffusion.train wrote",
     "train_steps": "steps of stage 1, the first third of them with the reward",
     "finetune_steps": "steps of stage 2",
     "learning_rate": "of stage 1",
-    "lora_learning_rate": "of stage 2 with a LoRA",
-    "full_learning_rate": "of stage 2 with the whole model",
+    "finetune_learning_rate": "of stage 2",
     "num_class_images": "class images, which all variants share",
+    "weight": "factor on the weight of every attention loss",
+    "pictures": "pictures of all assets with boxes, and as many without",
+    "alone": "pictures of each asset alone, without boxes",
     "num_inference_steps": "DDIM steps",
-    "guidance_scale": "weight of classifier-free guidance",
-    "guidance_steps": "denoising steps with box guidance",
-    "guidance_iterations": "at most, in each of them",
-    "step_size": "size of the guidance's updates at the first step",
-    "final_step_size": "size toward which they fall",
-    "batch_size": "pictures painted at a time",
+    "guidance_steps": "of these, with box guidance",
     "device": "auto (cuda > mps > cpu), cuda, mps or cpu",
     "mixed_precision": "precision of the UNet: auto, no, fp16 or bf16",
 }
-#: Settings that a learned folder does not depend on: they may change between runs in one --work.
+#: Settings on which no learned folder depends: they may change between runs in one --work.
 FREE_SETTINGS = {
-    "folders", "seeds", "num_inference_steps", "guidance_scale", "guidance_steps",
-    "guidance_iterations", "step_size", "final_step_size", "batch_size", "device",
-}  # fmt: skip
-#: Settings of learning that stage 1 does not depend on.
-STAGE_2_SETTINGS = {
-    "finetune", "finetune_steps", "finetune_learning_rate", "lora_rank", "prior_weight",
-    "class_prompt", "num_class_images",
+    "folders", "first", "pictures", "alone", "num_inference_steps", "guidance_steps", "device",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: how it differs from MIFO, and which folder below learned/ it uses."""
+    """One row of the table: a base model, how the tokens begin, an attention loss."""
 
-    name: str
-    text: str
-    learned: str
-    learning: Mapping = field(default_factory=dict)
-    painting: Mapping = field(default_factory=dict)
+    base: str
+    tokens: str
+    loss: str
 
+    @property
+    def base_name(self) -> str:
+        """What tables call the base model."""
+        return Path(self.base).name
 
-def _variants() -> dict[str, Variant]:
-    rank = Recipe().lora_rank
-    rows = [Variant("mifo", f"MIFO (LoRA of rank {rank}, boxes, refined regions)", "mifo")]
-    for name, text, learning in (
-        ("break_a_scene", "attention loss of Break-a-Scene", {"attention_loss": "break_a_scene"}),
-        ("none", "no attention loss", {"attention_loss": "none"}),
-        ("reward", "reward only", {"attention_loss": "reward"}),
-        ("penalty", "penalty only", {"attention_loss": "penalty"}),
-        ("rank4", "LoRA of rank 4", {"lora_rank": 4}),
-        ("rank64", "LoRA of rank 64", {"lora_rank": 64}),
-        ("full", "whole model fine-tuned", {"finetune": "full"}),
-        ("tokens", "tokens alone, no fine-tuning", {"finetune": "none"}),
-        ("random", "tokens drawn at random", {"initializer_tokens": ()}),
-        ("no_prior", "no class images", {"prior_weight": 0.0}),
-    ):
-        rows.append(Variant(name, text, name, learning))
-    rows += [
-        Variant("no_boxes", "MIFO, no box control", "mifo", {}, {"box_control": False}),
-        Variant("unrefined", "MIFO, boxes as regions throughout", "mifo", {}, {"refine_every": 0}),
-    ]
-    return {row.name: row for row in rows}
+    @property
+    def name(self) -> str:
+        """Also of the folders below learned/ and pictures/."""
+        return f"{self.base_name}-{self.tokens}-{self.loss}"
 
 
-VARIANTS = _variants()
-SHORT_VARIANTS = ("mifo", "break_a_scene", "none", "no_boxes")
+def variants(bases: list[str], tokens: list[str], losses: list[str]) -> list[Variant]:
+    """All of them, the losses innermost."""
+    return [Variant(*each) for each in product(bases, tokens, losses)]
 
 
 def folder_seed(seed: int, name: str) -> int:

@@ -70,12 +70,14 @@ def look_alikes(
     count: int,
     alike: str | None = None,
     kinds: Sequence[str] = KINDS,
+    apart: tuple[float, float] | None = None,
 ) -> tuple[Look, ...]:
     """Invent ``count`` toys that differ in little, of some of the ``kinds``.
 
-    ``alike`` is what they share: ``"kind"`` (their hues are neighbours in :data:`BETWEEN`) or
-    ``"hue"`` (their kinds are of one of the :data:`FAMILIES`); None draws one that is possible.
-    Saturation and value differ by up to a fifth.
+    ``alike`` is what they share: ``"kind"`` (their hues are neighbours) or ``"hue"`` (their kinds
+    are of one of the :data:`FAMILIES`); None draws one that is possible. Hues are neighbours in
+    :data:`BETWEEN`, or begin anywhere and lie ``apart``, between so many degrees. Saturation and
+    value differ by up to a fifth.
     """
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"there is no toy of kind {min(unknown)!r}; choose from {', '.join(KINDS)}")
@@ -90,19 +92,29 @@ def look_alikes(
         )
     if alike is None:
         alike = str(rng.choice(ALIKE)) if families else "kind"
-    first = int(rng.integers(len(BETWEEN)))
+    hues = _neighbours(rng, count, apart)
     if alike == "kind":
         chosen = [str(rng.choice(list(kinds)))] * count
-        hues = [BETWEEN[(first + i) % len(BETWEEN)] for i in range(count)]
     else:
         family = families[rng.integers(len(families))]
         chosen = [str(kind) for kind in rng.permutation(family)[:count]]
-        hues = [BETWEEN[first]] * count
+        hues = hues[:1] * count
     gains = rng.uniform(0.8, 1.0, (count, 2)).round(2)
     return tuple(
         Look(kind, hue, float(saturation), float(value))
         for kind, hue, (saturation, value) in zip(chosen, hues, gains, strict=True)
     )
+
+
+def _neighbours(
+    rng: np.random.Generator, count: int, apart: tuple[float, float] | None
+) -> list[float]:
+    """Hues in degrees, each next to the one before."""
+    if apart is None:
+        first = int(rng.integers(len(BETWEEN)))
+        return [BETWEEN[(first + i) % len(BETWEEN)] for i in range(count)]
+    steps = [rng.uniform(0, 360), *rng.uniform(*apart, count - 1)]
+    return [round(float(hue) % 360, 1) for hue in np.cumsum(steps)]
 
 
 def with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:

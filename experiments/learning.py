@@ -1,4 +1,4 @@
-"""Learning the folders of a comparison, in every variant."""
+"""Learning the folders of a study: what one way has made serves the next."""
 
 import hashlib
 import json
@@ -6,38 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
-from experiments.comparison.settings import STAGE_2_SETTINGS, Settings, Variant, folder_seed
 from mifo.learning.config import LearningConfig
 
-
-def learning_config(work: Path, settings: Settings, variant: Variant, name: str) -> LearningConfig:
-    """Tokens start from what a person would call the toys; the class images show their kinds."""
-    from toybox.scenes.instances import read_looks
-
-    looks = read_looks(work / "folders" / name)
-    kinds = [look.kind.replace("_", " ") for look in looks]
-    words = kinds
-    if settings.words == "phrase":
-        words = [f"{look.nearest_colour} {kind}" for look, kind in zip(looks, kinds, strict=True)]
-    shown = " and ".join(f"{'an' if k[0] in 'aeiou' else 'a'} {k}" for k in sorted(set(kinds)))
-    full = variant.learning.get("finetune") == "full"
-    shared = dict(
-        instance=name,
-        folder_path=str(work / "folders"),
-        model_path=settings.model_path,
-        output_dir=str(work / "learned" / variant.learned),
-        seed=folder_seed(settings.seed, name),
-        train_steps=settings.train_steps,
-        reward_steps=settings.train_steps // 3,
-        learning_rate=settings.learning_rate,
-        finetune_steps=settings.finetune_steps,
-        finetune_learning_rate=settings.full_learning_rate if full else settings.lora_learning_rate,
-        class_prompt=f"a photo of {shown}",
-        num_class_images=settings.num_class_images,
-        initializer_tokens=tuple(words),
-        mixed_precision=settings.mixed_precision,
-    )
-    return LearningConfig.from_settings(**shared | variant.learning)
+#: Settings of learning that stage 1 does not depend on.
+STAGE_2_SETTINGS = {
+    "finetune", "finetune_steps", "finetune_learning_rate", "lora_rank", "prior_weight",
+    "class_prompt", "num_class_images",
+}  # fmt: skip
 
 
 def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
