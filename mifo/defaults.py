@@ -5,10 +5,12 @@ The user's go before the model's, and the model's before the paper's.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 from imagelab.errors import UserError
+from imagelab.io.atomic import write_json
 from imagelab.io.tensors import read_json
 from imagelab.models.sources import locate_model
 from imagelab.settings import Config
@@ -66,6 +68,13 @@ def read_own(source: str, offline: bool = False) -> Own:
             raise UserError(f"{file}: {name} is {str(value)[:40]} and not {what}; {advice}")
     found = {name: known[name](value) for name, value in found.items()}
     return Own(replace(Defaults(), **found), frozenset(found))
+
+
+def write_own(folder: Path, own: Own) -> None:
+    """Put the numbers that a model brings into the folder of a model made from it."""
+    if own.names:
+        values = asdict(own.defaults)
+        write_json(folder / FILE, {name: values[name] for name in values if name in own.names})
 
 
 def settle(

@@ -21,6 +21,7 @@ from imagelab.io.atomic import folder_names, readable
 from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
 from imagelab.models.sources import check_folder, locate_model, model_digest
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
+from mifo.defaults import read_own, write_own
 from mifo.tokens import add_tokens, asset_token, write_rows
 from mifo_lora import (
     LoraError,
@@ -315,11 +316,13 @@ def merge_lora(model: StableDiffusion) -> None:
 def write_pipeline(folder: Path, model: StableDiffusion) -> None:
     """Save a model as it is now, as a pipeline that plain diffusers loads.
 
-    A LoRA in it is merged into its weights for good.
+    A LoRA in it is merged into its weights for good. The numbers that the base model brings go
+    along.
     """
     merge_lora(model)
     # In a group of processes transformers writes in the first alone; here each has its own folders.
     model.text_encoder.should_save_on_this_rank = bool
     with disk_errors(folder):
         model.to_pipeline().save_pretrained(folder)
+    write_own(folder, read_own(model.source, offline=True))
     check_folder(folder)
