@@ -33,7 +33,7 @@ def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
     checkpoint, kept = plan.work / CHECKPOINT, work / "stage1" / stage_1_name(plan)
     if kept.is_file() and not checkpoint.is_file():
         saved = read_checkpoint(kept)
-        saved.facts["settings"] = kept_settings(config)
+        saved.facts["settings"] = kept_settings(plan.config)
         plan.work.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, saved)
 
