@@ -19,7 +19,8 @@ from torch import Tensor
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_names, readable
 from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
-from imagelab.models.sources import check_folder, locate_model, model_digest
+from imagelab.models.digests import weights_digest
+from imagelab.models.sources import check_folder, locate_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from mifo.defaults import read_own, write_own
 from mifo.tokens import add_tokens, asset_token, write_rows
@@ -56,11 +57,16 @@ LEARN_AGAIN = "learn the instance again with --overwrite"
 
 @dataclass(frozen=True)
 class Base:
-    """The base model that a file was learned with, as that file says: where it was, its digest."""
+    """The base model that a file was learned with, as that file says.
+
+    ``source``: where it was; ``sha256``: of its weights; ``configs``: of what its configs say, None
+    where that was not kept.
+    """
 
     file: Path
     source: str
     sha256: str
+    configs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ class Learned:
         """
         if self.pipeline:
             return self._load_pipeline(model_path, offline)
-        model = load_base(model_path or self.base_source, offline)
-        self._check_base(model.source, model.digest, is_chosen=bool(model_path))
+        model = self._load_base(model_path, offline)
+        self._check_base(model.source, model.digest, bool(model_path), model.configs)
         self._check_width(model)
         ids = []
         if self.rows:
@@ -141,24 +147,41 @@ class Learned:
             self._inject_lora(model)
         return model, ids
 
+    def _load_base(self, model_path: str | None, offline: bool) -> StableDiffusion:
+        if model_path:
+            return load_base(model_path, offline)
+        try:
+            return load_base(self.base_source, offline)
+        except UserError as error:
+            raise UserError(f"{self.where} was learned with {self.base_source}: {error}") from error
+
     def _load_pipeline(
         self, model_path: str | None, offline: bool
     ) -> tuple[StableDiffusion, list[int]]:
         if model_path:
             path = locate_model(model_path, offline)
             weights = {"single_file": path} if path.is_file() else check_folder(path)
-            self._check_base(model_path, model_digest(weights), is_chosen=True)
+            self._check_base(model_path, weights_digest(weights), True)
         model = load_base(str(self.pipeline), offline)
         return model, model.tokenizer.convert_tokens_to_ids(self.tokens)
 
-    def _check_base(self, source: str, digest: str, is_chosen: bool) -> None:
+    def _check_base(
+        self, source: str, digest: str, is_chosen: bool, configs: str | None = None
+    ) -> None:
+        """Raises UserError, or warns, where a model is not the one that was learned with."""
         for base in self.bases:
-            if base.sha256 == digest:
+            if base.sha256 != digest:
+                difference = (
+                    f"{base.file} was learned with {base.source} (sha256 {base.sha256[:12]}…), and "
+                    f"{source} is another model ({digest[:12]}…)"
+                )
+            elif None not in (configs, base.configs) and base.configs != configs:
+                difference = (
+                    f"{base.file} was learned with {base.source}, and {source} has the same "
+                    "weights, but other configs: another schedule of noise, or scale of latents"
+                )
+            else:
                 continue
-            difference = (
-                f"{base.file} was learned with {base.source} (sha256 {base.sha256[:12]}…), and "
-                f"{source} is another model ({digest[:12]}…)"
-            )
             if self.folder or not is_chosen:
                 raise UserError(f"{difference}; give its own base model with --model_path")
             log.warning("%s: what is learned may look different with it", difference)
@@ -216,7 +239,7 @@ def read_manifest(path: Path) -> dict:
     if not wrong and tokens != [asset_token(i) for i in range(max(1, len(tokens)))]:
         wrong = f"tokens is {tokens}"
     shapes = manifest.get("proportions", [1] * len(tokens)) if not wrong else []
-    if len(shapes) != len(tokens) or any(each <= 0 for each in shapes):
+    if not wrong and (len(shapes) != len(tokens) or min(shapes) <= 0):
         wrong = f"proportions is {shapes}"
     if wrong:
         raise UserError(f"{file}: {wrong}; {LEARN_AGAIN}")
@@ -241,7 +264,7 @@ def read_learned_folder(path: Path) -> Learned:
         rows={i: _read_row(file, asset_token(i)) for i, file in files.items()},
         row_files=files,
         lora=lora,
-        bases=(Base(path, base["source"], base["sha256"]),),
+        bases=(Base(path, base["source"], base["sha256"], base.get("configs")),),
         where=str(path),
         folder=path,
         manifest=manifest,

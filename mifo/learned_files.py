@@ -83,4 +83,5 @@ def _base_of(path: Path, metadata: dict[str, str]) -> list[Base]:
         return []
     name = f"the manifest in the metadata of {path}"
     base = parse_json(metadata["mifo"], FORM, name, "export it again with semantic_export.py")
-    return [Base(path, base["base_model"]["source"], base["base_model"]["sha256"])]
+    model = base["base_model"]
+    return [Base(path, model["source"], model["sha256"], model.get("configs"))]

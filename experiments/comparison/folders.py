@@ -19,7 +19,8 @@ from experiments.tasks import Task
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.io.folders import check_writable
-from imagelab.models.sources import check_folder, locate_model, model_digest
+from imagelab.models.digests import weights_digest
+from imagelab.models.sources import check_folder, locate_model
 from mifo.learning.checks import check_settings
 from mifo.learning.config import LearningConfig
 from toybox.scenes.instances import look_alikes, read_looks, with_looks, write_folder
@@ -64,7 +65,7 @@ def prepare(work: Path, settings: Settings, bases: Sequence[str]) -> list[str]:
     models = {base: locate_model(base, offline=True) for base in bases}
     kinds = trained_kinds(models[bases[0]])
     now = {k: v for k, v in asdict(settings).items() if k not in FREE_SETTINGS}
-    digests = {base: model_digest(check_folder(path))[:12] for base, path in models.items()}
+    digests = {base: weights_digest(check_folder(path))[:12] for base, path in models.items()}
     path = work / "settings.json"
     then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now | digests
     differ = [key for key in now if then.get(key) != now[key]]

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ DTYPES = (
 
 UMASK = os.umask(0)
 os.umask(UMASK)
+MOST_JSON = 64 * 2**20  # bytes
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -65,6 +67,12 @@ def read_metadata(path: Path, advice: str) -> dict[str, str]:
     """The metadata of a safetensors file alone; raises UserError as `read_tensors` does."""
     with _opened(path, advice) as file:
         return file.metadata() or {}
+
+
+def tensor_names(path: Path, advice: str) -> list[str]:
+    """The names of a safetensors file's tensors; raises UserError as `read_tensors` does."""
+    with _opened(path, advice) as file:
+        return list(file.keys())
 
 
 @contextmanager
@@ -124,26 +132,31 @@ def disk_errors(path: Path) -> Iterator[None]:
 # facts
 
 
-def read_json(path: Path, form: object, advice: str) -> dict:
+def read_json(path: Path, form: object, advice: str, clip: bool = False) -> dict:
     """The facts in a JSON file, which have a form; see `misfit`.
 
-    Raises UserError, ending with ``advice``, for a file that is missing, damaged or of another
-    form.
+    ``clip``: whole numbers beyond 64 bits become the largest of these.
+
+    Raises UserError, ending with ``advice``, for a file that is missing, damaged, too large, or of
+    another form.
     """
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise UserError(f"{path} is too large, {path.stat().st_size >> 20} MiB; {advice}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}; {advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; {advice}") from error
-    return parse_json(text, form, str(path), advice)
+    return parse_json(text, form, str(path), advice, clip)
 
 
-def parse_json(text: str, form: object, name: str, advice: str) -> dict:
+def parse_json(text: str, form: object, name: str, advice: str, clip: bool = False) -> dict:
     """Facts from JSON text, as `read_json` reads them; ``name`` is what a message calls it."""
+    whole = partial(_parse_int, clip=clip)
     try:
         facts = json.loads(
-            text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
+            text, parse_int=whole, parse_float=_parse_float, parse_constant=_parse_float
         )
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply; {advice}") from error
@@ -189,10 +202,12 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _parse_int(text: str) -> int:
+def _parse_int(text: str, clip: bool) -> int:
     """A whole number of 64 bits: no longer one can be a count or a seed."""
     if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:
-        raise ValueError(f"it holds a number of {len(text)} digits")
+        if not clip:
+            raise ValueError(f"it holds a number of {len(text)} digits")
+        return -(2**63) if text.startswith("-") else 2**63 - 1
     return number
 
 

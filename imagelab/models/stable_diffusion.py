@@ -1,5 +1,6 @@
 """Stable Diffusion 1 and 2: read from a folder or a single file, and checked."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,24 +11,44 @@ import torch
 from torch import Tensor
 
 from imagelab.errors import UserError, memory_errors
+from imagelab.io.tensors import tensor_names
 from imagelab.models.base import Posterior
+from imagelab.models.digests import weights_digest
+from imagelab.models.parts import STABLE_DIFFUSION, check_classes, checked_folder, read_config
 from imagelab.models.sources import (
     MIRRORS,
     PARTS,
     check_folder,
+    fetch_configs,
     locate_model,
-    model_digest,
 )
 from imagelab.prompts import encode_ids
 
 log = logging.getLogger(__name__)
+
+#: Keys of configs that change what a model does without changing the shapes of its weights.
+MEANING = {
+    "scheduler": (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+        "prediction_type", "rescale_betas_zero_snr",
+    ),
+    "vae": ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn"),
+    "unet": (
+        "attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn",
+        "flip_sin_to_cos", "freq_shift", "mid_block_scale_factor", "center_input_sample",
+    ),
+}  # fmt: skip
+TEXT_MEANING = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+#: Where diffusers keeps the configs of Stable Diffusion 1, which a single file lacks.
+CONFIGS_OF_1 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass
 class StableDiffusion:
     """A Stable Diffusion in parts, a :class:`~imagelab.models.base.DiffusionModel`.
 
-    ``source`` is where it came from, ``digest`` the sha256 of its weights.
+    ``source`` is where it came from, ``digest`` the sha256 of its weights. :attr:`configs` says
+    what the weights do not: two models with the same of both paint the same.
     """
 
     tokenizer: object
@@ -37,6 +58,17 @@ class StableDiffusion:
     scheduler: object
     source: str
     digest: str
+
+    @property
+    def configs(self) -> str:
+        """sha256 of what the configs say of the noise, the scale of latents, and the layers."""
+        facts = {
+            name: {key: _plain(getattr(self, name).config.get(key)) for key in keys}
+            for name, keys in MEANING.items()
+        }
+        text = self.text_encoder.config.to_dict()
+        facts["text_encoder"] = {key: _plain(text.get(key)) for key in TEXT_MEANING}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def vae_factor(self) -> int:
@@ -116,6 +148,13 @@ def picture_sizes(unet: Mapping, vae: Mapping) -> tuple[int, int]:
     return side * _halvings(vae), _halvings(vae) * _halvings(unet)
 
 
+def _plain(value: object) -> object:
+    """A value of a config for JSON: a whole float as the int it equals, tuples as lists."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _halvings(config: Mapping) -> int:
     """By how much a UNet or a VAE divides the sides of what it reads."""
     return 2 ** (len(config["block_out_channels"]) - 1)
@@ -130,12 +169,12 @@ def read_sizes(source: str, offline: bool = False) -> tuple[int, int] | None:
     path = locate_model(source, offline)
     if path.is_file():
         return None
-    check_folder(path)
-
-    def read(folder: Path) -> dict:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-    unet, vae = (_read(read, path / part) for part in ("unet", "vae"))
+    weights = check_folder(path)
+    check_classes(path, STABLE_DIFFUSION)
+    unet, vae = (
+        read_config(path / part / "config.json", STABLE_DIFFUSION[part], weights[part])
+        for part in ("unet", "vae")
+    )
     return _read(lambda _: picture_sizes(unet, vae), path / "unet")
 
 
@@ -159,30 +198,45 @@ def load_base(source: str, offline: bool = False) -> StableDiffusion:
     if path.is_file():
         return _load_single_file(path, source, offline)
     weights = check_folder(path)
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    with checked_folder(path, STABLE_DIFFUSION, weights) as ours:
+        parts = {
+            part: _read(lambda _, p=part: LOADERS[p](ours / p), path / part)
+            for part in STABLE_DIFFUSION
+        }
+    return _checked(StableDiffusion(**parts, source=source, digest=weights_digest(weights)))
 
-    def load(make: Callable, part: str):
-        variant = {"variant": "fp16"} if ".fp16." in weights[part].name else {}
-        module, report = make(
-            path / part, use_safetensors=True, output_loading_info=True, **variant
-        )
-        if report["missing_keys"]:
-            raise UserError(f"its weights lack {min(report['missing_keys'])}")
-        return module.float()
 
-    model = StableDiffusion(
-        tokenizer=_read(CLIPTokenizer.from_pretrained, path / "tokenizer"),
-        text_encoder=_read(
-            lambda p: load(CLIPTextModel.from_pretrained, p.name), path / "text_encoder"
-        ),
-        vae=_read(lambda p: load(AutoencoderKL.from_pretrained, p.name), path / "vae"),
-        unet=_read(lambda p: load(UNet2DConditionModel.from_pretrained, p.name), path / "unet"),
-        scheduler=_read(_load_scheduler, path / "scheduler"),
-        source=source,
-        digest=model_digest(weights),
+def _load_unet(folder: Path):
+    from diffusers import UNet2DConditionModel
+
+    return _load_module(UNet2DConditionModel, folder)
+
+
+def _load_vae(folder: Path):
+    from diffusers import AutoencoderKL
+
+    return _load_module(AutoencoderKL, folder)
+
+
+def _load_text_encoder(folder: Path):
+    from transformers import CLIPTextModel
+
+    return _load_module(CLIPTextModel, folder)
+
+
+def _load_module(kind, folder: Path):
+    module, report = kind.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, local_files_only=True
     )
-    return _checked(model)
+    if report["missing_keys"]:
+        raise UserError(f"its weights lack {min(report['missing_keys'])}")
+    return module.float()
+
+
+def _load_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _load_scheduler(folder: Path):
@@ -190,6 +244,15 @@ def _load_scheduler(folder: Path):
 
     config = json.loads((folder / "scheduler_config.json").read_text())
     return DDIMScheduler.from_config({k: v for k, v in config.items() if k != "_class_name"})
+
+
+LOADERS = {
+    "tokenizer": _load_tokenizer,
+    "text_encoder": _load_text_encoder,
+    "vae": _load_vae,
+    "unet": _load_unet,
+    "scheduler": _load_scheduler,
+}
 
 
 def _read(make: Callable, folder: Path):
@@ -210,29 +273,19 @@ def _read(make: Callable, folder: Path):
 def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion:
     """A checkpoint in Stability's format, with the configs of the diffusers folder it lies in.
 
-    Elsewhere Stable Diffusion 2 takes a mirror's configs (the repository that diffusers would ask
-    is gone), and other models what diffusers finds for them on the hub.
+    Elsewhere it takes those of a mirror on the hub, which no weights are fetched from.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from safetensors import safe_open
+
+    folder = path.parent
+    if not (folder / "model_index.json").is_file():
+        folder = fetch_configs(_configs_for(path), offline)
 
     def load(file: Path):
-        config = {}
-        if (file.parent / "model_index.json").is_file():
-            config = {"config": str(file.parent)}
-        else:
-            with safe_open(file, framework="pt") as tensors:
-                if any(name.startswith("cond_stage_model.model.") for name in tensors.keys()):  # noqa: SIM118
-                    config = {"config": MIRRORS[0]}
-                    log.warning(
-                        "%s is taken for Stable Diffusion 2.1 base (512 px, epsilon), since the "
-                        "file cannot tell; put one of 768 px (v-prediction) into its diffusers "
-                        "folder",
-                        file,
-                    )
-        return StableDiffusionPipeline.from_single_file(
-            str(file), local_files_only=offline, safety_checker=None, **config
-        )
+        with checked_folder(folder, STABLE_DIFFUSION, {}) as configs:
+            return StableDiffusionPipeline.from_single_file(
+                str(file), local_files_only=True, safety_checker=None, config=str(configs)
+            )
 
     pipeline = _read(load, path)
     model = StableDiffusion(
@@ -242,9 +295,32 @@ def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion
         unet=pipeline.unet.float(),
         scheduler=DDIMScheduler.from_config(pipeline.scheduler.config),
         source=source,
-        digest=model_digest({"single_file": path}),
+        digest=weights_digest({"single_file": path}),
     )
     return _checked(model)
+
+
+def _configs_for(path: Path) -> str:
+    """The repository with the configs of a checkpoint that lies alone."""
+    names = tensor_names(path, "give another --model_path")
+    if any("lora" in name for name in names):
+        raise UserError(
+            f"{path} is a LoRA, not a base model; give it with --lora, and the model that it is "
+            "for with --model_path"
+        )
+    if any(name.startswith("cond_stage_model.model.") for name in names):
+        log.warning(
+            "%s is taken for Stable Diffusion 2.1 base (512 px, epsilon), since the file cannot "
+            "tell; put one of 768 px (v-prediction) into its diffusers folder",
+            path,
+        )
+        return MIRRORS[0]
+    if any(name.startswith("cond_stage_model.transformer.") for name in names):
+        return CONFIGS_OF_1
+    raise UserError(
+        f"{path} is no checkpoint of Stable Diffusion 1 or 2; give another --model_path, such as "
+        "a diffusers folder"
+    )
 
 
 def _check_kind(unet: Mapping, vae: Mapping, text_encoder: Mapping, source: str) -> None:

@@ -113,6 +113,7 @@ def inputs_of(plan: Plan) -> dict:
     pictures = plan.class_images or ()
     return {
         "base model": plan.model.digest,
+        "set of the base model's configs": plan.model.configs,
         "picture": plan.instance.image_hash,
         "set of masks": list(plan.instance.mask_hashes),
         "set of class images": [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures],

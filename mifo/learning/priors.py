@@ -42,6 +42,7 @@ def class_latents(
     """
     key = [
         model.digest,
+        model.configs,
         prompt,
         seed,
         list(size),

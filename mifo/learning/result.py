@@ -6,6 +6,7 @@ import torch
 
 from imagelab.io.atomic import replacing
 from imagelab.io.images import proportion
+from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learned import (
     FORMAT,
     PIPELINE,
@@ -61,7 +62,7 @@ def describe_result(session: Session, curves: dict[str, list[float]], scores: li
     plan = session.plan
     return {
         "format": FORMAT,
-        "base_model": {"source": plan.model.source, "sha256": plan.model.digest},
+        "base_model": base_facts(plan.model),
         "tokens": [asset_token(i) for i in range(len(session.ids))],
         "image_sha256": plan.instance.image_hash,
         "mask_sha256": list(plan.instance.mask_hashes),
@@ -78,6 +79,11 @@ def describe_result(session: Session, curves: dict[str, list[float]], scores: li
             "transformers": transformers.__version__,
         },
     }
+
+
+def base_facts(model: StableDiffusion) -> dict[str, str]:
+    """What says which base model it is, for JSON."""
+    return {"source": model.source, "sha256": model.digest, "configs": model.configs}
 
 
 def _tail_mean(values: list[float], count: int = 50) -> float | None:

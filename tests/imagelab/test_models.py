@@ -1,6 +1,7 @@
 """Base models: chosen, found, read and checked."""
 
 import errno
+import json
 import logging
 import shutil
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from thin import thin_pipeline, thin_scheduler, thin_unet
 
 from imagelab.errors import sentence
+from imagelab.models import stable_diffusion
 from imagelab.models.device import choose_device, choose_precision
 from imagelab.models.sources import DEFAULT_MODEL, MIRRORS, choose_model, locate_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
@@ -326,7 +328,7 @@ def test_weights_that_lack_a_tensor(broken, part):
 def test_weights_that_end_early(broken, part):
     file = broken / WEIGHTS[part]
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"{part} could not be loaded \(.*fetch the model again"):
+    with pytest.raises(ValueError, match=rf"{part}/.*cannot be read as safet.*fetch the model"):
         load_base(str(broken))
 
 
@@ -365,7 +367,7 @@ def test_out_of_memory_is_not_reported_as_a_broken_file(broken, monkeypatch):
 
 def test_a_single_file_that_is_none(here):
     (here / "model.safetensors").write_bytes(b"nothing of the sort")
-    with pytest.raises(ValueError, match=r"model\.safetensors could not be loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
         load_base("model.safetensors", offline=True)
 
 
@@ -378,11 +380,19 @@ def test_a_single_file_of_stable_diffusion_2(thin, here, tiny_sd, monkeypatch, c
 
     def from_single_file(path, **options):
         asked.update(options)
+        asked["index"] = json.loads((Path(options["config"]) / "model_index.json").read_text())
         return pipeline
 
+    def fetch_configs(hub_id, offline):
+        asked["fetched"] = hub_id, offline
+        return thin
+
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    monkeypatch.setattr(stable_diffusion, "fetch_configs", fetch_configs)
     base = load_base("sd2.safetensors", offline=True)
-    assert asked["config"] == MIRRORS[0]
+    assert asked["fetched"] == (MIRRORS[0], True)
+    assert asked["local_files_only"]  # diffusers itself never asks the hub
+    assert asked["index"]["text_encoder"] == ["transformers", "CLIPTextModel"]
     assert "512 px" in caplog.text and "diffusers folder" in caplog.text
     assert type(base.scheduler) is DDIMScheduler
     assert base.scheduler.config.prediction_type == "v_prediction"

@@ -35,6 +35,7 @@ def make(tmp_path):
     def run(count=3, **settings):
         model = SimpleNamespace(
             digest=settings.pop("digest", "a model"),
+            configs=settings.pop("configs", "its configs"),
             dtype=settings.pop("dtype", torch.float32),
             device="cpu",
             latent_channels=4,
@@ -79,6 +80,7 @@ def test_the_batch_changes_no_class_image(make, painted, tmp_path):
     "other",
     [
         {"prompt": "a dog"}, {"seed": 6}, {"size": (3, 2)}, {"digest": "another"},
+        {"configs": "others"},
         {"dtype": torch.bfloat16},
     ],
     ids=lambda other: next(iter(other)),

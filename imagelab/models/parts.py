@@ -1,0 +1,214 @@
+"""The parts of a pipeline folder, read as if from a stranger: no code of its own ever runs.
+
+A folder is not handed to diffusers or transformers, whose loaders import modules that its files
+name, open pickles, adapters and shards that lie beside the weights, and take kernels from the hub.
+What is known of it is copied into a folder of our own: of configs the keys that are known, of
+weights the one file that was hashed, as a link. The loaders see that folder alone.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import safe_open
+
+from imagelab.errors import UserError
+from imagelab.io.tensors import read_json
+
+MOST_LISTED = 64  # values in a list of a config
+#: A number in a config may be so large, or as large as the largest side of a tensor.
+LARGE = 4096
+ADVICE = "fetch the model again or give another --model_path"
+UNBOUNDED = ("model_max_length", "seed")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+LARGEST_TEXT = 64 * 2**20  # bytes of a file of a tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of a pipeline may be, and which files it has.
+
+    Attributes:
+        library: that its class comes from; ``classes``: their names, the first is the usual one.
+        config: name of its JSON file.
+        keys: of the config that are read; empty: whatever is not hidden or about other files.
+        weights: stem of the name of its safetensors file, "" if it has none.
+    """
+
+    library: str
+    classes: tuple[str, ...]
+    config: str
+    keys: tuple[str, ...] = ()
+    weights: str = ""
+
+
+#: Keys that make a loader look elsewhere or choose code; those that begin with "_" are hidden.
+ELSEWHERE = (
+    "auto_map", "quantization_config", "attn_implementation", "experts_implementation", "adapter",
+    "custom_pipelines", "trust_remote_code", "architectures", "torch_dtype", "dtype",
+)  # fmt: skip
+CLIP_TEXT = (
+    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
+    "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps",
+    "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id",
+    "bos_token_id", "eos_token_id", "model_type",
+)  # fmt: skip
+CLIP_TOKENS = (
+    "model_max_length", "unk_token", "bos_token", "eos_token", "pad_token", "added_tokens_decoder",
+    "clean_up_tokenization_spaces", "additional_special_tokens", "extra_special_tokens",
+    "do_lower_case", "add_prefix_space", "errors",
+)  # fmt: skip
+SCHEDULERS = (
+    "DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "LCMScheduler",
+)  # fmt: skip
+STABLE_DIFFUSION = {
+    "unet": Part(
+        "diffusers", ("UNet2DConditionModel",), "config.json", weights="diffusion_pytorch_model"
+    ),
+    "vae": Part("diffusers", ("AutoencoderKL",), "config.json", weights="diffusion_pytorch_model"),
+    "text_encoder": Part(
+        "transformers", ("CLIPTextModel",), "config.json", CLIP_TEXT, weights="model"
+    ),
+    "tokenizer": Part(
+        "transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", CLIP_TOKENS
+    ),
+    "scheduler": Part("diffusers", SCHEDULERS, "scheduler_config.json"),
+}
+
+
+@contextmanager
+def checked_folder(
+    folder: Path, parts: Mapping[str, Part], weights: Mapping[str, Path]
+) -> Iterator[Path]:
+    """A folder of our own, for as long as loading takes, with what is known of a pipeline folder.
+
+    Args:
+        weights: the safetensors file of each part that is to have one.
+
+    Raises:
+        UserError: a part is of another class, or its files are not what they should be.
+    """
+    check_classes(folder, parts)
+    with TemporaryDirectory(prefix="imagelab-", ignore_cleanup_errors=True) as name:
+        ours = Path(name)
+        index = {key: [part.library, part.classes[0]] for key, part in parts.items()}
+        _write(ours / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index)
+        for key, part in parts.items():
+            (ours / key).mkdir()
+            config = read_config(folder / key / part.config, part, weights.get(key))
+            _write(ours / key / part.config, config)
+            if key in weights:
+                link(weights[key], ours / key / f"{part.weights}.safetensors")
+            if key == "tokenizer":
+                _copy_tokenizer(folder / key, ours / key)
+        yield ours
+
+
+def check_classes(folder: Path, parts: Mapping[str, Part]) -> None:
+    """Raises UserError unless a folder's model_index.json names known classes for its parts."""
+    path = folder / "model_index.json"
+    index = read_json(path, {}, ADVICE)
+    for key, part in parts.items():
+        found = index.get(key)
+        library, name = found if type(found) is list and len(found) == 2 else (None, found)
+        if library != part.library or name not in part.classes:
+            raise UserError(
+                f"{path} says that {key} is {_shown(found)}, and this program knows "
+                f"{part.library}.{part.classes[0]} alone; {ADVICE}"
+            )
+
+
+def read_config(path: Path, part: Part, weights: Path | None = None) -> dict:
+    """The keys of a config that are known, checked against the sizes of the part's weights."""
+    config = read_json(path, {}, ADVICE, clip=True)  # some tokenizers have no longest text: 10^30
+    if (name := config.get("_class_name", part.classes[0])) not in part.classes:
+        raise UserError(f"{path} is of a {_shown(name)} and not of a {part.classes[0]}; {ADVICE}")
+    known = {
+        key: value
+        for key, value in config.items()
+        if (key in part.keys if part.keys else not key.startswith("_") and key not in ELSEWHERE)
+    }
+    largest, tensors = _sizes(weights) if weights else (LARGE, LARGE)
+    _check_numbers(known, path, max(largest, LARGE), max(tensors, 1))
+    if part.library == "diffusers":
+        known["_class_name"] = name
+    return known
+
+
+def _sizes(path: Path) -> tuple[int, int]:
+    """The largest side of a tensor in a safetensors file, and how many tensors there are."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            sides = [max(file.get_slice(name).get_shape(), default=1) for name in file.keys()]  # noqa: SIM118
+    except Exception as error:  # a damaged file makes safetensors raise almost anything
+        raise UserError(
+            f"{path} cannot be read as safetensors ({str(error)[:80]}); {ADVICE}"
+        ) from error
+    return max(sides, default=1), len(sides)
+
+
+def _check_numbers(value, path: Path, most: int, tensors: int, key: str = "") -> None:
+    """Raises UserError for numbers in a config that no file of such weights can have."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_numbers(each, path, most, tensors, str(name))
+    elif isinstance(value, list):
+        if len(value) > MOST_LISTED:
+            raise UserError(f"{path}: {key[:40]} is a list of {len(value)} values; {ADVICE}")
+        for each in value:
+            _check_numbers(each, path, most, tensors, key)
+    elif type(value) is int and key not in UNBOUNDED:
+        limit = tensors if "layer" in key else most
+        if abs(value) > limit:
+            raise UserError(
+                f"{path}: {key[:40]} is {_shown(value)}, which its weights do not have; {ADVICE}"
+            )
+
+
+def _copy_tokenizer(folder: Path, ours: Path) -> None:
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"{path} is too large for a tokenizer; {ADVICE}")
+        shutil.copyfile(path, ours / name)
+    path = folder / "special_tokens_map.json"
+    if path.is_file():
+        found = read_json(path, {}, ADVICE)
+        _write(ours / path.name, {key: found[key] for key in CLIP_TOKENS if key in found})
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        found = read_json(path, {}, ADVICE)
+        _write(ours / path.name, {key: each for key, each in found.items() if type(each) is int})
+
+
+def link(source: Path, target: Path) -> None:
+    """Let a file have a second name; a copy, where the disk knows no links."""
+    source = source.resolve()
+    for make in (os.symlink, os.link, shutil.copyfile):
+        try:
+            make(source, target)
+        except OSError:
+            if make is shutil.copyfile:
+                raise
+        else:
+            return
+
+
+def _write(path: Path, facts: dict) -> None:
+    path.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _shown(value: object) -> str:
+    text = ".".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
