@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import write_json
 from imagelab.io.tensors import read_json
 from imagelab.models.sources import locate_model
@@ -53,14 +53,15 @@ def read_own(source: str, offline: bool = False) -> Own:
     """
     path = locate_model(source, offline)
     file = (path if path.is_dir() else path.parent) / FILE
-    if not file.is_file():
+    if not (file.exists() or file.is_symlink()):
         return Own(Defaults(), frozenset())
     advice = "mend the file, or take it away"
     found = read_json(file, {}, advice)
     known = {field.name: field.type for field in fields(Defaults)}
     for name, value in found.items():
         if name not in known:
-            raise UserError(f"{file} has a {name!r}; it may have {', '.join(known)}: {advice}")
+            names = ", ".join(known)
+            raise UserError(f"{file} has a {shorten(name)!r}; it may have {names}: {advice}")
         least = int(known[name] is int)
         fits = type(value) is int or (known[name] is float and type(value) is float)
         if not fits or value < least:

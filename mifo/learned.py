@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import folder_names, readable
 from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
 from imagelab.models.digests import weights_digest
@@ -30,6 +30,7 @@ from mifo_lora import (
     has_lora,
     inject_from,
     lora_state_dict,
+    merge_from,
     remove,
     to_diffusers,
 )
@@ -71,7 +72,7 @@ class Base:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in the keys of diffusers or kohya: float32 tensors by key, and the metadata."""
+    """A LoRA in the keys that mifo_lora reads: float32 tensors by key, and the metadata."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -153,7 +154,8 @@ class Learned:
         try:
             return load_base(self.base_source, offline)
         except UserError as error:
-            raise UserError(f"{self.where} was learned with {self.base_source}: {error}") from error
+            source = shorten(self.base_source)
+            raise UserError(f"{self.where} was learned with {source}: {error}") from error
 
     def _load_pipeline(
         self, model_path: str | None, offline: bool
@@ -172,12 +174,12 @@ class Learned:
         for base in self.bases:
             if base.sha256 != digest:
                 difference = (
-                    f"{base.file} was learned with {base.source} (sha256 {base.sha256[:12]}…), and "
+                    f"{base.file} was learned with {shorten(base.source)} (sha256 {base.sha256[:12]}…), and "
                     f"{source} is another model ({digest[:12]}…)"
                 )
             elif None not in (configs, base.configs) and base.configs != configs:
                 difference = (
-                    f"{base.file} was learned with {base.source}, and {source} has the same "
+                    f"{base.file} was learned with {shorten(base.source)}, and {source} has the same "
                     "weights, but other configs: another schedule of noise, or scale of latents"
                 )
             else:
@@ -199,10 +201,11 @@ class Learned:
 
     def _inject_lora(self, model: StableDiffusion) -> None:
         parts = {"unet": model.unet, "text_encoder": model.text_encoder}
+        add = inject_from if self.folder else merge_from  # files of others may hold convolutions
         try:
             for part, state in from_file(self.lora.tensors, parts, self.lora.metadata).items():
                 if state:
-                    inject_from(parts[part], state)
+                    add(parts[part], state)
         except LoraError as error:
             raise UserError(f"{self.lora.path} on {model.source}: {error}") from error
 
@@ -260,6 +263,8 @@ def read_learned_folder(path: Path) -> Learned:
         if not file.exists():
             raise UserError(f"{path} has no {file.name}; {LEARN_AGAIN}")
     lora = LoraFile(folder / LORA, *read_tensors(folder / LORA, LEARN_AGAIN)) if has_lora else None
+    if lora and not lora.tensors:
+        raise UserError(f"{path / LORA} is empty; {LEARN_AGAIN}")
     return Learned(
         rows={i: _read_row(file, asset_token(i)) for i, file in files.items()},
         row_files=files,

@@ -140,12 +140,12 @@ def read_json(path: Path, form: object, advice: str, clip: bool = False) -> dict
     Raises UserError, ending with ``advice``, for a file that is missing, damaged, too large, or of
     another form.
     """
+    if not path.is_file():  # nor a pipe, which might never end, nor a link in a circle
+        raise UserError(f"there is no file {path}; {advice}")
     try:
         if path.stat().st_size > MOST_JSON:
             raise UserError(f"{path} is too large, {path.stat().st_size >> 20} MiB; {advice}")
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; {advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; {advice}") from error
     return parse_json(text, form, str(path), advice, clip)

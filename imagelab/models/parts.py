@@ -19,14 +19,11 @@ from safetensors import safe_open
 
 from imagelab.errors import UserError
 from imagelab.io.tensors import read_json
+from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG, copy_clip_tokenizer
 
 MOST_LISTED = 64  # values in a list of a config
 #: A number in a config may be so large, or as large as the largest side of a tensor.
 LARGE = 4096
-ADVICE = "fetch the model again or give another --model_path"
-UNBOUNDED = ("model_max_length", "seed")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
-LARGEST_TEXT = 64 * 2**20  # bytes of a file of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,6 @@ CLIP_TEXT = (
     "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id",
     "bos_token_id", "eos_token_id", "model_type",
 )  # fmt: skip
-CLIP_TOKENS = (
-    "model_max_length", "unk_token", "bos_token", "eos_token", "pad_token", "added_tokens_decoder",
-    "clean_up_tokenization_spaces", "additional_special_tokens", "extra_special_tokens",
-    "do_lower_case", "add_prefix_space", "errors",
-)  # fmt: skip
 SCHEDULERS = (
     "DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -79,7 +71,7 @@ STABLE_DIFFUSION = {
         "transformers", ("CLIPTextModel",), "config.json", CLIP_TEXT, weights="model"
     ),
     "tokenizer": Part(
-        "transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", CLIP_TOKENS
+        "transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json"
     ),
     "scheduler": Part("diffusers", SCHEDULERS, "scheduler_config.json"),
 }
@@ -104,12 +96,13 @@ def checked_folder(
         _write(ours / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | index)
         for key, part in parts.items():
             (ours / key).mkdir()
+            if part.config == TOKENIZER_CONFIG:
+                copy_clip_tokenizer(folder / key, ours / key)
+                continue
             config = read_config(folder / key / part.config, part, weights.get(key))
             _write(ours / key / part.config, config)
             if key in weights:
                 link(weights[key], ours / key / f"{part.weights}.safetensors")
-            if key == "tokenizer":
-                _copy_tokenizer(folder / key, ours / key)
         yield ours
 
 
@@ -129,7 +122,7 @@ def check_classes(folder: Path, parts: Mapping[str, Part]) -> None:
 
 def read_config(path: Path, part: Part, weights: Path | None = None) -> dict:
     """The keys of a config that are known, checked against the sizes of the part's weights."""
-    config = read_json(path, {}, ADVICE, clip=True)  # some tokenizers have no longest text: 10^30
+    config = read_json(path, {}, ADVICE)
     if (name := config.get("_class_name", part.classes[0])) not in part.classes:
         raise UserError(f"{path} is of a {_shown(name)} and not of a {part.classes[0]}; {ADVICE}")
     known = {
@@ -166,30 +159,12 @@ def _check_numbers(value, path: Path, most: int, tensors: int, key: str = "") ->
             raise UserError(f"{path}: {key[:40]} is a list of {len(value)} values; {ADVICE}")
         for each in value:
             _check_numbers(each, path, most, tensors, key)
-    elif type(value) is int and key not in UNBOUNDED:
+    elif type(value) is int:
         limit = tensors if "layer" in key else most
         if abs(value) > limit:
             raise UserError(
                 f"{path}: {key[:40]} is {_shown(value)}, which its weights do not have; {ADVICE}"
             )
-
-
-def _copy_tokenizer(folder: Path, ours: Path) -> None:
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if path.stat().st_size > LARGEST_TEXT:
-            raise UserError(f"{path} is too large for a tokenizer; {ADVICE}")
-        shutil.copyfile(path, ours / name)
-    path = folder / "special_tokens_map.json"
-    if path.is_file():
-        found = read_json(path, {}, ADVICE)
-        _write(ours / path.name, {key: found[key] for key in CLIP_TOKENS if key in found})
-    path = folder / "added_tokens.json"
-    if path.is_file():
-        found = read_json(path, {}, ADVICE)
-        _write(ours / path.name, {key: each for key, each in found.items() if type(each) is int})
 
 
 def link(source: Path, target: Path) -> None:

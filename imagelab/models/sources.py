@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,13 @@ def locate_model(source: str, offline: bool = False) -> Path:
         return folder
     path = Path(source).expanduser()
     pickles = (".ckpt", ".bin", ".pt", ".pth")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: there is a zero byte in it
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(
+                f"there can be no model at {shorten(source)!r}; give another --model_path"
+            ) from error
     if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
         return path
     if path.suffix in pickles and path.is_file():

@@ -22,6 +22,7 @@ from imagelab.models.sources import (
     fetch_configs,
     locate_model,
 )
+from imagelab.models.tokenizers import ADVICE
 from imagelab.prompts import encode_ids
 
 log = logging.getLogger(__name__)
@@ -341,10 +342,26 @@ def _check_kind(unet: Mapping, vae: Mapping, text_encoder: Mapping, source: str)
     )
 
 
+def _check_words(model: StableDiffusion) -> None:
+    """Raises UserError unless the text encoder knows all tokens; a text ends where it can."""
+    tokenizer, config = model.tokenizer, model.text_encoder.config
+    most, table = max(tokenizer.get_vocab().values()), config.vocab_size
+    if most >= table:
+        why = f"its tokenizer has a token of number {most}, its text encoder knows {table}"
+    elif None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        why = "its tokenizer has no start, end or padding token"
+    else:
+        longest = min(tokenizer.model_max_length, config.max_position_embeddings)
+        tokenizer.model_max_length = longest
+        return
+    raise UserError(f"the model {model.source} is damaged ({why}); {ADVICE}")
+
+
 def _checked(model: StableDiffusion) -> StableDiffusion:
     _check_kind(
         model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.source
     )
+    _check_words(model)
     for part in PARTS:
         module = getattr(model, part)
         module.requires_grad_(False).eval()

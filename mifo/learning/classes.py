@@ -17,7 +17,7 @@ def read_classes(folder: Path, masks: int) -> tuple[str, ...]:
     Empty where there is no ``instance.json``. Raises UserError for one that cannot be used.
     """
     file = folder / DESCRIPTION
-    if not file.exists():
+    if not (file.exists() or file.is_symlink()):
         return ()
     found = read_json(file, {"class": (str, [str])}, ADVICE)
     if unknown := found.keys() - {"class"}:
