@@ -172,14 +172,15 @@ class Learned:
     ) -> None:
         """Raises UserError, or warns, where a model is not the one that was learned with."""
         for base in self.bases:
+            theirs = shorten(base.source)
             if base.sha256 != digest:
                 difference = (
-                    f"{base.file} was learned with {shorten(base.source)} (sha256 {base.sha256[:12]}…), and "
+                    f"{base.file} was learned with {theirs} (sha256 {base.sha256[:12]}…), and "
                     f"{source} is another model ({digest[:12]}…)"
                 )
             elif None not in (configs, base.configs) and base.configs != configs:
                 difference = (
-                    f"{base.file} was learned with {shorten(base.source)}, and {source} has the same "
+                    f"{base.file} was learned with {theirs}, and {source} has the same "
                     "weights, but other configs: another schedule of noise, or scale of latents"
                 )
             else:
