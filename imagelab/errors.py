@@ -1,6 +1,7 @@
 """What may go wrong, and how it is told."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def sentence(error: Exception) -> str:
-    """What a failure means to a user, in one line."""
+    """What a failure means to a user, in one line; nothing in it is longer than 200 characters."""
+    return re.sub(r"\S{201,}", lambda found: cut(found[0]), _sentence(error))
+
+
+def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return (
             "there is not enough memory; learning takes less with --gradient_checkpointing, "
@@ -43,3 +48,25 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename}: {error.strerror}; give another path or change its permissions"
     return " ".join(str(error).split())
+
+
+# ----------------------------------------------------------------------------------------------
+# what a message shows of a user's value
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """The beginning of a text, of at most ``limit`` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def cut(text: str, limit: int = 200) -> str:
+    """The beginning and the end of a text, of at most ``limit`` characters."""
+    end = limit // 4
+    return text if len(text) <= limit else f"{text[: limit - end - 1]}…{text[-end:]}"
+
+
+def shown(value: object) -> str:
+    """A value, shortened; of a whole number of more than 60 digits only how many it has."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of about {value.bit_length() * 0.30103:.0f} digits"
+    return shorten(str(value))
