@@ -1,6 +1,7 @@
-"""What a finished run writes: the learned folder, with its curves and attention maps."""
+"""What a finished run writes: the learned folder, with its curves, masks and attention maps."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,7 @@ from mifo.learned import (
     write_pipeline,
 )
 from mifo.learning.inspection import asset_maps, separation
+from mifo.learning.overlay import MASKS, draw_instance
 from mifo.learning.session import Session
 from mifo.tokens import asset_token, embed_as, write_rows
 
@@ -34,11 +36,19 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
         maps = asset_maps(model, session.views, len(session.ids))
     scores = separation(maps, plan.instance.masks)
     log.info("separation of the assets' attention: %s", ", ".join(f"{s:.2f}" for s in scores))
+    if low := mixed_up(scores):
+        log.warning(
+            "%s may not have been learned: too little of its attention is on its own instance "
+            "(see attention.png); learn again with another --seed, or start the tokens from words, "
+            "as with --initialize_from_class",
+            " and ".join(map(asset_token, low)),
+        )
     manifest = describe_result(session, curves, scores)
     with replacing(plan.target) as folder:
         has_lora = recipe.finetune == "lora" and 2 in recipe.steps
         write_learned(folder, model, session.rows, has_lora, manifest)
         plot_losses(folder / "learning.png", curves, recipe.turns)
+        draw_instance(plan.instance).save(folder / MASKS)
         image, masks = plan.instance.image, plan.instance.masks
         titles = [
             (f"mask of {asset_token(i)}", f"its attention, {score:.0%} on its own")
@@ -52,6 +62,12 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
             learned = read_learned_folder(folder)
             loaded, _ = learned.load(offline=plan.config.runtime.offline)
             write_pipeline(folder / PIPELINE, loaded)
+
+
+def mixed_up(scores: Sequence[float]) -> list[int]:
+    """The assets whose separation is nearer to that of a guess, one of so many, than to 1."""
+    limit = (1 + 1 / len(scores)) / 2
+    return [asset for asset, score in enumerate(scores) if len(scores) > 1 and score < limit]
 
 
 def describe_result(session: Session, curves: dict[str, list[float]], scores: list[float]) -> dict:
