@@ -25,7 +25,7 @@ from toybox.scenes.toys import KINDS, Look
 
 CLOSE = 25.0  # degrees
 WINDOW = 1.25  # side of what is seen of a box, over the box's longer side
-PRESENT = 0.02  # share of a picture that an instance covers at least to be there
+PRESENT = 0.015  # share of a picture that an instance covers at least to be there
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,24 @@ def find_instances(
 ) -> np.ndarray:
     """Bool [pictures, instances]: which instances of a photo are anywhere in each picture.
 
-    A cell of the classifier shows an instance if it sees its kind, and a hue nearest to its own
-    among those of the instances of this kind and at most CLOSE degrees from it.
+    A cell of the classifier shows an instance as far as it sees its kind, if its hue is nearest to
+    the instance's own among those of the instances of this kind, and at most CLOSE degrees from it.
     """
     logits, vectors = classifier(to_input(list(pictures), SCENE))  # b 1+k r c, b 2 r c
-    kinds = logits.argmax(1) - 1  # b r c; -1 is the background
-    hues = torch.atan2(vectors[:, 1], vectors[:, 0]).rad2deg() % 360
+    kinds = logits.softmax(1)[:, 1:]  # b k r c, without the background
+    hues = torch.atan2(vectors[:, 1], vectors[:, 0]).rad2deg() % 360  # b r c
     shares = [
-        _cells_of(index, kinds, hues, looks).float().mean((1, 2)) for index in range(len(looks))
+        (kinds[:, KINDS.index(look.kind)] * _is_hue_of(look, hues, looks)).mean((1, 2))
+        for look in looks
     ]
     return (torch.stack(shares, 1) >= PRESENT).numpy()
 
 
-def _cells_of(index: int, kinds: Tensor, hues: Tensor, looks: Sequence[Look]) -> Tensor:
-    """Bool [b, r, c], the cells that show an instance."""
-    own = looks[index]
-    error = hue_distance(hues, torch.tensor(own.hue))
-    is_own = (kinds == KINDS.index(own.kind)) & (error <= CLOSE)
+def _is_hue_of(own: Look, hues: Tensor, looks: Sequence[Look]) -> Tensor:
+    """Bool [b, r, c], the cells whose hue is an instance's."""
+    error = hue_distance(hues, torch.tensor(float(own.hue)))
+    is_own = error <= CLOSE
     for look in looks:
         if look.kind == own.kind and look != own:
-            is_own &= error < hue_distance(hues, torch.tensor(look.hue))
+            is_own &= error < hue_distance(hues, torch.tensor(float(look.hue)))
     return is_own
