@@ -3,7 +3,7 @@
 The way of a LoRA: `inject` it, `mark_only_lora_trainable`, train, take `lora_state_dict`,
 spell that for others (`to_diffusers`, `to_kohya`), `save_lora`. And back: `read_lora`,
 `from_file` (or, part by part, `from_diffusers` and `from_kohya`), then `inject_from`, and `merge`
-for speed.
+for speed; or `merge_from` at once.
 """
 
 from mifo_lora.errors import LoraError
@@ -26,7 +26,14 @@ from mifo_lora.injection import (
     unmerge,
 )
 from mifo_lora.layers import LoRALinear
-from mifo_lora.states import inject_from, load_lora, lora_state_dict, read_lora, save_lora
+from mifo_lora.states import (
+    inject_from,
+    load_lora,
+    lora_state_dict,
+    merge_from,
+    read_lora,
+    save_lora,
+)
 
 __all__ = [
     "LoRALinear",
@@ -44,6 +51,7 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_trainable",
     "merge",
+    "merge_from",
     "read_lora",
     "remove",
     "save_lora",

@@ -5,15 +5,14 @@ Both are flat files over a whole Stable Diffusion pipeline; a *part* of it is "u
 text encoder below `text_model`.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mifo_lora.errors import LoraError
+from mifo_lora.alphas import peft_alphas
+from mifo_lora.errors import LoraError, shown
 from mifo_lora.states import Factors, State, layer_names, split_state
 
 
@@ -33,11 +32,11 @@ class _Format:
         """Which leaf of a state a key ends like."""
         return next((leaf for leaf, end in self.endings.items() if key.endswith(end)), None)
 
-    def modules(self, model: nn.Module, part: str) -> dict[str, list[tuple[str, nn.Linear]]]:
-        """The Linear modules, with their names, that the stem of a key may stand for."""
+    def modules(self, model: nn.Module, part: str) -> dict[str, list[tuple[str, nn.Module]]]:
+        """The modules, Linear or Conv2d, that the stem of a key may stand for, with their names."""
         stems = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 for alias in _file_names(name, part):
                     stems.setdefault(self.stem(alias, part), []).append((name, module))
         return stems
@@ -92,25 +91,20 @@ def from_diffusers(
 
     Args:
         file: All tensors of the file, of whatever parts.
-        model: The module of that part, injected or not: its Linear modules give the names.
+        model: The module of that part, injected or not: its Linear and Conv2d modules give the
+            names.
         metadata: Metadata of the file; peft writes alphas there, under `lora_adapter_metadata`.
             A layer without alpha has its rank for it.
 
     Raises:
-        LoraError: A key is of another format, or names no Linear module of the model.
+        LoraError: A key is of another format, or names no such module of the model; or the
+            metadata are not peft's.
     """
     state = _read(_DIFFUSERS, file, model, part)
-    config = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
-    for variant in ("use_rslora", "use_dora"):
-        if config.get(f"{part}.{variant}"):
-            raise LoraError(f"the LoRA file was made with {variant}; give one of plain LoRA.")
-    patterns = config.get(f"{part}.alpha_pattern") or {}
+    find_alpha = peft_alphas(metadata or {}, part)
     for name in layer_names(state):
-        # peft's rule: the first pattern that matches the name, or its end at a dot.
-        hits = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-        alpha = next(hits, config.get(f"{part}.lora_alpha"))
-        if alpha is not None:
-            state.setdefault(f"{name}.alpha", torch.tensor(float(alpha)))
+        if (alpha := find_alpha(name)) is not None:
+            state.setdefault(f"{name}.alpha", torch.tensor(alpha))
     return _with_alphas(state)
 
 
@@ -136,8 +130,9 @@ def from_file(
         metadata: Metadata of the file, as for `from_diffusers`.
 
     Raises:
-        LoraError: A key fits no Linear module of the models by its name or by the size of its
-            tensor (the message says how many do not), or a layer is incomplete or not finite.
+        LoraError: A key fits no Linear or Conv2d module of the models by its name or by the size
+            of its tensor (the message says how many do not), or a layer is incomplete or not
+            finite.
     """
     is_kohya = any(key.startswith(tuple(_KOHYA.prefixes.values())) for key in file)
     form = _KOHYA if is_kohya else _DIFFUSERS
@@ -146,8 +141,9 @@ def from_file(
         modules |= form.modules(model, part)
     if odd := [key for key, tensor in file.items() if not _fits(form, key, tensor, modules)]:
         raise LoraError(
-            f"{len(odd)} of its {len(file)} keys fit no Linear module of "
-            f"{' and '.join(models)}, the first is {odd[0]!r} of shape {list(file[odd[0]].shape)}; "
+            f"{len(odd)} of its {len(file)} keys fit no Linear or Conv2d module of "
+            f"{' and '.join(models)}, the first is {shown(odd[0])} of shape "
+            f"{list(file[odd[0]].shape)}; "
             "give a plain LoRA in the keys of kohya or diffusers and the model it was made for."
         )
     if is_kohya:
@@ -208,7 +204,7 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
         leaf = form.leaf(key)
         if leaf is None or not key.startswith(tuple(form.prefixes.values())):
             raise LoraError(
-                f"{key!r} is no key of a plain LoRA for Stable Diffusion in {form.program}'s "
+                f"{shown(key)} is no key of a plain LoRA for Stable Diffusion in {form.program}'s "
                 f"format, such as {form.stem('<module>', part) + form.endings['lora_A']!r}; "
                 "give a file of that format."
             )
@@ -217,22 +213,30 @@ def _read(form: _Format, file: Mapping[str, torch.Tensor], model: nn.Module, par
         found = modules.get(key.removesuffix(form.endings[leaf]), [])
         if len(found) != 1:
             raise LoraError(
-                f"{key!r} names {len(found)} Linear modules of {type(model).__name__} instead of "
-                "one; give the model that the file was made for."
+                f"{shown(key)} names {len(found)} Linear or Conv2d modules of "
+                f"{type(model).__name__} instead of one; give the model that the file was made for."
             )
-        if leaf != "alpha" and tensor.ndim != 2:
-            raise LoraError(f"{key!r} has shape {list(tensor.shape)}; give a LoRA of matrices.")
-        state[f"{found[0][0]}.{leaf}"] = tensor
+        ((name, module),) = found
+        state[f"{name}.{leaf}"] = tensor if leaf == "alpha" else _like(module.weight, tensor)
     return state
+
+
+def _like(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A factor with as many sides as a weight, as a matrix is a kernel of 1 × 1, and vice versa."""
+    if weight.ndim == 2 and factor.ndim == 4 and factor.shape[2:] == (1, 1):
+        return factor[..., 0, 0]
+    if weight.ndim == 4 and factor.ndim == 2:
+        return factor[..., None, None]
+    return factor
 
 
 def _fits(
     form: _Format,
     key: str,
     tensor: torch.Tensor,
-    modules: Mapping[str, list[tuple[str, nn.Linear]]],
+    modules: Mapping[str, list[tuple[str, nn.Module]]],
 ) -> bool:
-    """Does a key name one module, and a matrix of its size or an alpha?"""
+    """Does a key name one module, and a factor of its size or an alpha?"""
     leaf = form.leaf(key)
     found = modules.get(key.removesuffix(form.endings[leaf]), []) if leaf else []
     if len(found) != 1:
@@ -240,8 +244,12 @@ def _fits(
     ((_, module),) = found
     if leaf == "alpha":
         return tensor.numel() == 1
-    side, size = (1, module.in_features) if leaf == "lora_A" else (0, module.out_features)
-    return tensor.ndim == 2 and tensor.shape[side] == size
+    weight = module.weight
+    factor = _like(weight, tensor)
+    if leaf == "lora_A":
+        return factor.shape[1:] == weight.shape[1:]
+    ones = (1,) * (weight.ndim - 2)
+    return factor.ndim == weight.ndim and len(factor) == len(weight) and factor.shape[2:] == ones
 
 
 def _with_alphas(state: State) -> State:

@@ -111,16 +111,19 @@ def remove(model: nn.Module, keep_merged: bool = False) -> None:
         put(model, name, layer.release())
 
 
-def check_injectable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a LoraError unless every named module is a plain `nn.Linear`."""
+def check_injectable(
+    model: nn.Module, names: Iterable[str], kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> None:
+    """Raise a LoraError unless every named module is a plain one of these kinds."""
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, LoRALinear):
             raise LoraError(f"{name!r} is a LoRA layer already; narrow the targets, or remove it.")
         # A subclass may use its weight without calling forward, and so pass a LoRA by.
-        if type(module) is not nn.Linear:
+        if type(module) not in kinds:
             raise LoraError(
-                f"{name!r} is a {type(module).__name__}, and LoRA goes into torch.nn.Linear only; "
+                f"{name!r} is a {type(module).__name__}, and LoRA goes into "
+                f"{' and '.join(f'torch.nn.{kind.__name__}' for kind in kinds)} only; "
                 "narrow the targets."
             )
 

@@ -3,6 +3,10 @@
 A state is a dict of CPU tensors. For each layer, by its dotted name in the model:
 
     <name>.lora_A [r, in]    <name>.lora_B [out, r]    <name>.alpha []    (strength: alpha / r)
+
+A layer of a convolution, which only files of others have, is merged and never injected:
+
+    <name>.lora_A [r, in, k, k]    <name>.lora_B [out, r, 1, 1]
 """
 
 import os
@@ -16,15 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from mifo_lora.errors import LoraError
+from mifo_lora.errors import LoraError, shown
 from mifo_lora.injection import check_injectable, lora_layers, put
 from mifo_lora.layers import LoRALinear
 
 State = dict[str, torch.Tensor]
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Factors(NamedTuple):
-    """One layer of a state: lora_A [r, in], lora_B [out, r] and alpha."""
+    """One layer of a state: lora_A [r, in], lora_B [out, r] and alpha; or of a convolution."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -84,6 +89,42 @@ def inject_from(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str
         LoraError: A layer of the state is no plain `nn.Linear` of the model or has another
             shape, or the state is incomplete or not finite. The model is as before then.
     """
+    factors = _fitting(model, state, (nn.Linear,))
+    with torch.no_grad():
+        for name, factor in factors.items():
+            # The drawn A is overwritten at once: draw it aside, not from torch's own generator.
+            base = model.get_submodule(name)
+            layer = LoRALinear(base, factor.rank, factor.alpha, 0.0, torch.Generator())
+            layer.lora_A.copy_(factor.lora_A)
+            layer.lora_B.copy_(factor.lora_B)
+            put(model, name, layer)
+    return list(factors)
+
+
+@torch.no_grad()
+def merge_from(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Add what a state adds to the weights of a model, for good; layers of convolutions, too.
+
+    Returns:
+        The dotted names of the modules.
+
+    Raises:
+        LoraError: As `inject_from`, but a layer may be a plain `nn.Conv2d` as well. The model is
+            as before then.
+    """
+    factors = _fitting(model, state, (nn.Linear, nn.Conv2d))
+    for name, factor in factors.items():
+        weight = model.get_submodule(name).weight
+        up, down = (f.to(weight.device, torch.float32) for f in (factor.lora_B, factor.lora_A))
+        product = up.flatten(1) @ down.flatten(1)  # out, in · k · k
+        weight.copy_(weight + product.view_as(weight) * (factor.alpha / factor.rank))
+    return list(factors)
+
+
+def _fitting(
+    model: nn.Module, state: Mapping[str, torch.Tensor], kinds: tuple[type[nn.Module], ...]
+) -> dict[str, Factors]:
+    """The layers of a state; a LoraError unless each fits a module of these kinds."""
     factors = split_state(state)
     modules = dict(model.named_modules())
     if unknown := factors.keys() - modules.keys():
@@ -91,17 +132,10 @@ def inject_from(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str
             f"the LoRA state has {_some(unknown)}, which {type(model).__name__} lacks; "
             "give the model it was made for."
         )
-    check_injectable(model, factors)
+    check_injectable(model, factors, kinds)
     for name, factor in factors.items():
         _check_shapes(name, modules[name], factor, factor.rank)
-    with torch.no_grad():
-        for name, factor in factors.items():
-            # The drawn A is overwritten at once: draw it aside, not from torch's own generator.
-            layer = LoRALinear(modules[name], factor.rank, factor.alpha, 0.0, torch.Generator())
-            layer.lora_A.copy_(factor.lora_A)
-            layer.lora_B.copy_(factor.lora_B)
-            put(model, name, layer)
-    return list(factors)
+    return factors
 
 
 def save_lora(
@@ -162,23 +196,31 @@ def split_state(state: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
 
 
 def _factors(name: str, a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor) -> Factors:
-    matrices = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
-    if not matrices or alpha.numel() != 1:
+    is_layer = a.ndim == b.ndim and a.ndim in (2, 4) and len(a) == b.shape[1]
+    is_layer = is_layer and all(side == 1 for side in b.shape[2:])
+    if not is_layer or a.numel() == 0 or b.numel() == 0 or alpha.numel() != 1:
         raise LoraError(
-            f"{name!r} of the LoRA state has shapes {list(a.shape)}, {list(b.shape)} and "
+            f"{shown(name)} of the LoRA state has shapes {list(a.shape)}, {list(b.shape)} and "
             f"{list(alpha.shape)}; give lora_A [r, in], lora_B [out, r] and one number alpha."
         )
     if not all(tensor.isfinite().all() for tensor in (a, b, alpha)) or alpha <= 0:
         raise LoraError(
-            f"{name!r} of the LoRA state has NaN, infinity or an alpha that is not positive; "
+            f"{shown(name)} of the LoRA state has NaN, infinity or an alpha that is not positive; "
+            "give a sound file."
+        )
+    # No entry of (alpha / r) · B A is larger, since each is a sum of r products.
+    if not (most := alpha.item() * a.abs().max().item() * b.abs().max().item()) < LARGEST:
+        raise LoraError(
+            f"{shown(name)} of the LoRA state would add numbers up to {most:.1g} to a weight; "
             "give a sound file."
         )
     return Factors(a, b, alpha.item())
 
 
-def _check_shapes(name: str, module: nn.Linear, factors: Factors, rank: int) -> None:
+def _check_shapes(name: str, module: nn.Linear | nn.Conv2d, factors: Factors, rank: int) -> None:
     found = [list(factors.lora_A.shape), list(factors.lora_B.shape)]
-    needed = [[rank, module.in_features], [module.out_features, rank]]
+    out, *sides = module.weight.shape
+    needed = [[rank, *sides], [out, rank, *(1 for _ in sides[1:])]]
     if found != needed:
         raise LoraError(
             f"{name!r} of the LoRA state has lora_A {found[0]} and lora_B {found[1]}, where the "
@@ -190,4 +232,4 @@ def _some(names: Iterable[str]) -> str:
     """The first three names, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+    return ", ".join(map(shown, names[:3])) + more

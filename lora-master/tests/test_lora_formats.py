@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mifo_lora
-from mifo_lora import from_diffusers, from_file, from_kohya, to_diffusers, to_kohya
+from mifo_lora import LoraError, from_diffusers, from_file, from_kohya, to_diffusers, to_kohya
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 UNET = {f"{BLOCK}.to_k": (2, 8.0), f"{BLOCK}.to_out.0": (2, 8.0)}
@@ -163,6 +163,87 @@ def test_alphas_of_peft_are_read_from_the_metadata():
     assert found[f"{BLOCK}.to_out.0.alpha"] == 5
 
 
+LONG = f"{BLOCK}.to_k"
+PATTERNS = [
+    {"attn2.to_k": 5},
+    {"to_k": 5, LONG: 7},  # the first one that fits counts
+    {LONG: 7, "to_k": 5},
+    {"^attn2.to_k": 5},  # from the beginning of the whole name
+    {f"^{LONG}": 7, "attn2.to_k": 5},
+    {r"attn2\.to_k$": 5},
+    {"n2.to_k": 5},  # no end at a dot
+    {"to_q": 5},
+    {},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+def test_patterns_that_are_names_are_matched_as_peft_does(patterns):
+    other = pytest.importorskip("peft.utils.other")
+    layers = {LONG: (2, 8.0)}
+    metadata = {"unet.lora_alpha": 3, "unet.alpha_pattern": patterns}
+    found = from_diffusers(
+        to_diffusers(make_state(layers)),
+        make_model(*layers),
+        "unet",
+        {"lora_adapter_metadata": json.dumps(metadata)},
+    )
+    assert found[f"{LONG}.alpha"] == patterns.get(other.get_pattern_key(patterns, LONG), 3)
+
+
+def with_alpha(text: str) -> str:
+    return f'{{"unet.lora_alpha": {text}}}'
+
+
+def with_patterns(text: str) -> str:
+    return f'{{"unet.alpha_pattern": {text}}}'
+
+
+HOSTILE = [
+    ("no JSON", "cannot be read as JSON"),
+    ("[" * 100_000, r"cannot be read as JSON \(RecursionError\)"),
+    (with_alpha("9" * 5000), "cannot be read as JSON"),
+    ("[]", "are a list and not an object"),
+    ("null", "are None and not an object"),
+    ('"' + 500 * "x" + '"', "are 'x{98}… and not an object"),
+    (with_alpha("NaN"), "have nan as unet.lora_alpha; give"),
+    (with_alpha("Infinity"), "have inf as unet.lora_alpha"),
+    (with_alpha("1e300"), r"have 1e\+300 as unet.lora_alpha"),
+    (with_alpha("1" + 400 * "0"), "have 10{98}… as unet.lora_alpha"),
+    (with_alpha("0"), "have 0 as unet.lora_alpha"),
+    (with_alpha("-1"), "have -1 as unet.lora_alpha"),
+    (with_alpha("true"), "have True as unet.lora_alpha"),
+    (with_alpha('"4"'), "have '4' as unet.lora_alpha"),
+    (with_alpha("[4]"), "have a list as unet.lora_alpha"),
+    (with_patterns("[]"), "have a list as unet.alpha_pattern"),
+    (with_patterns("7"), "have 7 as unet.alpha_pattern"),
+    (with_patterns('{"to_k": null}'), r"have None as unet.alpha_pattern\['to_k'\]"),
+    (with_patterns('{"to_k": 1e999}'), r"have inf as unet.alpha_pattern\['to_k'\]"),
+    (with_patterns('{"(": 4}'), r"alpha_pattern '\(', which is not the name of a module; give"),
+    (with_patterns('{"": 4}'), "alpha_pattern '', which is not"),
+    (with_patterns('{"down.*to_k": 4}'), r"alpha_pattern 'down\.\*to_k', which is not"),
+    (with_patterns(json.dumps({"x" * 500 + "(": 4})), "alpha_pattern 'x{98}…, which is not"),
+    # An expression that takes more than the age of the universe on a name of this length.
+    (with_patterns(json.dumps({r"(([\w.]+)+)+!": 4})), "which is not the name of a module"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_metadata_end_in_one_short_sentence(text, words):
+    file, model = to_diffusers(make_state(UNET)), make_model(*UNET)
+    with pytest.raises(LoraError, match=words) as caught:
+        from_diffusers(file, model, "unet", {"lora_adapter_metadata": text})
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_empty_settings_of_peft_and_other_metadata_are_no_matter():
+    file, model = to_diffusers(make_state(UNET)), make_model(*UNET)
+    empty = {"unet.lora_alpha": None, "unet.alpha_pattern": None, "unet.rank_pattern": "["}
+    metadata = {"lora_adapter_metadata": json.dumps(empty), "ss_network_args": "["}
+    found = from_diffusers(file, model, "unet", metadata)
+    assert found[f"{LONG}.alpha"] == 2
+
+
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
 def test_variants_of_peft_are_refused(variant):
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{variant}": True})}
@@ -173,14 +254,14 @@ def test_variants_of_peft_are_refused(variant):
 def test_an_underscore_that_could_be_two_modules_is_refused():
     model = make_model("a.b", "a_b")
     file = to_kohya(make_state({"a_b": (2, 2.0)}))
-    with pytest.raises(ValueError, match="names 2 Linear modules"):
+    with pytest.raises(ValueError, match="names 2 Linear or Conv2d modules"):
         from_kohya(file, model)
 
 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lora_unet_conv_in.lora_down.weight", "names 0 Linear modules of Module"),
+        ("lora_unet_conv_in.lora_down.weight", "names 0 Linear or Conv2d modules of Module"),
         (f"lora_unet_{BLOCK.replace('.', '_')}_to_k.hada_w1_a", "no key of a plain LoRA"),
         ("lora_te2_encoder.lora_down.weight", "no key of a plain LoRA"),
         (f"unet.{BLOCK}.to_k.lora_A.weight", "in kohya's format, such as 'lora_unet_<module>"),
@@ -192,13 +273,38 @@ def test_foreign_keys_are_named(key, words):
         from_kohya(file, make_model(*UNET))
 
 
-def test_half_a_layer_and_kernels_are_refused():
+def test_half_a_layer_is_refused():
     file, model = to_kohya(make_state(UNET)), make_model(*UNET)
     stem = f"lora_unet_{BLOCK.replace('.', '_')}_to_k"
     with pytest.raises(ValueError, match=r"attn2.to_k.lora_B' are missing"):
         from_kohya({k: t for k, t in file.items() if k != f"{stem}.lora_up.weight"}, model)
-    with pytest.raises(ValueError, match=r"shape \[2, 4, 1, 1\]; give a LoRA of matrices"):
-        from_kohya({**file, f"{stem}.lora_down.weight": torch.zeros(2, 4, 1, 1)}, model)
+
+
+@pytest.mark.parametrize("write, read", [(to_kohya, from_kohya), (to_diffusers, from_diffusers)])
+def test_layers_of_convolutions_are_read(write, read):
+    model = make_model(f"{BLOCK}.to_k")
+    model.conv_in = nn.Conv2d(5, 3, kernel_size=3)
+    state = make_state({f"{BLOCK}.to_k": (2, 2.0)})
+    state |= {"conv_in.lora_A": torch.randn(2, 5, 3, 3), "conv_in.alpha": torch.tensor(2.0)}
+    state |= {"conv_in.lora_B": torch.randn(3, 2, 1, 1)}
+    file = write(state)
+    for found in (read(file, model), from_file(file, {"unet": model})["unet"]):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("read", [from_kohya, lambda f, m: from_file(f, {"unet": m})["unet"]])
+def test_a_kernel_of_one_pixel_is_a_matrix_and_a_matrix_a_kernel(read):
+    """As A1111 takes them: early LyCORIS wrote kernels for Linear modules."""
+    model = make_model("to_k")
+    model.proj_in = nn.Conv2d(4, 4, kernel_size=1)
+    matrices = make_state({"to_k": (2, 2.0), "proj_in": (2, 2.0)})
+    kernels = {k: t if k.endswith("alpha") else t[..., None, None] for k, t in matrices.items()}
+    for state in (matrices, kernels):
+        found = read(to_kohya(state), model)
+        for leaf in ("lora_A", "lora_B"):
+            assert torch.equal(found[f"to_k.{leaf}"], matrices[f"to_k.{leaf}"])
+            assert torch.equal(found[f"proj_in.{leaf}"], kernels[f"proj_in.{leaf}"])
 
 
 # --- whole files -----------------------------------------------------------------------------
@@ -226,9 +332,14 @@ def test_a_whole_file_is_read_with_the_alphas_of_its_metadata(models):
 
 SIZES = [
     (".lora_down.weight", (2, 3)),
-    (".lora_down.weight", (2, 4, 1, 1)),
+    (".lora_down.weight", (2, 4, 3, 3)),
+    (".lora_down.weight", (2, 3, 1, 1)),
+    (".lora_down.weight", (4,)),
+    (".lora_down.weight", ()),
     (".lora_up.weight", (3, 2)),
-    (".lora_up.weight", (4, 2, 1, 1)),
+    (".lora_up.weight", (4, 2, 1, 2)),
+    (".lora_up.weight", (4,)),
+    (".lora_up.weight", ()),
     (".alpha", (2,)),
 ]
 
@@ -238,7 +349,7 @@ def test_a_tensor_of_another_size_does_not_fit(ending, shape, models):
     file = to_kohya(make_state(UNET))
     key = f"lora_unet_{BLOCK.replace('.', '_')}_to_k{ending}"
     assert key in file
-    words = f"1 of its 6 keys fit no Linear module .*first is '{key}' of shape {list(shape)}; give"
+    words = f"1 of its 6 keys fit no Linear or Conv2d module .*is '{key}' of shape {list(shape)}; "
     with pytest.raises(ValueError, match=words.replace("[", r"\[")):
         from_file({**file, key: torch.ones(shape)}, models)
 
@@ -260,6 +371,21 @@ def test_all_keys_that_do_not_fit_are_counted(models):
     for key in FOREIGN:
         with pytest.raises(ValueError, match=f"1 of its 1 keys fit no .*'{key}'"):
             from_file({key: torch.ones(2, 3)}, models)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (2, 4), (2, 4, 3), (2, 3, 3, 3)])
+def test_a_kernel_of_another_size_does_not_fit(shape):
+    model = nn.Module()
+    model.conv = nn.Conv2d(4, 4, kernel_size=3)
+    file = {"lora_unet_conv.lora_down.weight": torch.ones(shape)}
+    with pytest.raises(ValueError, match="1 of its 1 keys fit no"):
+        from_file(file, {"unet": model})
+
+
+def test_a_very_long_key_is_shown_in_part(models):
+    with pytest.raises(LoraError, match="keys fit no Linear .*'x{98}… of shape") as caught:
+        from_file({"x" * 100_000: torch.ones(2)}, models)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_whole_file_has_whole_layers(models):

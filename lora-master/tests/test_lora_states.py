@@ -94,6 +94,19 @@ BROKEN = [
         lambda s: layer(s, "0", lora_A=torch.ones(0, 4), lora_B=torch.ones(6, 0)),
         r"'0' .* shapes \[0, 4\]",
     ),
+    (
+        lambda s: layer(s, "0", lora_A=torch.ones(2, 0), lora_B=torch.ones(6, 2)),
+        r"'0' .* shapes \[2, 0\]",
+    ),
+    (lambda s: layer(s, "0", lora_A=torch.ones(2, 4, 1, 1)), r"'0' .* shapes \[2, 4, 1, 1\]"),
+    (lambda s: layer(s, "0", alpha=torch.tensor(-1.0)), "'0' .* not positive"),
+    (lambda s: layer(s, "0", alpha=torch.tensor(torch.nan)), "'0' .* NaN"),
+    # 1e30 · 1e20 is more than a float32 holds.
+    (
+        lambda s: layer(s, "0", lora_A=torch.full((2, 4), 1e20), alpha=torch.tensor(1e30)),
+        "'0' .* would add numbers up to",
+    ),
+    (lambda s: layer(s, "x" * 5000, lora_mid=torch.ones(1)), "keys 'x{98}…, .* and 1 more are missing"),
     (lambda s: layer(s, "0", alpha=torch.ones(2)), r"'0' .* \[2\]"),
     (lambda s: layer(s, "0", alpha=torch.zeros(())), "'0' .* not positive"),
     (lambda s: layer(s, "2", lora_B=torch.full((3, 1), torch.nan)), "'2' .* NaN"),
@@ -127,6 +140,96 @@ def test_inject_from_refuses_what_does_not_fit_and_changes_nothing(state, damage
     with pytest.raises(ValueError, match=words):
         mifo_lora.inject_from(model, damage(state))
     assert all(now is then for now, then in zip(model, modules, strict=True))
+
+
+CONV = {
+    "conv.lora_A": torch.arange(9.0).view(1, 1, 3, 3),
+    "conv.lora_B": torch.tensor([2.0, -1.0]).view(2, 1, 1, 1),
+    "conv.alpha": torch.tensor(4.0),
+}
+
+
+def net() -> nn.Sequential:
+    """A convolution of zeros from one channel to two, of stride 2, and a Linear of zeros."""
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(1, 2, kernel_size=3, stride=2, padding=1, bias=False))
+    model.add_module("linear", nn.Linear(2, 2, bias=False))
+    return model.requires_grad_(False)
+
+
+def test_merging_a_state_worked_by_hand():
+    model = net()
+    model.conv.weight.zero_()
+    model.linear.weight.fill_(1)
+    linear = {
+        "linear.lora_A": torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+        "linear.lora_B": torch.tensor([[3.0, 0.0], [0.0, 4.0]]),
+        "linear.alpha": torch.tensor(1.0),
+    }
+    kept = model.conv.weight
+    assert mifo_lora.merge_from(model, {**CONV, **linear}) == ["conv", "linear"]
+    assert model.conv.weight is kept and not mifo_lora.has_lora(model)
+    # alpha / r is 4 of 1: the kernel times 8, and times -4
+    kernel = torch.arange(9.0).view(3, 3)
+    assert torch.equal(model.conv.weight[0, 0], 8 * kernel)
+    assert torch.equal(model.conv.weight[1, 0], -4 * kernel)
+    # alpha / r is 1 of 2: B A = [[3, 6], [0, 4]], half of that on ones
+    assert model.linear.weight.tolist() == [[2.5, 4.0], [1.0, 3.0]]
+
+
+def test_a_merged_convolution_is_the_branch_of_two():
+    model, x = net(), torch.linspace(-1, 1, 49).view(1, 1, 7, 7)
+    conv = nn.functional.conv2d
+    down = conv(x, CONV["conv.lora_A"], stride=2, padding=1)
+    expected = model.conv(x) + 4 * conv(down, CONV["conv.lora_B"])
+    mifo_lora.merge_from(model, CONV)
+    torch.testing.assert_close(model.conv(x), expected)
+
+
+def test_merging_in_half_precision_rounds_once():
+    model = net().half()
+    model.conv.weight.fill_(0.1)
+    mifo_lora.merge_from(model, {**CONV, "conv.alpha": torch.tensor(2**-12)})
+    exact = torch.tensor(0.1).half().float() + 2**-12 * 2 * torch.arange(9.0).view(3, 3)
+    assert torch.equal(model.conv.weight[0, 0], exact.half())
+
+
+def test_a_convolution_is_never_injected():
+    model = net()
+    before = model.conv.weight.clone()
+    with pytest.raises(ValueError, match="'conv' is a Conv2d, and LoRA goes into torch.nn.Linear"):
+        mifo_lora.inject_from(model, CONV)
+    assert torch.equal(model.conv.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({}, "is empty"),
+        (
+            layer(CONV, "conv", lora_A=torch.ones(1, 1, 1, 1)),
+            r"needs \[1, 1, 3, 3\] and \[2, 1, 1,",
+        ),
+        (
+            layer(CONV, "conv", lora_B=torch.ones(3, 1, 1, 1)),
+            r"needs \[1, 1, 3, 3\] and \[2, 1, 1,",
+        ),
+        (layer(CONV, "conv", lora_B=torch.ones(2, 1, 2, 2)), r"shapes .*\[2, 1, 2, 2\]"),
+        (layer(CONV, "linear", **ONE), r"'linear' .* needs \[1, 2\] and \[2, 1\]"),
+        (layer(CONV, "pool", **ONE), "has 'pool', which Sequential lacks"),
+    ],
+)
+def test_merging_refuses_what_does_not_fit_and_changes_nothing(state, words):
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        mifo_lora.merge_from(model, state)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_merging_refuses_a_lora_layer(model, state):
+    with pytest.raises(ValueError, match="'0' is a LoRA layer already"):
+        mifo_lora.merge_from(model, state)
 
 
 def test_inject_from_refuses_an_injected_model(model, state):

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import semantic_export
 import semantic_synthesis
+from imagelab.models.stable_diffusion import load_base
 from mifo import learned
 from mifo.learned_files import read_learned_files
 from mifo.synthesis import paint as synthesis
-from mifo_lora import LoRALinear, read_lora, save_lora
+from mifo_lora import read_lora, save_lora
 
 KOHYA = Path("exports/toys/toys.safetensors")
 DIFFUSERS = Path("exports/toys/pytorch_lora_weights.safetensors")
@@ -93,14 +94,16 @@ def change(path, key, value):
 
 
 def added(files, model):
-    """What the LoRA of files adds to the weights, by part and module."""
-    base, _ = files.load(str(model))
-    return {
-        f"{part}.{name}": layer.scaling * (layer.lora_B @ layer.lora_A).detach()
+    """What the LoRA of files adds to the weights, by part and module; nothing where that is 0."""
+    plain, base = load_base(str(model)), files.load(str(model))[0]
+    differences = {
+        f"{part}.{name.removesuffix('.weight')}": weight - plain_weight
         for part in ("unet", "text_encoder")
-        for name, layer in getattr(base, part).named_modules()
-        if isinstance(layer, LoRALinear)
+        for (name, weight), plain_weight in zip(
+            getattr(base, part).named_parameters(), getattr(plain, part).parameters(), strict=True
+        )
     }
+    return {name: difference for name, difference in differences.items() if difference.any()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -237,7 +240,11 @@ CASES = [
     (FILES, "toys.safetensors cannot be read as safetensors", write(KOHYA, b"")),
     (FILES, "toys.safetensors is empty; give --lora another file", put(KOHYA)),
     (FILES, "holds 2 tensors, the first is 'clip_g'", put(TOKEN1, clip_l=ONE, clip_g=2 * ONE)),
-    (["--tokens", KOHYA], "tensors, the first is 'lora_te_"),
+    (["--tokens", KOHYA], "toys.safetensors is a LoRA; give it with --lora, and --tokens its"),
+    (
+        ["--lora", TOKEN0],
+        "asset0.safetensors holds '<asset0>' alone, as a token file does; give it with --tokens",
+    ),
     (FILES, "of shape [4, 32], and an asset is one vector", put(TOKEN1, x=torch.ones(4, 32))),
     (FILES, "of shape [1, 1, 32], and an asset is one", put(TOKEN1, x=ONE[None])),
     (FILES, "asset1.safetensors holds NaN or infinity", put(TOKEN1, x=ONE / 0)),
@@ -248,7 +255,11 @@ CASES = [
         put(CAT, **{"<asset0>": ONE}),
     ),
     (["--lora", KOHYA, "--tokens", TOKEN1], "<asset0>, which --tokens does not hold; it holds"),
-    (["--lora", KOHYA], "<asset0>, which --tokens does not hold; it holds nothing"),
+    (
+        ["--lora", KOHYA],
+        "the prompt names <asset0>, and only --lora is given; give its token file, too, such as "
+        "--tokens asset0.safetensors",
+    ),
     ([*FILES, "--prompt", "a photo"], "the prompt names no asset"),
     (["--tokens", BARE], "does not say which base model it was made for", put(BARE, x=ONE)),
     (FILES, "the manifest in the metadata of exports/toys/toys", tell(KOHYA, base_model="toybox")),
@@ -274,7 +285,7 @@ def test_bad_input(options, says, prepare, refusal, monkeypatch):
 CASES_LOADED = [
     (f"is '{UP}' of shape [3, 2]; give", lambda: change(KOHYA, UP, torch.ones(3, 2))),
     ("attn2.to_k.lora_B' are missing", lambda: change(KOHYA, UP, None)),
-    ("1 of its 1 keys fit no Linear module", lambda: shutil.copy(TOKEN0, KOHYA)),
+    ("1 of its 1 keys fit no Linear", put(KOHYA, **{"lora_unet_x.lora_up.weight": ONE})),
     ("asset1.safetensors holds 16 numbers, and a token of", put(TOKEN1, x=torch.ones(16))),
     ("there is no model at ./nowhere", tell(KOHYA, base_model=dict(source="./nowhere", sha256=""))),
 ]
@@ -292,7 +303,8 @@ def test_every_key_that_does_not_fit_is_counted(small_sd, refusal):
     count = len(moved.keys() - tensors.keys())
     assert count > 3
     save_lora(KOHYA, moved, metadata)
-    told = f"{KOHYA} on {small_sd}: {count} of its {len(tensors)} keys fit no Linear module of unet"
+    told = f"{KOHYA} on {small_sd}: {count} of its {len(tensors)} keys fit no Linear or Conv2d "
+    told += "module of unet"
     assert told in refusal(*FILES)
 
 
