@@ -5,6 +5,7 @@ chosen folders alone, and shows every command that it runs.
 """
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,6 @@ from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors
 from imagelab.errors import UserError
@@ -28,6 +28,8 @@ LOCAL = "127.0.0.1"
 ANY_NUMBER = "0.0.0.0"  # in a set of hosts: every address in digits
 #: The browser may use what this page serves, and nothing from elsewhere.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'none'"
+#: Files that the browser shows; any other, which could run a script here, it downloads.
+SHOWN = (b"image/png", b"image/jpeg", b"image/webp")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -47,9 +49,46 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         metavar="ADDRESS",
         help="serve on this address, such as 0.0.0.0: whoever reaches it can use the page",
     )
-    parser.add_argument("--port", type=int, help="None: the first free one from 7860 on")
+    parser.add_argument("--port", type=port_option, help="None: the first free one from 7860 on")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
+
+
+def port_option(text: str) -> int:
+    """A port from an option's text."""
+    try:
+        port = int(text)
+    except ValueError:
+        port = 0
+    if not 1 <= port < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+    return port
+
+
+def check_address(address: str, port: int | None) -> None:
+    """Raises UserError unless this machine can serve on an address, and on a port if it is given.
+
+    gradio takes minutes to find that out, or fails with a traceback.
+    """
+    advice = f"give one of this machine, such as {LOCAL}, or 0.0.0.0 for all of them"
+    host = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    try:
+        found = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM) if host else []
+    except (OSError, UnicodeError):
+        found = []
+    if not found:
+        raise UserError(f"--listen {address!r} is no address; {advice}")
+    for family, kind, _, _, where in found:
+        try:
+            with socket.socket(family, kind) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(where)
+            return
+        except OSError as error:
+            failure = error
+    if port and failure.errno in (errno.EADDRINUSE, errno.EACCES):
+        raise UserError(f"--port {port}: {failure.strerror}; give another") from failure
+    raise UserError(f"--listen {address}: {failure.strerror}; {advice}") from failure
 
 
 def in_url(address: str) -> str:
@@ -96,7 +135,7 @@ class Guard:
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if not self.knows(host) or (origin is not None and urlsplit(origin).netloc != host):
+        if not self.knows(host) or (origin is not None and origin.partition("://")[2] != host):
             await refuse(send, 403, b"not asked from this page\n")
             return
         if b"transfer-encoding" in headers:
@@ -110,9 +149,19 @@ class Guard:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message["headers"], policy]}
+                if "/file=" in scope["path"]:
+                    message["headers"] = as_download(message["headers"])
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+def as_download(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers of a file, which make the browser keep it unless it is one to show."""
+    if dict(headers).get(b"content-type") in SHOWN:
+        return headers
+    others = [header for header in headers if header[0] != b"content-disposition"]
+    return [*others, (b"content-disposition", b"attachment")]
 
 
 async def refuse(send, status: int, reason: bytes) -> None:
@@ -165,6 +214,7 @@ def serve(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug), TemporaryDirectory(prefix="mifo") as uploads:
+        check_address(options.listen, options.port)
         os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         try:

@@ -1,5 +1,6 @@
 """The commands that the page shows, and the one that is running."""
 
+import errno
 import os
 import shlex
 import signal
@@ -87,6 +88,27 @@ def as_words(text: str) -> tuple[str, ...]:
     return tuple(entry for entry in map(str.strip, text.split(",")) if entry)
 
 
+def begin(argv: Sequence[str]) -> subprocess.Popen:
+    """A process of a command that starts with ``python``; UserError where it is too long."""
+    try:
+        return subprocess.Popen(
+            [sys.executable, *argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,  # the returns of a progress bar become ends of lines
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,  # Ctrl-C is for the page, which then stops its command
+        )
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        longest = max(argv, key=len)
+        raise UserError(f"{longest[:40]!r}… is too long for a command; shorten it") from error
+
+
 class Job:
     """Runs one command at a time in a process of its own, and keeps the last lines it prints."""
 
@@ -106,20 +128,11 @@ class Job:
         with self._lock:
             if self.running:
                 raise UserError(f"{self.title} is still running; stop it or wait for its end")
+            process = begin(argv)
             self.title, self._stopped = title, False
             self._lines.clear()
-            self._process = subprocess.Popen(
-                [sys.executable, *argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,  # the returns of a progress bar become ends of lines
-                encoding="utf-8",
-                errors="replace",
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-                start_new_session=True,  # Ctrl-C is for the page, which then stops its command
-            )
-        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+            self._process = process
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     def _listen(self, process: subprocess.Popen) -> None:
         for line in process.stdout:
