@@ -5,7 +5,7 @@ Sizes are (width, height) in pixels, masks bool [height, width].
 
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -17,8 +17,10 @@ from PIL import Image
 
 from imagelab.boxes import Box, color_of, draw_boxes
 from imagelab.errors import UserError
-from imagelab.io.atomic import folder_lock, replacing
+from imagelab.io.atomic import folder_lock, replacing, write_json
 from imagelab.io.images import mask_window, read_image, read_mask, resize_mask
+from imagelab.io.tensors import read_json
+from mifo.learning.classes import ADVICE, DESCRIPTION, check_classes, read_classes
 from mifo.learning.instance import (
     IMAGE_NAMES,
     MASK_NAME,
@@ -112,6 +114,17 @@ def open_instance(places: Places, name: str) -> Draft:
     return draft
 
 
+def classes_of(draft: Draft) -> str:
+    """What the things of an opened instance are, separated by commas; empty if it does not say."""
+    classes = read_classes(draft.folder, len(draft.masks))
+    if any("," in each for each in classes):
+        raise UserError(
+            f"{draft.folder / DESCRIPTION} has a class with a comma, which is several here; say "
+            "what the things are without it"
+        )
+    return ", ".join(classes)
+
+
 def report(draft: Draft) -> str:
     """Coverage and overlaps of the masks, and the notes that learning would make on them."""
     if not draft.masks:
@@ -144,38 +157,70 @@ def as_data(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"
 
 
-def save_instance(places: Places, name: str, draft: Draft, may_replace: bool) -> Path:
+def save_instance(
+    places: Places, name: str, draft: Draft, may_replace: bool, classes: Sequence[str] = ()
+) -> Path:
     """Write an instance folder, which appears only when it can be read as learning reads it.
 
     A folder of that name is replaced only if it ``may_replace`` and holds an instance alone.
+    ``classes``: what the things are, one for all or one for each mask; empty: that is not said.
     """
     target = folder_in(places.folder_path, name, "instance")
     if not draft.masks:
         raise UserError("there is no mask yet; paint or upload one for each thing in the photo")
+    classes = _check_classes(classes, len(draft.masks))
     with folder_lock(target):
         if target.exists():
             _check_replaceable(target, draft, may_replace)
         with replacing(target) as folder:
             _write(draft, folder)
+            if classes:
+                found = classes[0] if len(classes) == 1 else list(classes)
+                write_json(folder / DESCRIPTION, {"class": found})
             _read(draft, folder)
     return target
+
+
+def _check_classes(classes: Sequence[str], masks: int) -> tuple[str, ...]:
+    if not classes:
+        return ()
+    advice = "write one for all, such as car, or one for each mask, such as cat, fox"
+    try:
+        classes = check_classes(classes, "what they are")
+    except UserError as error:  # which says how to write a file
+        raise UserError(str(error).replace(ADVICE, advice)) from error
+    if len(classes) not in (1, masks):
+        raise UserError(f"there are {len(classes)} classes for {masks} masks; {advice}")
+    return classes
 
 
 def _check_replaceable(target: Path, draft: Draft, may_replace: bool) -> None:
     """Raises UserError where something would be lost that the user has not given up."""
     if not may_replace:
         raise UserError(f"{target} is there already; give another name, or say to replace it")
-    is_instance = target.is_dir() and all(
-        path.is_file() and (path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name))
-        for path in target.iterdir()
-    )
-    if not is_instance:
-        raise UserError(f"{target} holds other things than an instance; give another name")
+    if not target.is_dir():
+        raise UserError(f"{target} is no folder; give another name")
+    if others := sorted(path.name for path in target.iterdir() if not _is_replaceable(path)):
+        raise UserError(
+            f"{target} holds {others[0]}, which would be lost; give another name, or move that away"
+        )
     if draft.folder == target and draft.photo.size != draft.opened_size:
         raise UserError(
             f"{target} holds the photo in its full size, {draft.opened_size[0]} x "
             f"{draft.opened_size[1]} pixels, and this one is smaller; give another name"
         )
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether what lies in a folder is part of an instance, and says no more than the page does."""
+    if not path.is_file():
+        return False
+    if path.name != DESCRIPTION:
+        return path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name) is not None
+    try:
+        return read_json(path, {}, ADVICE).keys() <= {"class"}
+    except UserError:
+        return False
 
 
 def _write(draft: Draft, folder: Path) -> None:

@@ -9,9 +9,10 @@ import gradio as gr
 
 from imagelab.errors import FAILURES, sentence
 from mifo_page import places as folders
+from mifo_page.fields import report_on_page
 from mifo_page.job import LINES, Job
 from mifo_page.places import Places
-from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset, report_on_page
+from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ def build_page(places: Places, job: Job) -> gr.Blocks:
             masks_tab(places)
         with gr.Tab("2  Learn"):
             instance, curves, maps = learning_tab(places, job)
-        with gr.Tab("3  Paint"):
-            model_id, gallery = painting_tab(places, job)
+        with gr.Tab("3  Paint") as tab:
+            model_id, gallery = painting_tab(places, job, tab)
         with gr.Row(equal_height=True):
             status = gr.Textbox(label="Now", scale=5, elem_id="status")
             stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")

@@ -17,7 +17,7 @@ from imagelab.io.atomic import readable
 from imagelab.io.folders import check_name
 from imagelab.io.images import read_image
 from imagelab.training.checkpoint import read_curves, read_facts
-from mifo.learned import learned_names
+from mifo.learned import learned_names, read_manifest
 from mifo.learning.config import LearningConfig, Runtime
 from mifo.learning.instance import list_instances
 from mifo.learning.places import CHECKPOINT, work_folder
@@ -96,6 +96,20 @@ def attention_maps(places: Places, instance: str) -> Image.Image | None:
     """Each asset's attention beside its mask, once the instance is learned."""
     path = folder_in(places.models_dir, instance, "instance") / "attention.png"
     return read_image(path) if path.is_file() else None
+
+
+def proportions(places: Places, model_id: str | None) -> dict[str, float]:
+    """Width over height of a learned folder's assets in their photo, by name; of those known.
+
+    Empty for a folder that cannot be read, which painting reports.
+    """
+    if not model_id:
+        return {}
+    try:
+        manifest = read_manifest(folder_in(places.models_dir, model_id, "model_id"))
+    except (UserError, OSError):
+        return {}
+    return dict(zip(manifest["tokens"], manifest.get("proportions", []), strict=False))
 
 
 def pictures(places: Places, model_id: str, most: int = 40) -> list[tuple[str, str]]:

@@ -1,13 +1,11 @@
-"""The page to draw on: its limits, what it saves and runs, and a browser from photo to picture."""
+"""The page to draw on: what it saves and runs, and a browser from photo to picture."""
 
-import asyncio
 import base64
 import io
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -32,24 +30,12 @@ from mifo_page import draft as drafts
 from mifo_page import places as folders
 from mifo_page.draft import Draft, add_mask_file, add_painted_mask, open_photo, save_instance
 from mifo_page.job import Job, as_words, learning_command, shown, synthesis_command
-from mifo_page.places import Places, folder_in
+from mifo_page.places import folder_in
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = "/usr/bin/chromium"
 NEEDED = "the page needs gradio: pip install '.[app]'"
 BOXES = "[[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]"
-
-
-@pytest.fixture
-def places(tmp_path, examples) -> Places:
-    """Folders of a test's own; `example` holds the instance `toys` of two masks."""
-    shutil.copytree(examples, tmp_path / "example")
-    return Places(*(str(tmp_path / name) for name in ("example", "learned", "output")))
-
-
-@pytest.fixture
-def draft(places) -> Draft:
-    return drafts.open_instance(places, "toys")
 
 
 def painted(size=(128, 128), box=(0, 0, 40, 40)) -> dict:
@@ -59,104 +45,6 @@ def painted(size=(128, 128), box=(0, 0, 40, 40)) -> dict:
     data = io.BytesIO()
     strokes.save(data, "PNG")
     return {"mask": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}
-
-
-# ----------------------------------------------------------------------------------------------
-# starting it
-
-
-def test_help_needs_neither_gradio_nor_torch():
-    code = """import sys
-from mifo_page.__main__ import main
-try:
-    main(["--help"])
-except SystemExit:
-    print(*({"gradio", "torch", "PIL"} & set(sys.modules)), "at once")"""
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert told.stdout.endswith("\nat once\n"), told.stderr
-
-
-def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit) as stop:
-        app.main([])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"{NEEDED}\n")
-
-
-# ----------------------------------------------------------------------------------------------
-# whom it answers
-
-LOCAL = {"127.0.0.1", "localhost", "[::1]"}
-
-
-@pytest.mark.parametrize(
-    ("address", "hosts"),
-    [
-        ("127.0.0.1", LOCAL),
-        ("localhost", LOCAL),
-        ("::1", LOCAL),
-        ("[::1]", LOCAL),
-        ("192.168.1.5", {"192.168.1.5"}),
-        ("Lab.example", {"lab.example"}),
-        ("fe80::1", {"[fe80::1]"}),
-    ],
-)
-def test_a_page_answers_to_the_names_of_its_address(address, hosts):
-    assert app.hosts_of(address) == hosts
-
-
-def guarded(hosts, **headers) -> int:
-    """The status that a request with these headers gets; 200 where it reaches the page."""
-    told = []
-
-    async def page(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message):
-        told.append(message)
-
-    pairs = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
-    scope = {"type": "http", "headers": pairs}
-    asyncio.run(app.Guard(page, hosts)(scope, None, send))
-    return told[0]["status"]
-
-
-@pytest.mark.parametrize("name", sorted(LOCAL))
-def test_the_guard_knows_a_name_with_and_without_a_port(name):
-    for host in (name, f"{name}:7860"):
-        assert guarded(LOCAL, host=host) == 200
-        assert guarded(LOCAL, host=host, origin=f"http://{host}") == 200
-        assert guarded(LOCAL, host=host, origin="http://evil.example") == 403
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["", "evil.example", "evil.example:7860", "::1", "localhost:80:7860", "1.2.3.4.evil.example"],
-)
-def test_the_guard_refuses_other_names(host):
-    for address in ("127.0.0.1", "0.0.0.0", "::"):
-        assert guarded(app.hosts_of(address), host=host) == 403
-
-
-@pytest.mark.parametrize("host", ["192.168.1.7:7860", "[::2]:7860", "[::2]"])
-def test_a_page_on_every_address_answers_to_all_in_digits(host):
-    assert guarded(app.hosts_of("0.0.0.0"), host=host) == 200
-    assert guarded(app.hosts_of("127.0.0.1"), host=host) == 403
-
-
-def test_a_page_on_every_address_answers_to_the_machine_s_name(monkeypatch):
-    monkeypatch.setattr(socket, "gethostname", lambda: "Studio")
-    assert guarded(app.hosts_of("::"), host="studio:7860") == 200
-    assert guarded(app.hosts_of("127.0.0.1"), host="studio:7860") == 403
-
-
-def test_the_guard_refuses_what_is_too_large():
-    limit = 32 * 2**20 * 4 // 3
-    assert guarded(LOCAL, host="localhost", content_length=str(limit)) == 200
-    assert guarded(LOCAL, host="localhost", content_length=str(limit + 1)) == 413
-    assert guarded(LOCAL, host="evil.example", content_length=str(limit + 1)) == 403
-    assert guarded(LOCAL, host="localhost", transfer_encoding="chunked") == 411
 
 
 # ----------------------------------------------------------------------------------------------
@@ -339,7 +227,7 @@ def test_a_photo_that_the_page_has_shrunk_stays_in_its_folder(places, monkeypatc
 def test_a_folder_with_other_things_is_never_replaced(places, draft):
     thesis = Path(places.folder_path, "toys", "thesis.txt")
     thesis.write_text("years of work")
-    with pytest.raises(ValueError, match="holds other things"):
+    with pytest.raises(ValueError, match="toys holds thesis.txt, which would be lost"):
         save_instance(places, "toys", draft, True)
     assert thesis.read_text() == "years of work"
 
@@ -432,6 +320,13 @@ except KeyboardInterrupt: sys.exit(130)"""
     job.start("second", ["python", "-c", "raise SystemExit(2)"])
     wait_for(lambda: not job.running)
     assert job.status() == "second: failed (exit code 2)"
+
+
+def test_a_command_that_is_too_long_is_told():
+    job = Job()
+    with pytest.raises(UserError, match="^'a photo of .*'… is too long for a command; shorten it"):
+        job.start("painting", ["python", "-c", "pass", "a photo of " + "fog " * 2**20])
+    assert job.status() == "nothing has been started"
 
 
 def test_closing_ends_a_command_that_does_not_stop():
@@ -603,6 +498,23 @@ def test_no_file_outside_the_pictures_is_served(site):
         assert status in (403, 404) and b"root:" not in body
 
 
+def test_only_pictures_are_shown_among_the_files(site):
+    folder, address = site
+    output = folder / "output"
+    output.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(output / "0000.png")
+    for name, text in (("a.html", "<script>alert(1)</script>"), ("a.svg", "<svg/>"), ("a.txt", "")):
+        (output / name).write_text(text)
+    kinds = {}
+    for path in output.iterdir():
+        status, headers, _ = answer(f"{address}/gradio_api/file={path}")
+        assert status == 200
+        kinds[path.name] = headers["content-disposition"].partition(";")[0]
+        path.unlink()
+    others = dict.fromkeys(("a.html", "a.svg", "a.txt"), "attachment")
+    assert kinds == {"0000.png": "inline"} | others
+
+
 def test_large_uploads_are_refused(site):
     boundary, head = "limit", 'Content-Disposition: form-data; name="files"; filename="a.png"'
     data = f"--{boundary}\r\n{head}\r\n\r\n".encode() + bytes(app.MAX_FILE + 1)
@@ -670,18 +582,25 @@ def test_from_photo_to_picture_in_a_browser(browser_page, site):
     page.wait_for_selector(".brush:not([hidden])")
     paint_masks(page)
     fill(page, "name", "cars")
+    fill(page, "classes", "toy car")
     page.locator("#save").click()
     wait_until(page, "saved", "--instance cars")
     shoot(page, "1_masks")
-    assert len(list((folder / "example" / "cars").iterdir())) == 3
+    names = sorted(path.name for path in (folder / "example" / "cars").iterdir())
+    assert names == ["img.png", "instance.json", "mask0.png", "mask1.png"]
 
     learn(page, folder)
     shoot(page, "2_learn")
 
-    place_boxes(page)
+    place_boxes(page, folder)
     fill(page, "count", "2")
+    empty_a_number(page, "steps", "painting_command", "# Steps is empty; give a number")
     fill(page, "steps", "2")
+    page.get_by_text("More settings").last.click()
+    assert value_of(page, "guidance_scale") == value_of(page, "step_scale") == ""
+    fill(page, "step_scale", "0.25")
     wait_until(page, "painting_command", "--num_inference_steps 2")
+    wait_until(page, "painting_command", "--step_scale 0.25")
     page.locator("#paint").click()
     wait_until(page, "status", "painting cars: finished")
     page.wait_for_selector("#gallery img[src*='0001.png']")
@@ -690,6 +609,8 @@ def test_from_photo_to_picture_in_a_browser(browser_page, site):
         facts = json.loads((folder / "output" / "cars" / f"000{number}.json").read_text())
         assert facts["boxes"] == json.loads(value_of(page, "boxes"))
         assert facts["settings"]["seed"] == number
+        assert facts["settings"]["step_scale"] == 0.25
+        assert facts["origins"]["step_scale"] == "as given" != facts["origins"]["guidance_scale"]
 
 
 def paint_masks(page):
@@ -714,9 +635,15 @@ def learn(page, folder):
     fill(page, "train_steps", "200")
     fill(page, "finetune_steps", "2")
     page.get_by_text("More settings").first.click()
+    for name in ("num_class_images", "learning_rate", "finetune_learning_rate", "class_prompt"):
+        assert value_of(page, name) == ""
+    empty_a_number(page, "checkpoint_steps", "learning_command", "# Steps between curves is empty")
+    page.get_by_label("Start the tokens from what the things are").check()
     fill(page, "num_class_images", "1")
     fill(page, "checkpoint_steps", "2")
     wait_until(page, "learning_command", "--checkpoint_steps 2")
+    command = value_of(page, "learning_command")
+    assert "--initialize_from_class" in command and "_rate" not in command
     page.locator("#learn").click()
     page.wait_for_selector("#curves img")  # while it runs
     assert value_of(page, "status") == "learning cars: running"
@@ -734,26 +661,60 @@ def learn(page, folder):
     page.locator("#learn").click()
     wait_until(page, "status", "learning cars: finished")
     page.wait_for_selector("#maps img")
-    assert (folder / "Model_ours" / "cars" / "manifest.json").is_file() and not work.exists()
+    manifest = json.loads((folder / "Model_ours" / "cars" / "manifest.json").read_text())
+    assert manifest["settings"]["class_prompt"] == "a photo of a toy car" and not work.exists()
 
 
-def place_boxes(page):
-    """Drag a box, move another by the keys, write the second."""
+def empty_a_number(page, name, command, told):
+    """A number that has to be there is missed where it is emptied."""
+    fill(page, name, "")
+    wait_until(page, command, told)
+
+
+def place_boxes(page, folder):
+    """See the preset boxes, drag one, move another by the keys, write both."""
+    manifest = json.loads((folder / "Model_ours" / "cars" / "manifest.json").read_text())
     page.get_by_role("tab", name="Paint").click()
     wait_until(page, "model_id", "cars")
+    page.wait_for_function(
+        "!document.querySelector('#boxes textarea, #boxes input').value.startsWith('[[0.05, 0.25')"
+    )
+    preset = json.loads(value_of(page, "boxes"))
+    for box, proportion in zip(preset, manifest["proportions"], strict=True):
+        assert (box[2] - box[0]) / (box[3] - box[1]) == pytest.approx(proportion, rel=0.02)
+        assert box[1] + box[3] == pytest.approx(1, abs=0.002)  # in the middle
     page.locator("#stage .stage").scroll_into_view_if_needed()
     frame = page.locator("#stage .stage").bounding_box()
     box = page.locator("#stage .box").first.bounding_box()
     stroke(
         page,
-        (box["x"] + 30, box["y"] + 40),
-        (box["x"] + 30, box["y"] + 40 - frame["height"] / 10),
+        (box["x"] + 30, box["y"] + 30),
+        (box["x"] + 30, box["y"] + 30 - frame["height"] / 10),
     )
-    wait_until(page, "boxes", "[[0.05, 0.15")
+    moved = wait_for_boxes(page, preset)
+    assert moved[0] == pytest.approx(shifted(preset[0], 0, -0.1), abs=0.004)
     page.locator("#stage .box").nth(1).focus()
-    for key in ("ArrowUp", "ArrowUp", "Shift+ArrowLeft"):
+    for key in ("ArrowUp", "ArrowUp"):
         page.keyboard.press(key)
-    wait_until(page, "boxes", "[0.55, 0.23, 0.94, 0.73]")
+        before, moved = moved, wait_for_boxes(page, moved)
+        assert moved == [before[0], pytest.approx(shifted(before[1], 0, -0.01), abs=1e-6)]
+    page.keyboard.press("Shift+ArrowLeft")
+    left, top, right, bottom = moved[1]
+    smaller = [left, top, pytest.approx(right - 0.01, abs=1e-6), bottom]
+    assert wait_for_boxes(page, moved)[1] == smaller
     fill(page, "boxes", "[[0.05, 0.1, 0.45, 0.6], [0.5, 0.2, 0.95, 0.7]]")
     page.locator("#boxes textarea, #boxes input").press("Tab")
     page.wait_for_function("document.querySelector('#stage .box').style.top === '10%'")
+
+
+def shifted(box, dx, dy):
+    return [box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy]
+
+
+def wait_for_boxes(page, before):
+    """The written boxes once they are others than before."""
+    script = (
+        """before => document.querySelector('#boxes textarea, #boxes input').value !== before"""
+    )
+    page.wait_for_function(script, arg=json.dumps(before))
+    return json.loads(value_of(page, "boxes"))
