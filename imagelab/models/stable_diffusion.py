@@ -278,9 +278,11 @@ def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    names = tensor_names(path, "give another --model_path")
+    _check_no_addition(path, names)
     folder = path.parent
     if not (folder / "model_index.json").is_file():
-        folder = fetch_configs(_configs_for(path), offline)
+        folder = fetch_configs(_configs_for(path, names), offline)
 
     def load(file: Path):
         with checked_folder(folder, STABLE_DIFFUSION, {}) as configs:
@@ -301,14 +303,22 @@ def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion
     return _checked(model)
 
 
-def _configs_for(path: Path) -> str:
-    """The repository with the configs of a checkpoint that lies alone."""
-    names = tensor_names(path, "give another --model_path")
+def _check_no_addition(path: Path, names: Sequence[str]) -> None:
+    """Raises UserError where a file holds what is added to a model, by its tensors' names."""
     if any("lora" in name for name in names):
-        raise UserError(
-            f"{path} is a LoRA, not a base model; give it with --lora, and the model that it is "
-            "for with --model_path"
-        )
+        kind, option = "a LoRA", "--lora"
+    elif len(names) == 1 and "." not in names[0]:
+        kind, option = "a token file", "--tokens"
+    else:
+        return
+    raise UserError(
+        f"{path} is {kind}, not a base model; give it with {option}, and the model that it is for "
+        "with --model_path"
+    )
+
+
+def _configs_for(path: Path, names: Sequence[str]) -> str:
+    """The repository with the configs of a checkpoint that lies alone, by its tensors' names."""
     if any(name.startswith("cond_stage_model.model.") for name in names):
         log.warning(
             "%s is taken for Stable Diffusion 2.1 base (512 px, epsilon), since the file cannot "

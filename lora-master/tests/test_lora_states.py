@@ -106,7 +106,7 @@ BROKEN = [
         lambda s: layer(s, "0", lora_A=torch.full((2, 4), 1e20), alpha=torch.tensor(1e30)),
         "'0' .* would add numbers up to",
     ),
-    (lambda s: layer(s, "x" * 5000, lora_mid=torch.ones(1)), "keys 'x{98}…, .* and 1 more are missing"),
+    (lambda s: layer(s, "x" * 5000, lora_mid=torch.ones(1)), "x{98}…, .* and 1 more are missing"),
     (lambda s: layer(s, "0", alpha=torch.ones(2)), r"'0' .* \[2\]"),
     (lambda s: layer(s, "0", alpha=torch.zeros(())), "'0' .* not positive"),
     (lambda s: layer(s, "2", lora_B=torch.full((3, 1), torch.nan)), "'2' .* NaN"),

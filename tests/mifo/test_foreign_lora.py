@@ -391,6 +391,26 @@ def test_what_is_no_lora_is_told(keys, words, refusal):
     assert said.endswith("give --lora a plain LoRA for Stable Diffusion 1 or 2")
 
 
+@pytest.mark.parametrize("place", [".", "model"])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (f"{DOTTED}.lora_A.weight", "is a LoRA, not a base model; give it with --lora, and the"),
+        ("<asset0>", "is a token file, not a base model; give it with --tokens, and the model"),
+        ("emb_params", "is a token file, not a base model"),
+    ],
+)
+def test_a_file_that_is_added_to_a_model_is_none(key, words, place, tiny_sd):
+    """Also when it lies in a model's folder."""
+    if place == "model":
+        Path(place).mkdir()
+        shutil.copy(tiny_sd / "model_index.json", place)
+    path = Path(place) / FILE
+    save_file({key: torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match=f"^{path} {words}"):
+        load_base(str(path), offline=True)
+
+
 def test_a_name_of_an_embedding_tells_no_kind(base, conv_sd):
     unet = kohya(draw(base.unet, nn.Linear, ONE), {})
     save_file({**unet, "bundle_emb.x.oft_blocks.diff": torch.ones(1, 32)}, FILE)
