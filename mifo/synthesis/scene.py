@@ -162,6 +162,11 @@ def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
         if found not in names:
             number = found.strip("<>").lower().removeprefix("asset").strip()
             raise UserError(f"the prompt writes {found!r}; write <asset{number}> for an asset")
+    if names and not learned.rows:
+        raise UserError(
+            f"the prompt names {names[0]}, and only --lora is given; give its token file, too, "
+            f"such as --tokens {names[0].strip('<>')}.safetensors"
+        )
     for name in names:
         if name not in learned.tokens:
             raise UserError(
