@@ -51,6 +51,13 @@ def test_classes_that_do_not_fit_are_told_before_anything_is_written(
     assert [path.name for path in Path(places.folder_path).iterdir()] == ["toys"]
 
 
+def test_two_classes_do_not_do_for_three_masks(places, draft):
+    third = replace(draft, masks=(*draft.masks, ~draft.masks[0]))
+    with pytest.raises(UserError, match="there are 2 classes for 3 masks"):
+        save_instance(places, "new", third, False, ("cat", "fox"))
+    save_instance(places, "new", third, False, ("cat",))
+
+
 def test_an_instance_is_replaced_with_its_class(places, draft):
     folder = Path(places.folder_path, "toys")
     for now, then in ((("car",), '{"class": "car"}'), ((), None), (("a", "b"), None)):
