@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from imagelab.errors import UserError
+from imagelab.io.masks import alpha_of, has_alpha, read_inside
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,14 @@ class Picture:
     """A decoded file.
 
     image: as viewers show it, which is upright, but in its own mode and colours.
+    is_exact: its values are those that were painted, as of a PNG.
     stored_size: before its EXIF orientation was applied; ``was_turned``: whether it asked for that.
     sha256: of the bytes of the file, hexadecimal.
     """
 
     path: Path
     image: Image.Image
+    is_exact: bool
     stored_size: tuple[int, int]
     was_turned: bool
     sha256: str
@@ -47,48 +50,44 @@ class Picture:
     @property
     def has_alpha(self) -> bool:
         """Whether it may be transparent somewhere."""
-        return _has_alpha(self.image)
+        return has_alpha(self.image)
 
     def as_rgb(self) -> Image.Image:
         """In 8-bit sRGB, with white behind transparent places."""
-        image = self._in_srgb()
-        if image.mode.startswith("I"):  # 16-bit greys
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        elif _has_alpha(image):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image, alpha = self._in_srgb(), alpha_of(self.image)
+        if alpha is None:
+            return image
+        white = Image.new("RGB", image.size, "white")
+        return Image.composite(image, white, Image.fromarray(alpha))
 
-    def as_mask(self) -> np.ndarray:
-        """True [h, w] where alpha, or luminance if alpha is the same everywhere, is above ½.
+    def as_mask(self, label: str | None = None) -> np.ndarray:
+        """True [h, w] inside, by the rule of docs/masks.md.
 
-        Raises UserError for a mask without a pixel inside.
+        Args:
+            label: what is inside of a file with several labels; see `imagelab.io.masks`.
+
+        Raises:
+            UserError: nothing is inside, or there are two ways to read the file.
         """
-        levels, highest, what = _levels(self.image)
-        inside = levels > highest / 2
-        if not inside.any():
-            raise UserError(
-                f"{self.path} is empty (its highest {what} is {levels.max()} of {highest}); "
-                "paint the instance white on black"
-            )
-        return inside
+        return read_inside(self.image, str(self.path), label, self.is_exact)
 
     def _in_srgb(self) -> Image.Image:
-        """In sRGB's colours, if it has a colour profile of its own, as of phones and cameras."""
+        """Its colours alone, by its colour profile if it has one, as of phones and cameras."""
         image, profile = self.image, self.image.info.get("icc_profile")
-        if not profile:
-            return image
-        mode = "RGBA" if self.has_alpha else "RGB"
-        if image.mode in ("P", "RGB"):  # a transparent colour is lost unless it becomes alpha first
-            image = image.convert(mode)
-        try:
-            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(
-                image, own, ImageCms.createProfile("sRGB"), outputMode=mode
-            )
-        except (OSError, ImageCms.PyCMSError) as error:
-            log.warning("%s: its colour profile cannot be used (%s)", self.path.name, error)
-            return image
+        if image.mode.startswith("I"):  # 16-bit greys
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if profile:
+            try:
+                own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+                mode = {"GRAY": "L", "RGB ": "RGB"}.get(own.profile.xcolor_space)
+                if mode and image.mode != "CMYK":
+                    image = image.convert(mode)
+                return ImageCms.profileToProfile(
+                    image, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+            except (OSError, ImageCms.PyCMSError) as error:
+                log.warning("%s: its colour profile cannot be used (%s)", self.path.name, error)
+        return image.convert("RGB")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -96,9 +95,9 @@ def read_image(path: Path) -> Image.Image:
     return Image.fromarray(np.array(open_picture(path).as_rgb()))
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, label: str | None = None) -> np.ndarray:
     """True [h, w] inside, at the size of the file; see `Picture.as_mask`."""
-    return open_picture(path).as_mask()
+    return open_picture(path).as_mask(label)
 
 
 def open_picture(path: Path) -> Picture:
@@ -118,13 +117,20 @@ def open_picture(path: Path) -> Picture:
     width, height = stored_size = image.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise _too_large(path, in_pixels(stored_size))
+    is_exact = image.format == "PNG"
     try:
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: of a phone
         image.load()
         was_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise _unreadable(path, error) from error
-    return Picture(path, image, stored_size, was_turned, hashlib.sha256(data).hexdigest())
+    if frames > 1:
+        raise UserError(
+            f"{path} is animated, with {frames} pictures; save the one that is meant by itself"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Picture(path, image, is_exact, stored_size, was_turned, sha256)
 
 
 def _too_large(path: Path, size: str) -> UserError:
@@ -141,22 +147,6 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path} cannot be read as a picture ({reason}); give a JPEG, PNG or WebP file"
     )
-
-
-def _levels(image: Image.Image) -> tuple[np.ndarray, int, str]:
-    """The [h, w] levels that decide on a mask, the highest possible one, and what they are."""
-    if image.mode.startswith("I"):  # 16-bit greys
-        return np.asarray(image), 65_535, "luminance"
-    if _has_alpha(image):
-        image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"))
-        if alpha.min() != alpha.max():
-            return alpha, 255, "alpha"
-    return np.asarray(image.convert("L")), 255, "luminance"
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return "A" in image.getbands() or "transparency" in image.info
 
 
 # ----------------------------------------------------------------------------------------------

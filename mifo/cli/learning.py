@@ -34,6 +34,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         default=[DEFAULTS.instance],
         help="names of instance folders, or all; processes share them",
     )
+    parser.add_argument(
+        "--mask_label",
+        nargs="+",
+        default=DEFAULTS.mask_label,
+        metavar="LABEL",
+        help="what is inside (of all masks, or of each) where masks have several labels: a number "
+        "such as 1, or a colour such as '#800000'",
+    )
     add("model_path", "diffusers folder, .safetensors file, hub id, or toybox")
     add("seed", "fixes the initial tokens and every other draw; None: random", type=seed_option)
     add("output_dir", "where the learned folder goes")
@@ -119,7 +127,9 @@ def add_running_options(group) -> None:
         "finished",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a finished folder")
-    group.add_argument("--dry_run", action="store_true", help="check all, print the plan, stop")
+    group.add_argument(
+        "--dry_run", action="store_true", help="check all, print the plan, draw the masks, stop"
+    )
 
 
 def learn_one(
@@ -132,6 +142,7 @@ def learn_one(
     from mifo.learning.checks import check_target
     from mifo.learning.description import describe
     from mifo.learning.estimate import estimate_seconds
+    from mifo.learning.overlay import write_preview
     from mifo.learning.plan import make_plan
     from mifo.learning.resume import resumed
     from mifo.learning.run import learn
@@ -145,6 +156,7 @@ def learn_one(
     print(describe(plan))
     if options.dry_run:
         print(f"time         about {estimate_seconds(plan) / 60:.0f} minutes (an estimate)")
+        print(f"masks        {write_preview(config, plan.instance)} shows them as they were read")
     else:
         print(f"learned: {learn(plan, resume, overwrite=options.overwrite)}")
 
@@ -200,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         names = instance_names(options.folder_path, options.instance)
         settings = {name: getattr(options, name) for name in LearningConfig().settings()}
         settings["initializer_tokens"] = tuple(options.initializer_tokens)
+        settings["mask_label"] = tuple(options.mask_label)
         configs = [LearningConfig.from_settings(**settings | {"instance": n}) for n in names]
         from imagelab.models.device import choose_device
         from imagelab.models.sources import choose_model

@@ -96,6 +96,7 @@ class LearningConfig(Config):
 
     instance: str = "toy_car"
     folder_path: str = "example"
+    mask_label: tuple[str, ...] = ()  # what is inside of masks with several labels: for all, each
     model_path: str = DEFAULT_MODEL
     output_dir: str = "Model_ours"
     seed: int | None = None  # None: drawn by the command, which prints it

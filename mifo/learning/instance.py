@@ -1,8 +1,8 @@
 """An instance folder: one picture, and one mask for each thing in it that is to be learned.
 
-A folder holds `img.jpg` (or `img.jpeg`, `img.png`, `img.webp`) and `mask0.png … maskN-1.png`;
-`mask{i}` defines the token `<asset{i}>`. Everything is read and checked here, without
-torch and before any model is loaded. Sizes are (width, height), arrays are [height, width].
+A folder holds `img.jpg` (or `img.jpeg`, `img.png`, `img.webp`) and `mask0.png … maskN-1.png`, in
+capitals or not; `mask{i}` defines the token `<asset{i}>`. Everything is read and checked here,
+without torch and before any model is loaded. Sizes are (width, height), arrays are [height, width].
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,12 +31,13 @@ from imagelab.io.images import (
 log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("img.jpg", "img.jpeg", "img.png", "img.webp")
-MASK_NAME = re.compile(r"mask([0-9]+)\.png")
-STRAY_MASK_NAME = re.compile(r"mask[0-9]+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
+MASK_NAME = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
+LIKE_A_MASK = re.compile(r"mask(.*)\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
 
 MIN_SIDE = 64  # pixels
 VISIBLE_DISTORTION = 0.1  # a change of width over height by more than this is worth a note
 SMALL_MASK = 0.005  # a mask below this fraction of the picture is worth a note
+LARGE_MASK = 0.5  # one above it that touches all edges of the picture may be inverted
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,32 +60,77 @@ class Instance:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class InstanceFiles:
+    """An instance folder as it is, before anything is resized.
+
+    masks: bool [H, W], of the picture's size as viewers show it; mask_paths, mask_hashes: theirs.
+    """
+
+    folder: Path
+    picture: Picture
+    masks: tuple[np.ndarray, ...]
+    mask_paths: tuple[Path, ...]
+    mask_hashes: tuple[str, ...]
+
+
 def read_instance(
-    folder: Path, resolution: int, multiple: int, resize: Literal["aspect", "squash"] = "aspect"
+    folder: Path,
+    resolution: int,
+    multiple: int,
+    resize: Literal["aspect", "squash"] = "aspect",
+    labels: Sequence[str] = (),
 ) -> Instance:
     """Read and check `folder`, resized as `working_size` says; nothing is ever cropped.
 
+    Args:
+        labels: what is inside of masks with several labels, one for all or one for each.
+
     Raises UserError for anything that cannot be learned from, with the file and what to do.
     """
+    return fit_instance(open_instance(folder, labels), resolution, multiple, resize)
+
+
+def open_instance(folder: Path, labels: Sequence[str] = ()) -> InstanceFiles:
+    """Read and check what `folder` holds; arguments and errors are those of `read_instance`."""
     folder = Path(folder)
     image_path, mask_paths = find_files(folder)
-    picture = open_picture(image_path)
-    source_size = picture.size
-    if min(source_size) < MIN_SIDE:
+    if len(labels) not in (0, 1, len(mask_paths)):
         raise UserError(
-            f"{image_path} is {in_pixels(source_size)}, which is too small; "
+            f"--mask_label has {len(labels)} entries for {len(mask_paths)} masks; give one for all "
+            "or one for each"
+        )
+    picture = open_picture(image_path)
+    if min(picture.size) < MIN_SIDE:
+        raise UserError(
+            f"{image_path} is {in_pixels(picture.size)}, which is too small; "
             f"use a picture of at least {MIN_SIDE} pixels a side"
         )
-    size = working_size(source_size, resolution, multiple, resize)
     masks, mask_hashes = [], []
-    for path in mask_paths:
+    for path, label in zip(mask_paths, _for_each(labels, len(mask_paths)), strict=True):
         mask = open_picture(path)
         _check_mask_size(mask, picture)
-        masks.append(resize_mask(mask.as_mask(), size))
+        masks.append(mask.as_mask(label))
         mask_hashes.append(mask.sha256)
-    _check_distinct(masks, mask_paths)
+    return InstanceFiles(folder, picture, tuple(masks), tuple(mask_paths), tuple(mask_hashes))
 
-    notes = _notes(picture, size, masks, mask_paths)
+
+def _for_each(labels: Sequence[str], count: int) -> Sequence[str | None]:
+    return labels if len(labels) == count else [labels[0] if labels else None] * count
+
+
+def fit_instance(
+    files: InstanceFiles,
+    resolution: int,
+    multiple: int,
+    resize: Literal["aspect", "squash"] = "aspect",
+) -> Instance:
+    """What an opened folder holds at the size that `working_size` says, with notes on it."""
+    picture, folder = files.picture, files.folder
+    size = working_size(picture.size, resolution, multiple, resize)
+    masks = [resize_mask(mask, size) for mask in files.masks]
+    _check_distinct(masks, files.mask_paths)
+    notes = _notes(picture, size, masks, files.mask_paths)
     for note in notes:
         log.warning("%s", note)
     return Instance(
@@ -91,8 +138,8 @@ def read_instance(
         folder=folder,
         image=np.array(picture.as_rgb().resize(size, Image.Resampling.LANCZOS)),
         masks=np.stack(masks),
-        source_size=source_size,
-        mask_hashes=tuple(mask_hashes),
+        source_size=picture.size,
+        mask_hashes=files.mask_hashes,
         image_hash=picture.sha256,
         notes=notes,
     )
@@ -111,10 +158,14 @@ def list_instances(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if not path.name.startswith(".")
-        and (path / "mask0.png").is_file()
-        and any((path / name).is_file() for name in IMAGE_NAMES)
+        if path.is_dir() and not path.name.startswith(".") and _is_instance(path)
     )
+
+
+def _is_instance(folder: Path) -> bool:
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    numbers = [int(match[1]) for name in names if (match := MASK_NAME.fullmatch(name))]
+    return 0 in numbers and any(name.lower() in IMAGE_NAMES for name in names)
 
 
 def coverage_report(instance: Instance) -> str:
@@ -144,38 +195,76 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
 
 def find_image(folder: Path) -> Path:
     """The one picture of an instance folder; img.jpg goes before its other spellings."""
-    found = [folder / name for name in IMAGE_NAMES if (folder / name).is_file()]
+    there = [path for path in _entries(folder) if path.name.lower() in IMAGE_NAMES]
+    found = sorted(
+        (path for path in there if path.is_file()), key=lambda p: IMAGE_NAMES.index(p.name.lower())
+    )
     if not found:
         raise UserError(f"{folder} holds no img.jpg; save the picture under that name")
-    if len(found) > 1 and found[0].name != IMAGE_NAMES[0]:
+    first, *others = (path.name.lower() for path in found)
+    if others and (first != IMAGE_NAMES[0] or first in others):
         names = ", ".join(path.name for path in found)
         raise UserError(f"{folder} holds several pictures ({names}); keep one of them")
     return found[0]
 
 
 def find_masks(folder: Path) -> list[Path]:
-    """The mask files in numeric order, checked to be mask0.png, mask1.png, … without a gap."""
+    """The mask files in numeric order, checked to be mask0.png, mask1.png, … without a gap.
+
+    No file that may be meant as a mask is passed over without a word.
+    """
     masks: dict[int, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    folders: dict[int, Path] = {}
+    for path in _entries(folder):
         match = MASK_NAME.fullmatch(path.name)
         if match is None:
-            if STRAY_MASK_NAME.fullmatch(path.name):
-                raise UserError(f"{path} is not a .png; save it as {path.stem.lower()}.png")
+            _check_no_mask(path)
             continue
         number = int(match[1])
+        if path.is_dir():
+            folders[number] = path
+            continue
         if number in masks:
             names = f"{masks[number].name} and {path.name}"
             raise UserError(f"{folder} holds two masks of number {number} ({names}); keep one")
         masks[number] = path
     if not masks:
         raise UserError(f"{folder} holds no mask; save one per instance as mask0.png, mask1.png …")
+    last = masks[max(masks)].name
     for i in range(len(masks)):
         if i not in masks:
             raise UserError(
-                f"{folder / f'mask{i}.png'} is missing although there is a mask{max(masks)}.png; "
+                f"{folder / f'mask{i}.png'} is missing although there is a {last}; "
                 f"number the masks from 0 without a gap"
             )
+    if others := sorted(folders.keys() - masks.keys()):
+        raise UserError(f"{folders[others[0]]} is a folder and no mask; give it another name")
     return [masks[i] for i in range(len(masks))]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted. Raises UserError for a picture that is a link to nowhere."""
+    entries = sorted(folder.iterdir())
+    for path in entries:
+        is_picture = path.name.lower() in IMAGE_NAMES or LIKE_A_MASK.fullmatch(path.name)
+        if is_picture and path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which is not there; put the file there"
+            )
+    return entries
+
+
+def _check_no_mask(path: Path) -> None:
+    """Raises UserError for a file that is called nearly as masks are."""
+    match = LIKE_A_MASK.fullmatch(path.name)
+    if match is None or not (number := re.search("[0-9]+", match[1])):
+        return
+    if match[1] == number[0]:
+        raise UserError(f"{path} is not a .png; save it as {path.stem.lower()}.png")
+    raise UserError(
+        f"{path} is not called as masks are; if it is one, call it mask{int(number[0])}.png, or "
+        "move it out of the folder"
+    )
 
 
 def _check_mask_size(mask: Picture, picture: Picture) -> None:
@@ -190,7 +279,7 @@ def _check_mask_size(mask: Picture, picture: Picture) -> None:
     raise UserError(f"{shown} is {in_pixels(picture.size)}; make the mask the size of the picture")
 
 
-def _check_distinct(masks: list[np.ndarray], paths: list[Path]) -> None:
+def _check_distinct(masks: Sequence[np.ndarray], paths: Sequence[Path]) -> None:
     for (i, a), (j, b) in itertools.combinations(enumerate(masks), 2):
         if np.array_equal(a, b):
             raise UserError(
@@ -200,7 +289,7 @@ def _check_distinct(masks: list[np.ndarray], paths: list[Path]) -> None:
 
 
 def _notes(
-    picture: Picture, size: tuple[int, int], masks: list[np.ndarray], paths: list[Path]
+    picture: Picture, size: tuple[int, int], masks: Sequence[np.ndarray], paths: Sequence[Path]
 ) -> tuple[str, ...]:
     """What is allowed but worth knowing, one sentence each."""
     notes = []
@@ -222,9 +311,25 @@ def _notes(
     for path, mask in zip(paths, masks, strict=True):
         if mask.all():
             notes.append(f"{path.name} covers the whole picture: nothing is left as background")
+        elif mask.mean() > LARGE_MASK and _touches_all_edges(mask):
+            notes.append(
+                f"{path.name} covers {100 * mask.mean():.3g}% of the picture and touches all its "
+                "edges: if the thing is what is left out, invert the mask"
+            )
         elif mask.mean() < SMALL_MASK:
             notes.append(
                 f"{path.name} covers only {100 * mask.mean():.3g}% of the picture: "
                 f"an instance that small can hardly be learned"
             )
+    notes += [
+        f"{path.name} is no mask by its name, and is passed over"
+        for path in _entries(picture.path.parent)
+        if path.is_file()
+        and LIKE_A_MASK.fullmatch(path.name)
+        and not MASK_NAME.fullmatch(path.name)
+    ]
     return tuple(notes)
+
+
+def _touches_all_edges(mask: np.ndarray) -> bool:
+    return all(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))

@@ -16,7 +16,8 @@ from mifo.defaults import Own, read_own, settle
 from mifo.learning.checks import check_settings
 from mifo.learning.classes import DESCRIPTION, class_prompt, read_classes
 from mifo.learning.config import CLASS_PROMPT, LearningConfig, Recipe
-from mifo.learning.instance import Instance, find_files, read_instance
+from mifo.learning.instance import Instance, fit_instance, open_instance
+from mifo.learning.leftovers import check_leftovers
 from mifo.learning.places import instance_folder, target_folder, work_folder
 from mifo.learning.priors import find_class_images
 from mifo.tokens import add_asset_tokens, initial_rows, view_prompt
@@ -60,8 +61,8 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     recipe, offline = config.recipe, config.runtime.offline
     dtype = choose_precision(config.runtime.mixed_precision, device)
     folder = instance_folder(config)
-    _, masks = find_files(folder)  # before a model is fetched
-    classes = read_classes(folder, len(masks))
+    files = open_instance(folder, config.mask_label)  # before a model is fetched
+    classes = read_classes(folder, len(files.masks))
     source = choose_model(config.model_path, device)
     config, origins = settle_learning(config, read_own(source, offline), classes)
     check_settings(config)  # once more, with the numbers that were open
@@ -71,8 +72,9 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     if sizes is None:  # a single file shows its sizes only when it is loaded
         model = load_base(source, offline)
         sizes = model.resolution, model.multiple
-    instance = read_instance(folder, *sizes, recipe.resize)
+    instance = fit_instance(files, *sizes, recipe.resize)
     model = model or load_base(source, offline)
+    check_leftovers(model, recipe, instance)
     tokenizer, text_encoder = model.tokenizer, model.text_encoder
     encode_ids(tokenizer, recipe.class_prompt)
     ids = add_asset_tokens(tokenizer, text_encoder, len(instance.masks))

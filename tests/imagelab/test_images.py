@@ -36,8 +36,8 @@ def grey(inside):
 
 
 def mask_image(inside, mode, rng):
-    """The mask as a picture of the given kind, with random levels on each side of ½."""
-    light, dark = rng.integers(128, 256, inside.shape), rng.integers(0, 128, inside.shape)
+    """The mask as a picture of the given kind, with random levels near black and near white."""
+    light, dark = rng.integers(200, 256, inside.shape), rng.integers(0, 56, inside.shape)
     levels = np.where(inside, light, dark).astype(np.uint8)
     if mode == "1":
         return Image.fromarray(inside)
@@ -99,11 +99,13 @@ def test_a_jpeg_called_png_is_thresholded(tmp_path):
     assert np.array_equal(found, inside)
 
 
-def test_the_threshold_is_one_half(tmp_path):
-    levels = np.full((SIDE, SIDE), 127, np.uint8)
-    levels[:, 40:] = 128
+def test_the_limit_is_halfway_between_the_areas(tmp_path):
+    """Areas of 20 and 220, and a step of each level between them: those above 120 are inside."""
+    levels = np.full((SIDE, SIDE), 20, np.uint8)
+    levels[:, 40:] = 220
+    levels[:, 36:40] = 119, 120, 121, 150
     found = read_saved(Image.fromarray(levels), tmp_path / "mask0.png")
-    assert np.array_equal(found, levels == 128)
+    assert np.array_equal(found, levels >= 121)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -154,6 +156,45 @@ def test_a_transparent_colour_survives_a_colour_profile(tmp_path):
     pixels = read_pixels(picture, tmp_path / "a.png", **options)
     assert (pixels[:, :32] == 255).all()
     assert np.abs(pixels[:, 32:] - (89, 203, 71)).max() <= 1
+
+
+def grey_profile(gamma: float) -> bytes:
+    """An ICC profile of greys whose light is their level to the power of gamma."""
+    white = struct.pack(">3i", *(round(65536 * v) for v in (0.9642, 1, 0.8249)))
+    tags = {
+        b"kTRC": b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(256 * gamma)),
+        b"wtpt": b"XYZ " + bytes(4) + white,
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey" + bytes(80),
+        b"cprt": b"text" + bytes(4) + b"none" + bytes(4),
+    }
+    table, body, begin = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", begin + len(body), len(data))
+        body += data
+    header = bytearray(128)
+    header[:4] = struct.pack(">I", begin + len(body))
+    header[8:24] = b"\x02\x10\0\0mntrGRAYXYZ "
+    header[36:40], header[68:80] = b"acsp", white
+    return bytes(header) + table + body
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16"])
+def test_a_profile_of_greys_is_applied_and_keeps_the_transparency(mode, tmp_path, caplog):
+    """Linear light of 90/255 is 255 · (1.055 · 0.353^(1/2.4) − 0.055) = 160 in sRGB."""
+    levels = np.full((SIDE, SIDE), 90, np.uint8)
+    levels[:, 32:] = 0
+    options = {"icc_profile": grey_profile(1.0)}
+    if mode in ("L", "P", "I;16"):
+        options["transparency"] = 0
+        picture = Image.fromarray(levels.astype(np.uint16) * 257 if mode == "I;16" else levels)
+        picture = picture.convert("P") if mode == "P" else picture
+    else:
+        picture = Image.fromarray(levels).convert(mode)
+        picture.putalpha(Image.fromarray(np.where(levels, 255, 0).astype(np.uint8)))
+    pixels = read_pixels(picture, tmp_path / "a.png", **options)
+    assert (pixels[:, 32:] == 255).all()
+    assert np.abs(pixels[:, :32] - 160).max() <= 1
+    assert "profile" not in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
@@ -304,10 +345,6 @@ NO_MASKS = {
     "dark, of 16 bits": (
         Image.fromarray(np.full((SIDE, SIDE), 255, np.uint16)),
         "is empty (its highest luminance is 255 of 65535)",
-    ),
-    "faint": (
-        Image.fromarray(disc().astype(np.uint8) * 90).convert("LA"),
-        "is empty (its highest luminance is 90 of 255)",
     ),
 }
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mifo.learning.instance import coverage_report, list_instances, read_instance
+from imagelab.errors import UserError
+from mifo.learning.instance import (
+    coverage_report,
+    find_image,
+    find_masks,
+    list_instances,
+    read_instance,
+)
 
 SIDE = 64
 
@@ -79,6 +86,27 @@ def test_img_jpg_goes_before_other_names(tmp_path):
     folder = make_folder(tmp_path, [disc()], image=np.zeros((SIDE, SIDE, 3), np.uint8))
     Image.fromarray(noise()).save(folder / "img.png")
     assert read(folder).image.max() == 0
+
+
+@pytest.mark.parametrize("name", ["IMG.JPG", "Img.jpeg", "img.PNG"])
+def test_names_in_capitals(tmp_path, name):
+    """Such as cameras and Windows write; of a disk that knows no capitals, likewise."""
+    masks = [disc(x=0.3), disc(x=0.7)]
+    folder = make_folder(tmp_path, masks)
+    (folder / "img.jpg").rename(folder / name)
+    (folder / "mask0.png").rename(folder / "MASK0.PNG")
+    (folder / "mask1.png").rename(folder / "Mask01.png")
+    assert np.array_equal(read(folder).masks, np.stack(masks))
+    assert find_image(folder) == folder / name
+    assert find_masks(folder) == [folder / "MASK0.PNG", folder / "Mask01.png"]
+    assert list_instances(tmp_path) == ["toy"]
+
+
+def test_img_jpg_in_capitals_goes_before_other_names(tmp_path):
+    folder = make_folder(tmp_path, [disc()])
+    (folder / "img.jpg").rename(folder / "IMG.JPG")
+    Image.fromarray(noise()).save(folder / "img.png")
+    assert find_image(folder) == folder / "IMG.JPG"
 
 
 def rotated_folder(root, mask_size):
@@ -158,6 +186,74 @@ def test_notes_on_masks(tmp_path):
     assert notes[1].startswith(f"mask1.png covers only {100 * tiny.mean():.3g}%")
 
 
+def frame(left_out):
+    """All of the picture but a square in its middle."""
+    inside = np.ones((SIDE, SIDE), bool)
+    inside[32 - left_out : 32 + left_out, 32 - left_out : 32 + left_out] = False
+    return inside
+
+
+def test_a_mask_that_may_be_inverted_is_noted(tmp_path):
+    most = np.zeros((SIDE, SIDE), bool)
+    most[1:] = True  # nearly all, but not the upper edge
+    masks = [frame(16), frame(24), most]  # all but 32² and all but 48² of 64²
+    notes = read(make_folder(tmp_path, masks)).notes
+    assert notes == (
+        "mask0.png covers 75% of the picture and touches all its edges: if the thing is what is "
+        "left out, invert the mask",
+    )
+
+
+def test_files_whose_names_begin_with_mask_are_noted(tmp_path, caplog):
+    folder = make_folder(tmp_path, [disc()])
+    grey(disc()).save(folder / "mask_all.png")
+    (folder / "masks").mkdir()
+    (folder / "masks.txt").write_text("none")
+    notes = read(folder).notes
+    assert notes == ("mask_all.png is no mask by its name, and is passed over",)
+    assert notes[0] in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------
+# labels
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A folder whose masks are one picture of labels: a disc of 1 and one of 2."""
+    masks = [disc(x=0.3, radius=0.15), disc(x=0.7, radius=0.15)]
+    folder = make_folder(tmp_path, masks)
+    labels = Image.fromarray(np.select(masks, [1, 2]).astype(np.uint8), mode="P")
+    labels.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    for index in range(2):
+        labels.save(folder / f"mask{index}.png")
+    return folder, masks
+
+
+def test_one_picture_of_labels_serves_all_masks(labelled):
+    folder, masks = labelled
+    for labels in (["1", "2"], ["#800000", "2"]):
+        assert np.array_equal(read_instance(folder, SIDE, 8, labels=labels).masks, np.stack(masks))
+    (folder / "mask1.png").unlink()
+    assert np.array_equal(read_instance(folder, SIDE, 8, labels=["2"]).masks, [masks[1]])
+
+
+def test_labels_that_do_not_fit(labelled):
+    folder, _ = labelled
+    for labels, sentence in (
+        ((), "mask0.png holds several labels"),
+        (["1"], "mask0.png and mask1.png mark the same pixels"),
+        (["1", "3"], "mask1.png has no label 3"),
+        (["1", "2", "3"], "--mask_label has 3 entries for 2 masks; give one for all or one for ea"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            read_instance(folder, SIDE, 8, labels=labels)
+
+
+# ----------------------------------------------------------------------------------------------
+# what cannot be learned from
+
+
 def remove(*names):
     return lambda folder: [(folder / name).unlink() for name in names]
 
@@ -178,6 +274,14 @@ def truncate(name):
     return cut
 
 
+def link(name, target):
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def directory(name):
+    return lambda folder: (folder / name).mkdir()
+
+
 def two_pictures(folder):
     rename("img.jpg", "img.png")(folder)
     (folder / "img.webp").write_bytes((folder / "img.png").read_bytes())
@@ -191,7 +295,42 @@ BAD_FOLDERS = {
     "not from 0": (remove("mask0.png"), "mask0.png is missing although there is a mask2.png"),
     "number twice": (save("mask01.png", grey(disc())), "(mask01.png and mask1.png); keep one"),
     "mask is .jpg": (save("mask3.jpg", grey(disc())), "mask3.jpg is not a .png; save it as mask3"),
-    "mask is .PNG": (rename("mask2.png", "mask2.PNG"), "mask2.PNG is not a .png; save it as mask2"),
+    "twice the picture": (save("IMG.jpg", grey(disc())), "several pictures (IMG.jpg, img.jpg)"),
+    "number twice, in capitals": (
+        save("MASK1.PNG", grey(disc()), format="PNG"),
+        "(MASK1.PNG and mask1.png); keep one",
+    ),
+    "mask is .JPG": (
+        save("MASK3.JPG", grey(disc())),
+        "MASK3.JPG is not a .png; save it as mask3.png",
+    ),
+    "mask_3": (
+        save("mask_3.png", grey(disc())),
+        "mask_3.png is not called as masks are; if it is one, call it mask3.png, or move it out",
+    ),
+    "mask 3": (save("mask 3.png", grey(disc())), "mask 3.png is not called as masks are"),
+    "mask (3)": (save("Mask (3).png", grey(disc())), "Mask (3).png is not called as masks are"),
+    "mask3 copy": (save("mask3 copy.png", grey(disc())), "if it is one, call it mask3.png"),
+    "mask-03.tif": (
+        save("mask-03.tif", grey(disc())),
+        "mask-03.tif is not called as masks are; if it is one, call it mask3.png",
+    ),
+    "link to nowhere": (
+        link("mask3.png", "gone.png"),
+        "mask3.png is a link to gone.png, which is not there; put the file there",
+    ),
+    "picture is a link to nowhere": (
+        lambda folder: (remove("img.jpg")(folder), link("img.jpg", "/gone/img.jpg")(folder)),
+        "img.jpg is a link to /gone/img.jpg, which is not there",
+    ),
+    "mask is a folder": (
+        directory("mask3.png"),
+        "mask3.png is a folder and no mask; give it another name",
+    ),
+    "animated picture": (
+        save("img.jpg", grey(disc()), format="PNG", save_all=True, append_images=[grey(~disc())]),
+        "img.jpg is animated, with 2 pictures; save the one that is meant by itself",
+    ),
     "cut mask": (
         truncate("mask1.png"),
         "mask1.png cannot be read as a picture (image file is trun",
