@@ -8,20 +8,19 @@ the functions that use them, so that a command which only parses boxes starts at
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from imagelab.errors import UserError
+from imagelab.box_formats import FORMATS, holds_box, load_json, quote, read_numbers, to_corners
+from imagelab.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image, ImageFont
 
+ROUNDING = 1e-3  # of the picture, by which a box may exceed it: that much is cut off
 EDGES = ("left", "top", "right", "bottom")
-NUMBER_AND_UNIT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(px|%|)", re.IGNORECASE)
 
 # Okabe and Ito's palette, which readers of every colour vision tell apart; its black is left out.
 PALETTE = (
@@ -49,59 +48,51 @@ class Box(NamedTuple):
 
 
 def parse_box(
-    value: str | Sequence[float | str],
+    value: str | Sequence[float | str] | Mapping,
     size: tuple[int, int] | None = None,
     guess_pixels: bool = False,
+    box_format: str | None = None,
 ) -> Box:
     """Read one box and check it.
 
     Args:
-        value: four numbers x0, y0, x1, y1, as a sequence or as text separated by commas or spaces,
-            in brackets or not. A number is a fraction, or has a unit: `25%` or `128px`. A unit
-            after the last number alone stands for all four: `256,256,512,512px`.
+        value: four numbers, as a sequence or as text separated by commas or spaces, in brackets or
+            not. A number is a fraction, or has a unit: `25%` or `128px`. A unit after the last
+            number alone stands for all four: `256,256,512,512px`. Or an object with such numbers,
+            such as `{"x": …, "y": …, "width": …, "height": …}`, or JSON text of one; see
+            `imagelab.box_formats`.
         size: (width, height) of the canvas, needed only for a box in pixels.
         guess_pixels: if any number without a unit exceeds 1, all numbers without one are pixels.
+        box_format: what the numbers are, one of FORMATS; None: corners, unless the object's names
+            say otherwise.
 
     Raises:
         UnknownSize: the box is in pixels, and there is no `size`.
         UserError: the text is not a box, or the box is reversed, empty or outside the picture.
     """
-    text, parts = _split(value)
-    name = f"the box {_quote(text)}"
-    if len(parts) != 4:
-        raise UserError(
-            f"{name} does not hold four numbers; write left, top, right, bottom, "
-            "such as 0.1,0.2,0.5,0.6"
-        )
-    matches = [NUMBER_AND_UNIT.fullmatch(part) for part in parts]
-    if None in matches:
-        culprit = _quote(parts[matches.index(None)])
-        raise UserError(
-            f"{name} holds {culprit}, which is not a number; "
-            "write fractions (0.25), percent (25%) or pixels (128px)"
-        )
-    numbers = [float(match[1]) for match in matches]
-    units = [match[2].lower() for match in matches]
+    if box_format not in (None, *FORMATS):
+        raise UserError(f"box_format is {shown(box_format)!r}; give {', '.join(FORMATS)}")
+    name = f"the box {quote(value)}"
+    numbers, units, box_format = read_numbers(value, box_format, name)
     if not any(units[:3]):
         units = [units[3]] * 4
-    if guess_pixels and any(n > 1 for n, unit in zip(numbers, units, strict=True) if not unit):
+    plain = [number for number, unit in zip(numbers, units, strict=True) if not unit]
+    if guess_pixels and any(number > 1 + ROUNDING for number in plain):
         units = [unit or "px" for unit in units]
-    box = Box(*_fractions(numbers, units, size, name))
-    check_box(box, name=name)
+    fractions = _fractions(numbers, units, size, name)
+    box = Box(*map(_clip, to_corners(fractions, box_format or "corners", name)))
+    try:
+        check_box(box, name=name)
+    except UserError as error:
+        if box_format is None and (box.x0 >= box.x1 or box.y0 >= box.y1):
+            raise UserError(f"{error}, or give --box_format xywh for {FORMATS['xywh']}") from None
+        raise
     return box
 
 
-def _split(value: str | Sequence[float | str]) -> tuple[str, list[str]]:
-    """What the user wrote, and its parts without brackets, quotes and spaces."""
-    text = value if isinstance(value, str) else ", ".join(map(str, value))
-    text = re.sub(r"\s+(?=px|%)", "", text.strip(), flags=re.IGNORECASE)
-    inner = text[1:-1].strip() if text[:1] + text[-1:] in ("[]", "()") else text
-    return text, [part.strip("'\"") for part in re.split(r"\s*,\s*|\s+", inner)]
-
-
-def _quote(text: str, limit: int = 60) -> str:
-    """Text in quotes on one line, shortened where it is long."""
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+def _clip(edge: float) -> float:
+    """An edge without what it exceeds the picture by, if that is as little as rounding makes."""
+    return min(max(edge, 0.0), 1.0) if -ROUNDING <= edge <= 1 + ROUNDING else edge
 
 
 def _fractions(
@@ -115,7 +106,7 @@ def _fractions(
         )
     fractions = []
     for axis, (number, unit) in enumerate(zip(numbers, units, strict=True)):
-        if not unit and number > 1:
+        if not unit and number > 1 + ROUNDING:
             raise UserError(
                 f"{name} holds {number:g}, which is more than the whole picture; "
                 "append px for pixels or % for percent"
@@ -125,46 +116,47 @@ def _fractions(
     return fractions
 
 
-def parse_boxes(json_text: str, size: tuple[int, int] | None = None) -> list[Box]:
-    """Read a JSON list of boxes, `[[x0, y0, x1, y1], ...]`; a single flat box is accepted too.
+def parse_boxes(
+    json_text: str, size: tuple[int, int] | None = None, box_format: str | None = None
+) -> list[Box]:
+    """Read a JSON list of boxes, `[[x0, y0, x1, y1], ...]`; a single box is accepted too.
 
-    Numbers may be strings with a unit, as in `["10%", "20%", "50%", "60%"]`; see `parse_box`.
+    Numbers may be strings with a unit, as in `["10%", "20%", "50%", "60%"]`, and a box may be an
+    object; see `parse_box`.
 
     Raises:
         UserError: the text is not such a list, or one of its boxes is not valid.
     """
     form = "write a list of boxes, [[x0, y0, x1, y1], ...]"
-    try:
-        boxes = json.loads(json_text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).split(":")[0]
-        raise UserError(
-            f"the boxes {_quote(json_text)} are not valid JSON ({reason}); {form}"
-        ) from None
+    boxes = load_json(json_text, f"the boxes {quote(json_text)} are not", form)
+    if isinstance(boxes, dict) and holds_box(boxes):
+        boxes = [boxes]
     if not isinstance(boxes, list) or not boxes:
-        raise UserError(f"the boxes {_quote(json_text)} are not a list with boxes in it; {form}")
-    if not any(isinstance(box, list) for box in boxes):
+        raise UserError(f"the boxes {quote(json_text)} are not a list with boxes in it; {form}")
+    if not any(isinstance(box, list | dict) for box in boxes):
         boxes = [boxes]
     for box in boxes:
-        if not isinstance(box, list):
+        if not isinstance(box, list | dict):
             raise UserError(
-                f"the boxes {_quote(json_text)} hold {_quote(str(box))}, which is not a box; {form}"
+                f"the boxes {quote(json_text)} hold {quote(shown(box))}, which is not a box; {form}"
             )
-    return [parse_box(box, size) for box in boxes]
+    return [parse_box(box, size, box_format=box_format) for box in boxes]
 
 
-def parse_named_box(text: str, size: tuple[int, int] | None = None) -> tuple[str, Box]:
+def parse_named_box(
+    text: str, size: tuple[int, int] | None = None, box_format: str | None = None
+) -> tuple[str, Box]:
     """Read `<asset0>=x0,y0,x1,y1` into the name and the box; see `parse_box`.
 
     Raises:
         UserError: there is no name, or the box is not valid.
     """
     name, equals, box = text.partition("=")
-    if not equals or not name.strip():
+    if not equals or not name.strip() or name.lstrip().startswith("{"):
         raise UserError(
-            f"the box {_quote(text)} does not name its asset; write '<asset0>=0.1,0.2,0.5,0.6'"
+            f"the box {quote(text)} does not name its asset; write '<asset0>=0.1,0.2,0.5,0.6'"
         )
-    return name.strip(), parse_box(box, size)
+    return name.strip(), parse_box(box, size, box_format=box_format)
 
 
 def check_box(

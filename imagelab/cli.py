@@ -4,19 +4,34 @@ import argparse
 import logging
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from imagelab.errors import FAILURES, memory_errors, sentence
+from imagelab.boxes import FORMATS
+from imagelab.errors import FAILURES, cut, memory_errors, sentence, shorten
 from imagelab.models.device import PRECISIONS
 from imagelab.settings import Config
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad option in one line, without the usage of all the others."""
+    """Reports an error in one line: without the usage of all options, long values in short."""
+
+    given: Sequence[str] = ()  # the arguments that were parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def exit(self, status: int = 0, message: str | None = None):
+        for argument in sorted(self.given if message else (), key=len, reverse=True):
+            value = argument.partition("=")[2] if argument.startswith("--") else argument
+            for written in (value, repr(value)[1:-1], " ".join(value.split())):
+                if len(written) > 200:
+                    message = message.replace(written, cut(written))
+        super().exit(status, message)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -33,18 +48,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def seed_option(text: str) -> int | None:
-    """A seed from an option's text; None for a random one."""
+    """A seed from an option's text, whose bounds are checked later; None for a random one."""
     if text.lower() == "none":
         return None
     try:
-        seed = int(text)
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no seed; give a whole number or None"
+            f"{shorten(text)!r} is no seed; give a whole number or None"
         ) from None
-    if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no seed; give a number from 0 to 2**63 - 1")
-    return seed
 
 
 def random_seed_if_none(seed: int | None) -> int:
@@ -57,6 +69,17 @@ def add_setting(into, defaults: Config, name: str, text: str, **more) -> None:
     default = defaults.settings()[name]
     more.setdefault("type", defaults.open_kinds().get(name, type(default)))
     into.add_argument(f"--{name}", default=default, help=text, **more)
+
+
+def add_box_format(parser: argparse.ArgumentParser) -> None:
+    """--box_format, for the boxes of --box and --boxes."""
+    meanings = "; ".join(f"{name}: {numbers}" for name, numbers in FORMATS.items())
+    parser.add_argument(
+        "--box_format",
+        choices=tuple(FORMATS),
+        help=f"what the four numbers of a box are; {meanings} (default: corners, or what the names "
+        "of the numbers say)",
+    )
 
 
 def add_runtime_options(parser: argparse.ArgumentParser, defaults) -> None:

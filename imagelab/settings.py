@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Self, get_args, get_type_hints
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten, shown
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
@@ -66,7 +66,7 @@ def fit_settings(
     for name, value in settings.items():
         if name not in defaults:
             known = ", ".join(sorted(defaults))
-            raise UserError(f"there is no setting {name!r}; the settings are {known}")
+            raise UserError(f"there is no setting {shorten(name)!r}; the settings are {known}")
         default = defaults[name]
         if kinds and name in kinds:
             fitted[name] = None if value is None else _fit(name, value, kinds[name]())
@@ -77,18 +77,22 @@ def fit_settings(
 
 def _fit(name: str, value: object, default: object) -> object:
     """A value in the type of a default."""
+    what = shown(value) if isinstance(value, Integral) else shorten(repr(value))
     if isinstance(value, PurePath):
         value = str(value)
     if isinstance(default, tuple):
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
             return tuple(value)
-        raise UserError(f"{name} is {value!r}; give a list of texts")
+        raise UserError(f"{name} is {what}; give a list of texts")
     kind = type(default)
     if isinstance(value, bool) or kind in (bool, str):
         fits = type(value) is kind
     else:
         fits = isinstance(value, Integral if kind is int else Real)
     if not fits:
-        raise UserError(f"{name} is {value!r}; give {KINDS[kind]}")
-    return kind(value)
+        raise UserError(f"{name} is {what}; give {KINDS[kind]}")
+    try:
+        return kind(value)
+    except OverflowError:  # of a whole number that no float can hold
+        raise UserError(f"{name} is {what}; give a smaller number") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from imagelab.boxes import Box
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.evaluation import runner
 from imagelab.evaluation.features import FeatureSpace, load_features
 from imagelab.evaluation.measures import mask_crops, outside_of
@@ -110,7 +110,7 @@ def plan_cases(
             if len(placed) != len(own):
                 raise UserError(
                     f"there are {len(placed)} boxes and {len(own)} assets in the prompt "
-                    f"{prompt!r}; give one box for each"
+                    f"{shorten(prompt)!r}; give one box for each"
                 )
             outside_of(placed, (64, 64))  # layout is measured against some background
             full = replace(settled, prompt=prompt)
@@ -166,7 +166,7 @@ def _prompt_assets(prompt: str, learned: Learned) -> tuple[int, ...]:
     names = asset_names(prompt, learned)
     if not names:
         raise UserError(
-            f"the prompt {prompt!r} must name assets of {learned.where}: "
+            f"the prompt {shorten(prompt)!r} must name assets of {learned.where}: "
             f"{', '.join(learned.tokens)}"
         )
     return tuple(learned.tokens.index(name) for name in names)

@@ -25,10 +25,10 @@ from mifo.learning.resume import resumed
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import preset_boxes
 from mifo.synthesis.paint import describe, paint, prepare, save_painting
-from mifo.synthesis.scene import make_scene
+from mifo.synthesis.scene import check_numbers, make_scene
 
-#: A box as four numbers x0, y0, x1, y1, or as a text such as "10%,20%,50%,60%".
-AnyBox = Sequence[float] | str
+#: A box: four numbers, a text such as "10%,20%,50%,60%", or an object of an annotation tool.
+AnyBox = Sequence[float] | str | Mapping
 SHEET_SIDE = 256  # pixels of a picture in a notebook
 
 
@@ -116,6 +116,7 @@ class LearnedInstance:
         *,
         seed: int | None = None,
         num_images: int = 1,
+        box_format: str | None = None,
         **settings,
     ) -> "Paintings":
         """Paint a prompt that names assets, each inside its box.
@@ -124,9 +125,10 @@ class LearnedInstance:
             prompt: such as ``"a photo of <asset0> and <asset1> in the snow"``.
             boxes: by asset, one box or a list of boxes where the prompt names it several times; or
                 a list in the order of the prompt; None: a preset layout. A box is x0, y0, x1, y1
-                in fractions from the top left.
+                in fractions from the top left; see docs/boxes.md for others.
             seed: picture i has the seed ``seed + i``; None draws one.
             num_images: how many pictures.
+            box_format: what four numbers of a box are: "corners", "xywh" or "cxcywh".
             settings: any field of :class:`~mifo.synthesis.config.SynthesisConfig` or of its parts,
                 such as ``guidance_scale=3``, ``width=768``, ``box_control=False``.
 
@@ -139,7 +141,8 @@ class LearnedInstance:
         )  # fmt: skip
         device = choose_device(config.runtime.device)
         size = (config.width, config.height) if config.width and config.height else None
-        placed = _parse_boxes(boxes, size)
+        check_numbers(config)
+        placed = _parse_boxes(boxes, size, box_format)
         scene = make_scene(config, preset_boxes, placed, device=device, base=self._model)
         self._model = scene.base
         text = prepare(scene)
@@ -212,20 +215,24 @@ class Paintings(Sequence):
         return encode_png(self.sheet())
 
 
-def _parse_boxes(boxes, size: tuple[int, int] | None) -> list[Box] | dict[str, list[Box]] | None:
+def _parse_boxes(
+    boxes, size: tuple[int, int] | None, box_format: str | None
+) -> list[Box] | dict[str, list[Box]] | None:
     """Boxes as make_scene takes them; ``size``: width and height, for boxes in pixels."""
+
+    def parse_all(given) -> list[Box]:
+        return [parse_box(box, size, box_format=box_format) for box in _list_boxes(given)]
+
     if boxes is None:
         return None
     if not isinstance(boxes, Mapping):
-        return [parse_box(box, size) for box in _list_boxes(boxes)]
-    return {
-        name: [parse_box(box, size) for box in _list_boxes(given)] for name, given in boxes.items()
-    }
+        return parse_all(boxes)
+    return {name: parse_all(given) for name, given in boxes.items()}
 
 
 def _list_boxes(given) -> list:
     """The boxes in a list of boxes, or in one box."""
-    if isinstance(given, str):
+    if isinstance(given, str | Mapping):
         return [given]
     try:
         given = list(given)

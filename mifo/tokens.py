@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from imagelab.errors import UserError
-from imagelab.prompts import encode_ids, shorten
+from imagelab.errors import UserError, shorten, shown
+from imagelab.prompts import encode_ids
 from imagelab.training.seeds import generator_for
 from mifo.method.regions import TokenRoles
 
@@ -95,7 +95,9 @@ def initial_rows(
     pieces = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     for word, tokens in zip(words, pieces, strict=True):
         if not tokens:
-            raise UserError(f"--initializer_tokens: {word!r} is empty; give a word such as 'car'")
+            raise UserError(
+                f"--initializer_tokens: {shorten(word)!r} is empty; give a word such as 'car'"
+            )
     return torch.stack([table[tokens].mean(0) for tokens in pieces])
 
 
@@ -168,8 +170,8 @@ def token_roles(tokenizer, prompt: str, subjects: Sequence[Sequence[int]]) -> To
     for position in sorted(taken):
         if not 0 < position < end:
             raise UserError(
-                f"--subject_token_indices names position {position}; the prompt's tokens have "
-                f"positions 1 to {end - 1}"
+                f"--subject_token_indices names position {shown(position)}; the prompt's tokens "
+                f"have positions 1 to {end - 1}"
             )
         if listed.count(position) > 1:
             raise UserError(

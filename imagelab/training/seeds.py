@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shown
 
 
 def seed_for(seed: int, *labels: str | int) -> int:
@@ -21,7 +21,7 @@ def seed_for(seed: int, *labels: str | int) -> int:
 def check_seed(seed: object) -> None:
     """Raises UserError unless a seed is a whole number from 0 to 2**63 - 1."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise UserError(f"the seed is {seed!r:.60}; give a whole number from 0 to 2**63 - 1")
+        raise UserError(f"the seed is {shown(seed)}; give a whole number from 0 to 2**63 - 1")
 
 
 def generator_for(seed: int, *labels: str | int) -> torch.Generator:

@@ -1,8 +1,9 @@
 """Draw boxes as a picture, to see a layout before it is synthesised.
 
 A single box without a name is drawn white on black. Several boxes, a named box and boxes over a
-picture (--image) are drawn as labelled outlines in colours. A box is left, top, right, bottom,
-measured from the top left corner in fractions (0.25), percent (25%) or pixels (128px).
+picture (--image) are drawn as labelled outlines in colours. A box is left, top, right, bottom
+(unless --box_format says otherwise), measured from the top left corner in fractions (0.25), percent
+(25%) or pixels (128px).
 
     python visual_box_mask.py --top_left 128 128 --bottom_right 384 384
     python visual_box_mask.py --box "<asset0>=0,0.3,0.5,0.9" --box "<asset1>=0.5,0.3,1,0.9"
@@ -25,8 +26,8 @@ from imagelab.boxes import (
     parse_named_box,
     raster,
 )
-from imagelab.cli import Parser, report_errors
-from imagelab.errors import UserError
+from imagelab.cli import Parser, add_box_format, report_errors
+from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import written_aside
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--boxes", metavar="JSON", help='several boxes, "[[0.1,0.2,0.5,0.6], [0.5,0.2,0.9,0.6]]"'
     )
+    add_box_format(parser)
     parser.add_argument("--image", type=Path, help="picture to lay the boxes over")
     parser.add_argument(
         "--size",
@@ -88,7 +90,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read `512` or `768x512` into (width, height)."""
     match = re.fullmatch(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?", text.strip())
     if not match:
-        raise UserError(f"--size {text!r} is not a size; write 512 or 768x512, in pixels")
+        raise UserError(f"--size {shorten(text)!r} is not a size; write 512 or 768x512, in pixels")
     size = int(match[1]), int(match[2] or match[1])
     if not 1 <= min(size) <= max(size) <= MAX_SIDE:
         raise UserError(f"--size {text!r} is out of range; use 1 to {MAX_SIDE} pixels a side")
@@ -100,12 +102,17 @@ def read_boxes(args: argparse.Namespace, size: tuple[int, int]) -> tuple[list[Bo
     named: list[tuple[str, Box]] = []
     if args.top_left or args.bottom_right or not (args.box or args.boxes is not None):
         corners = (*(args.top_left or TOP_LEFT), *(args.bottom_right or BOTTOM_RIGHT))
-        named.append(("", parse_box(corners, size, guess_pixels=True)))
+        named.append(("", parse_box(corners, size, guess_pixels=True, box_format="corners")))
+    form = args.box_format
     for text in args.box:
-        named.append(parse_named_box(text, size) if "=" in text else ("", parse_box(text, size)))
+        if "=" in text and not text.lstrip().startswith("{"):
+            named.append(parse_named_box(text, size, form))
+        else:
+            named.append(("", parse_box(text, size, box_format=form)))
     if args.boxes is not None:
-        named.extend(("", box) for box in parse_boxes(args.boxes, size))
+        named.extend(("", box) for box in parse_boxes(args.boxes, size, form))
 
+    named = [(shorten(name), box) for name, box in named]
     if len(named) > 1:
         named = [(name or f"box {i}", box) for i, (name, box) in enumerate(named, start=1)]
     for name, box in named:
@@ -141,11 +148,13 @@ def preview(args: argparse.Namespace) -> None:
 
     output, image = args.output, args.image
     if output.suffix.lower() != ".png":
-        raise UserError(f"--output {str(output)!r} does not end in .png; name a PNG file")
+        raise UserError(f"--output {shorten(str(output))!r} does not end in .png; name a PNG file")
     if image and all(map(os.path.exists, (image, output))) and output.samefile(image):
         raise UserError(f"--output {output} is the picture of --image; name another file")
     if image and args.size is not None:
-        raise UserError(f"--size {args.size!r} cannot be combined with --image; leave one out")
+        raise UserError(
+            f"--size {shorten(args.size)!r} cannot be combined with --image; leave one out"
+        )
     picture = None
     if image:
         from imagelab.io.images import read_image

@@ -8,11 +8,20 @@ again, it paints what is missing.
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from imagelab.boxes import parse_boxes
-from imagelab.cli import HelpFormatter, Parser, add_runtime_options, add_setting, report_errors
+from imagelab.cli import (
+    HelpFormatter,
+    Parser,
+    add_box_format,
+    add_runtime_options,
+    add_setting,
+    random_seed_if_none,
+    report_errors,
+    seed_option,
+)
 from imagelab.io.folders import check_writable
 from mifo.method.guidance import GuidanceConfig
 from mifo.synthesis.config import SynthesisConfig
@@ -26,8 +35,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         prog="semantic_evaluation.py", description=__doc__, formatter_class=HelpFormatter
     )
 
-    def add(name: str, text: str, into=parser) -> None:
-        add_setting(into, DEFAULTS, name, text)
+    def add(name: str, text: str, into=parser, **more) -> None:
+        add_setting(into, DEFAULTS, name, text, **more)
 
     parser.add_argument(
         "--model_id",
@@ -43,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "--prompt", nargs="+", default=[], help="what to paint; none: a photo of all assets"
     )
     parser.add_argument("--boxes", help="a JSON list of boxes, in the order of the prompts")
+    add_box_format(parser)
     parser.add_argument(
         "--features",
         nargs="+",
@@ -53,7 +63,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )
     add("output_path", "where the evaluation goes")
     add("num_images", "pictures of each prompt")
-    add("seed", "of the first picture; every next one has the next seed")
+    text = "of the first picture; every next one has the next seed; None: random"
+    add("seed", text, type=seed_option)
     add("batch_size", "pictures painted at a time")
     add("negative_prompt", "what not to paint")
     add("num_inference_steps", "DDIM steps")
@@ -78,7 +89,11 @@ def main(argv: list[str] | None, get_boxes: GetBoxes) -> None:
     """The command; ``get_boxes`` is the layout where no boxes are given."""
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
-        boxes = parse_boxes(options.boxes) if options.boxes is not None else None
+        config = config_from(options)
+        boxes = None
+        if options.boxes is not None:
+            boxes = parse_boxes(options.boxes, box_format=options.box_format)
+        config = replace(config, seed=random_seed_if_none(config.seed))
         from imagelab.evaluation.report import write_report
         from imagelab.models.device import choose_device
         from mifo.evaluation import choose_spaces, evaluate, list_learned, plan_cases
@@ -86,9 +101,9 @@ def main(argv: list[str] | None, get_boxes: GetBoxes) -> None:
         output = Path(options.output_path)
         check_writable(output, "output_path")
         names = list_learned(Path(options.models_dir), options.model_id)
-        cases = plan_cases(
-            config_from(options), names, options.prompt, options.folder_path, get_boxes, boxes
-        )
+        cases = plan_cases(config, names, options.prompt, options.folder_path, get_boxes, boxes)
         spaces = choose_spaces(options.features, cases, options.offline)
+        if options.seed is None:
+            print(f"seed {config.seed}")
         records = evaluate(cases, spaces, output, choose_device(options.device))
         print(write_report(cases, records, output))

@@ -16,14 +16,16 @@ from imagelab.boxes import Box, UnknownSize, parse_boxes, parse_named_box
 from imagelab.cli import (
     HelpFormatter,
     Parser,
+    add_box_format,
     add_runtime_options,
     add_setting,
     random_seed_if_none,
     report_errors,
     seed_option,
 )
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.io.folders import check_name, check_writable
+from mifo.bounds import MOST_POSITION, check_bounds
 from mifo.synthesis.config import SynthesisConfig
 
 if TYPE_CHECKING:
@@ -56,7 +58,13 @@ def token_indices(text: str) -> list[list[int]]:
     )
     if not value or not fits:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of lists of positions; write it as [[4]] or [[4],[6]]"
+            f"{shorten(text)!r} is no list of lists of positions; write it as [[4]] or [[4],[6]]"
+        )
+    positions = [at for group in value for at in group]
+    if len(positions) > MOST_POSITION or not all(0 <= at <= MOST_POSITION for at in positions):
+        raise argparse.ArgumentTypeError(
+            f"{shorten(text)!r} holds a position that no prompt has, or too many; write it as "
+            "[[4]] or [[4],[6]]"
         )
     return value
 
@@ -94,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         metavar='"<asset0>=x0,y0,x1,y1"',
         help="the box of one asset; repeat the option for more",
     )
+    add_box_format(parser)
     add("negative_prompt", "what not to paint")
     add("num_images", "how many pictures; None: one batch")
     add("num_inference_steps", "DDIM steps")
@@ -144,9 +153,9 @@ def read_boxes(options: argparse.Namespace) -> "GivenBoxes | None":
     named: dict[str, list[Box]] = {}
     try:
         if options.boxes is not None:
-            return parse_boxes(options.boxes, size)
+            return parse_boxes(options.boxes, size, options.box_format)
         for text in options.box or []:
-            name, box = parse_named_box(text, size)
+            name, box = parse_named_box(text, size, options.box_format)
             named.setdefault(name, []).append(box)
     except UnknownSize as error:
         raise UserError(f"{error}, or give --width and --height") from None
@@ -168,8 +177,9 @@ def main(argv: list[str] | None, get_boxes: "GetBoxes") -> None:
     """The command; ``get_boxes`` is the layout where no boxes are given."""
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
-        boxes = read_boxes(options)
         config = config_from(options)
+        check_bounds(config.settings())
+        boxes = read_boxes(options)
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
         from mifo.synthesis.paint import synthesise

@@ -2,10 +2,12 @@
 
 from importlib.util import find_spec
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import readable
 from imagelab.io.folders import check_name, check_writable
+from imagelab.prompts import check_prompt
 from imagelab.training.seeds import check_seed
+from mifo.bounds import check_bounds
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET
@@ -37,16 +39,8 @@ def check_settings(config: LearningConfig) -> None:
     recipe, settings = config.recipe, config.settings()
     for name in CHOICES:
         check_choice(name, settings[name])
-    positive = ("lora_rank", "num_class_images", "checkpoint_steps")
-    for name in (*positive, "train_steps", "finetune_steps", "reward_steps", "warmup_steps"):
-        least = int(name in positive)
-        if settings[name] is not None and settings[name] < least:
-            raise UserError(f"--{name} is {settings[name]}; give a whole number from {least} on")
-    rates = ("learning_rate", "finetune_learning_rate", "weight_decay")
-    for name in (*rates, "prior_weight", "attention_weight"):
-        if settings[name] is not None and not 0 <= settings[name] < float("inf"):
-            raise UserError(f"--{name} is {settings[name]}; give a number from 0 on")
-    if not 0 < recipe.max_grad_norm < float("inf"):
+    check_bounds(settings)
+    if not recipe.max_grad_norm:
         raise UserError(f"--max_grad_norm is {recipe.max_grad_norm}; give a number above 0")
     if not recipe.steps:
         raise UserError("there is nothing to learn: --train_steps and --finetune_steps are 0")
@@ -56,8 +50,11 @@ def check_settings(config: LearningConfig) -> None:
         raise UserError(
             "--initialize_from_class and --initializer_tokens are both given; give one of them"
         )
+    for words in recipe.initializer_tokens:
+        check_prompt(words, "initializer_tokens")
+    check_prompt(recipe.class_prompt or "", "class_prompt")
     if ASSET.search(recipe.class_prompt or ""):
         raise UserError(
-            f"--class_prompt {recipe.class_prompt!r} names an asset, which the base model does not "
-            "know; name the kind of thing, as in 'a photo of a chair'"
+            f"--class_prompt {shorten(recipe.class_prompt)!r} names an asset, which the base model "
+            "does not know; name the kind of thing, as in 'a photo of a chair'"
         )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import torch
 
 from imagelab.attention import layer_grid
 from imagelab.boxes import Box, check_box, parse_box
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 from imagelab.models.device import choose_precision
-from imagelab.models.stable_diffusion import StableDiffusion
-from imagelab.prompts import encode_ids
+from imagelab.models.stable_diffusion import StableDiffusion, read_sizes
+from imagelab.prompts import check_prompt, encode_ids
 from imagelab.sampling import check_steps
 from imagelab.training.seeds import check_seed
+from mifo.bounds import check_bounds
 from mifo.defaults import read_own, settle
 from mifo.learned import Learned, read_learned_folder
 from mifo.learned_files import read_learned_files
@@ -25,7 +26,6 @@ from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import GetBoxes
 from mifo.tokens import ASSET, find_assets, token_roles
 
-MOST = {"batch_size": 10_000, "num_images": 1_000_000, "num_inference_steps": 999}
 MOST_TIMES = 4  # the model's own resolution, for a side of a picture
 
 #: What is meant for an asset, maybe without its brackets, in capitals or with a space.
@@ -86,7 +86,11 @@ def make_scene(
     if config.box_control and subject_token_indices is None:
         place_boxes(names, boxes, layout)  # fails before the model is loaded
     config, origins = settle_synthesis(config, learned)
+    check_numbers(config)  # once more, with the numbers that were open
     if base is None:
+        is_sized = config.height or config.width
+        if is_sized and (sizes := read_sizes(model_source(config, learned), runtime.offline)):
+            check_size(config, *sizes)  # before the model is loaded
         base, _ = learned.load(config.model_path, runtime.offline)
     check_steps(config.num_inference_steps, base.scheduler)
     encode_ids(base.tokenizer, config.negative_prompt)
@@ -111,9 +115,13 @@ def settle_synthesis(
     config: SynthesisConfig, learned: Learned
 ) -> tuple[SynthesisConfig, dict[str, str]]:
     """Give each open setting the value that suits the model; where each value is from."""
-    source = config.model_path or str(learned.pipeline or learned.base_source)
-    wanted = {name: name for name in ("guidance_scale", "step_scale")}
-    return settle(config, read_own(source, config.runtime.offline), wanted)
+    own = read_own(model_source(config, learned), config.runtime.offline)
+    return settle(config, own, {name: name for name in ("guidance_scale", "step_scale")})
+
+
+def model_source(config: SynthesisConfig, learned: Learned) -> str:
+    """The model that a request paints with: a path, a hub id or ``toybox``."""
+    return config.model_path or str(learned.pipeline or learned.base_source)
 
 
 def lay_out(
@@ -136,27 +144,17 @@ def read_learned(config: SynthesisConfig) -> Learned:
 
 
 def check_numbers(config: SynthesisConfig) -> None:
-    """Raises UserError for a number that is out of its range."""
-    counts = {
-        "batch_size": config.runtime.batch_size,
-        "num_inference_steps": config.num_inference_steps,
-    }
-    if config.num_images is not None:
-        counts["num_images"] = config.num_images
-    for name, value in counts.items():
-        if not 1 <= value <= MOST[name]:
-            raise UserError(f"--{name} is {value}; give a whole number from 1 to {MOST[name]}")
+    """Raises UserError for a number that is out of its range, and for a bad negative prompt."""
+    check_bounds(config.settings())
     if config.seed is None:
         raise UserError("there is no seed; give one (only the commands draw it)")
     check_seed(config.seed)
-    numbers = asdict(config.guidance) | {"guidance_scale": config.guidance_scale}
-    for name, value in numbers.items():
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--{name} is {value}; give a number from 0 on")
+    check_prompt(config.negative_prompt, "negative_prompt")
 
 
 def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
     """The assets that a prompt names, in its order; a UserError where one was not learned."""
+    check_prompt(prompt, "prompt")
     names = tuple(ASSET.findall(prompt))
     for found in LIKE_AN_ASSET.findall(prompt):
         if found not in names:
@@ -176,21 +174,25 @@ def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
     return names
 
 
-def latent_size(config: SynthesisConfig, base: StableDiffusion) -> tuple[int, int]:
-    """Rows and columns of the latents; a UserError for a height or width that does not fit."""
-    size = []
+def check_size(config: SynthesisConfig, resolution: int, multiple: int) -> tuple[int, int]:
+    """Height and width in pixels; a UserError for one that does not fit a model."""
+    sides = []
     for name in ("height", "width"):
         pixels = getattr(config, name)
-        if pixels is None:
-            pixels = base.resolution
-        least, most = 2 * base.multiple, MOST_TIMES * base.resolution
-        if pixels % base.multiple or not least <= pixels <= most:
+        sides.append(resolution if pixels is None else pixels)
+        least, most = 2 * multiple, MOST_TIMES * resolution
+        if sides[-1] % multiple or not least <= sides[-1] <= most:
             raise UserError(
-                f"--{name} is {pixels}; give a multiple of {base.multiple} from {least} to {most}, "
-                f"such as {base.resolution}"
+                f"--{name} is {sides[-1]}; give a multiple of {multiple} from {least} to {most}, "
+                f"such as {resolution}"
             )
-        size.append(pixels // base.vae_factor)
-    return size[0], size[1]
+    return sides[0], sides[1]
+
+
+def latent_size(config: SynthesisConfig, base: StableDiffusion) -> tuple[int, int]:
+    """Rows and columns of the latents; a UserError for a height or width that does not fit."""
+    height, width = check_size(config, base.resolution, base.multiple)
+    return height // base.vae_factor, width // base.vae_factor
 
 
 def _subject_names(
@@ -230,7 +232,8 @@ def _place_named(names: Sequence[str], boxes: dict[str, list[Box]]) -> list[Box]
     for name, given in boxes.items():
         if name not in names:
             raise UserError(
-                f"--box names {name}, which the prompt does not; it names {', '.join(names)}"
+                f"--box names {shorten(name)}, which the prompt does not; "
+                f"it names {', '.join(names)}"
             )
         if len(given) != names.count(name):
             raise UserError(

@@ -22,6 +22,7 @@ from imagelab.boxes import (
     parse_named_box,
     raster,
 )
+from imagelab.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BOX = Box(0.1, 0.2, 0.5, 0.6)
@@ -122,9 +123,10 @@ def test_pixels_without_a_canvas_are_an_error():
 
 
 def test_long_input_is_quoted_in_short():
-    with pytest.raises(ValueError, match=r"\.\.\.' does not hold four") as error:
-        parse_box("0.1," * 10_000)
-    assert len(str(error.value)) < 250
+    for value in ("0.1," * 10_000, [0.1] * 10_000, {"bbox": [0.1] * 10_000}, '{"bbox": "0.1'):
+        with pytest.raises(ValueError, match=r"does not hold four|not valid JSON") as error:
+            parse_box(value)
+        assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize("text", ["[[0.1, 0.2, 0.5, 0.6]]", "[0.1, 0.2, 0.5, 0.6]"])
@@ -190,6 +192,173 @@ def test_pixels_come_back_as_the_same_pixels(width, height, data):
     y1 = data.draw(st.integers(y0 + 1, height))
     box = parse_box(f"{x0},{y0},{x1},{y1}px", size=(width, height))
     assert raster(box, rows=height, columns=width) == (slice(y0, y1), slice(x0, x1))
+
+
+# --- as annotation tools write them -----------------------------------------------------------
+
+CORNERS = {
+    "VOC": {"xmin": 0.1, "ymin": 0.2, "xmax": 0.5, "ymax": 0.6},
+    "Open Images": {"XMin": 0.1, "YMin": 0.2, "XMax": 0.5, "YMax": 0.6, "Confidence": 1},
+    "x0": {"x0": 0.1, "y0": 0.2, "x1": 0.5, "y1": 0.6},
+    "x1": {"x1": 0.1, "y1": 0.2, "x2": 0.5, "y2": 0.6},
+    "edges": {"left": 0.1, "top": 0.2, "right": 0.5, "bottom": 0.6},
+    "Qwen": {"bbox_2d": [100, 100, 500, "300px"], "label": "car"},
+}
+SIZES = {
+    "x": {"x": 0.1, "y": 0.2, "width": 0.4, "height": 0.4},
+    "w": {"x": "10%", "y": "20%", "w": "40%", "h": "40%", "id": 3},
+    "Rekognition": {"Width": 0.4, "Height": 0.4, "Left": 0.1, "Top": 0.2},
+}
+CENTRES = {
+    "cx": {"cx": 0.3, "cy": 0.4, "w": 0.4, "h": 0.4},
+    "x_center": {"x_center": "300px", "y_center": "200px", "width": "400px", "height": "200px"},
+}
+
+
+def cases(*tables):
+    return pytest.mark.parametrize("value", [v for t in tables for v in t.values()])
+
+
+@cases(CORNERS, SIZES, CENTRES)
+def test_names_say_what_the_numbers_are(value):
+    size = (1000, 500)
+    for written in (value, json.dumps(value), f"  {json.dumps(value, indent=1)} "):
+        assert parse_box(written, size) == BOX
+    assert parse_boxes(json.dumps(value), size) == [BOX]
+    assert parse_boxes(json.dumps([value, [0.1, 0.2, 0.5, 0.6]]), size) == [BOX, BOX]
+    assert parse_named_box("<asset0>=" + json.dumps(value), size) == ("<asset0>", BOX)
+
+
+@pytest.mark.parametrize(
+    ("box_format", "value"),
+    [
+        ("corners", "0.1,0.2,0.5,0.6"),
+        ("xywh", "0.1,0.2,0.4,0.4"),
+        ("xywh", "100,100,400,200px"),
+        ("xywh", "10 20 40 40%"),
+        ("xywh", ["100px", 0.2, 0.4, "40%"]),
+        ("xywh", {"bbox": [100, 100, 400, "200px"], "category_id": 3, "area": 80_000}),
+        ("corners", {"bbox": [0.1, 0.2, 0.5, 0.6]}),
+        (None, {"bbox": [0.1, 0.2, 0.5, 0.6]}),
+        ("cxcywh", "0.3 0.4 0.4 0.4"),
+        ("cxcywh", "300,200,400,200px"),
+    ],
+)
+def test_the_format_says_what_four_numbers_are(box_format, value):
+    size = (1000, 500)
+    assert parse_box(value, size, box_format=box_format) == BOX
+    text = json.dumps(value)
+    if not isinstance(value, str):
+        assert parse_boxes(f"[{text}]", size, box_format) == [BOX]
+        assert parse_box(text, size, box_format=box_format) == BOX
+    else:
+        assert parse_named_box(f"a={value}", size, box_format) == ("a", BOX)
+
+
+@pytest.mark.parametrize(
+    ("table", "own", "order"),
+    [
+        (CORNERS, "corners", "left, top, right, bottom"),
+        (SIZES, "xywh", "left, top, width, height"),
+        (CENTRES, "cxcywh", "centre x, centre y, width, height"),
+    ],
+)
+def test_names_and_a_format_that_disagree(table, own, order):
+    for value in table.values():
+        assert parse_box(value, (1000, 500), box_format=own) == BOX
+        for other in {"corners", "xywh", "cxcywh"} - {own}:
+            message = f", which say {order}, and --box_format is {other}; leave that out, or write"
+            with pytest.raises(UserError, match=message):
+                parse_box(value, (1000, 500), box_format=other)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1, "b": 2}, "has no names that are known; write it once, with xmin, ymin, xmax"),
+        ({"x": 0, "y": 0, "width": 1}, "has no names that are known"),
+        ({"x0": 0, "y0": 0, "x1": 1, "y1": 1, "x2": 1, "y2": 1}, "holds its box in several ways"),
+        ({"bbox": [0, 0, 1, 1], "bbox_2d": [0, 0, 1, 1]}, "holds its box in several ways"),
+        ({"bbox": 5}, "has no list under bbox; write four numbers there"),
+        ({"bbox_2d": {"x": 1}}, "has no list under bbox_2d; write four numbers there"),
+        ({"bbox": [0, 0, 1]}, "does not hold four numbers; write left, top, right, bottom"),
+        ({"bbox": [[0, 0], [1, 1]]}, "does not hold four numbers"),
+        ({"xmin": 0, "ymin": 0, "xmax": None, "ymax": 1}, "holds 'None', which is not a number"),
+        ({"xmin": 64, "ymin": 64, "xmax": 128, "ymax": 128}, "holds 64, .* append px for pixels"),
+        ({"xmin": 0.5, "ymin": 0, "xmax": 0.1, "ymax": 1}, "write left, top, right, bottom$"),
+        ({"x": 0.5, "y": 0, "width": 0.6, "height": 1}, "right edge at 1.1 of the picture"),
+        ({"x": 0.5, "y": 0, "width": 0, "height": 1}, "a width of 0; write left, top, width, hei"),
+        ({"cx": 0.5, "cy": 0.5, "w": 1, "h": -1}, "a height of -1; write centre x, centre y, wid"),
+        ({"cx": 0.5, "cy": 0.5, "w": 1.5, "h": 1}, "holds 1.5, which is more than the whole pict"),
+        ({"cx": 0.2, "cy": 0.5, "w": 0.5, "h": 1}, "has its left edge at -0.05 of the picture"),
+        ('{"xmin": 0.1', r"is not valid JSON \(.*\); write {"),
+        ("{'xmin': 0.1}", "is not valid JSON"),
+        ('{"a":' * 100_000, "is not valid JSON"),
+        ([10**400, 0, 1, 1], "holds 'a number of about 400 digits', which is not a number"),
+    ],
+)
+def test_bad_objects_say_what_is_wrong(value, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_box(value, size=(512, 512))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_an_object_is_no_name_of_an_asset():
+    with pytest.raises(UserError, match="does not name its asset"):
+        parse_named_box('{"label": "a=b", "x": 0}')
+
+
+def test_an_unknown_format():
+    with pytest.raises(UserError, match="box_format is 'yolo'; give corners, xywh, cxcywh"):
+        parse_box("0,0,1,1", box_format="yolo")
+
+
+@pytest.mark.parametrize(
+    "value", ["300,200,100,50px", [0.6, 0.2, 0.3, 0.4], {"bbox": [0, 0.5, 1, 0.5]}]
+)
+def test_sizes_that_are_no_corners_are_told_the_format(value):
+    hint = "or give --box_format xywh for left, top, width, height"
+    with pytest.raises(UserError, match=hint):
+        parse_box(value, size=(1000, 500))
+    with pytest.raises(UserError, match="write left, top, right, bottom$"):
+        parse_box(value, size=(1000, 500), box_format="corners")
+    box = parse_box(value, size=(1000, 500), box_format="xywh")
+    assert box.x0 < box.x1 <= 1 and box.y0 < box.y1 <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "box_format", "expected"),
+    [
+        ("0,0,1.0000001,1", None, (0, 0, 1, 1)),
+        ("-0.0000001,0,1,1.001", None, (0, 0, 1, 1)),
+        ("0.5,0.25,0.5000001,0.75", "xywh", (0.5, 0.25, 1, 1)),
+        ("0.5 0.5 1.000001 1", "cxcywh", (0, 0, 1, 1)),
+        ("0,0,100.05%,100%", None, (0, 0, 1, 1)),
+        ("0,0,512.3,512px", None, (0, 0, 1, 1)),
+        ("0.999,0,1,1", None, (0.999, 0, 1, 1)),
+    ],
+)
+def test_what_exceeds_the_picture_by_rounding_is_cut_off(value, box_format, expected):
+    assert parse_box(value, (512, 512), box_format=box_format) == expected
+
+
+@pytest.mark.parametrize("value", ["0,0,1.0011,1", "0,-0.0011,1,1", "0,0,513,512px", "0,0,101%,1"])
+def test_what_exceeds_it_by_more_is_refused(value):
+    with pytest.raises(UserError, match="more than the whole|of the picture; keep it between"):
+        parse_box(value, (512, 512))
+
+
+def test_rounding_makes_no_pixels_of_fractions():
+    assert parse_box("0 0.5 1.0000001 1", (512, 512), guess_pixels=True) == (0, 0.5, 1, 1)
+
+
+@given(boxes())
+def test_one_box_in_every_format(box):
+    x0, y0, x1, y1 = box
+    width, height = x1 - x0, y1 - y0
+    sizes, centred = (x0, y0, width, height), (x0 + width / 2, y0 + height / 2, width, height)
+    for form, numbers in (("corners", box), ("xywh", sizes), ("cxcywh", centred)):
+        assert parse_box(numbers, box_format=form) == pytest.approx(box, abs=1e-12)
 
 
 # --- checking and rasterising ----------------------------------------------------------------

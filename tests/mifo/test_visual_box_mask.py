@@ -64,6 +64,14 @@ def white(top, bottom, left, right, size=(512, 512)):
         ("--boxes [[0.5,0,1,1]]", white(0, 512, 256, 512)),
         ("--size 100", white(25, 75, 25, 75, (100, 100))),
         ("--size 40x80 --box 0,0,10,20px", white(0, 20, 0, 10, (40, 80))),
+        ("--box 51,102,205,205px --box_format xywh", white(102, 307, 51, 256)),
+        ("--box '0.25 0.5 0.5 1' --box_format cxcywh", white(0, 512, 0, 256)),
+        ("""--box '{"x": 0.5, "y": 0, "width": 0.5, "height": 1}'""", white(0, 512, 256, 512)),
+        ("""--box '{"label": "a=b", "bbox_2d": [0, 0, 1, 0.5]}'""", white(0, 256, 0, 512)),
+        ("""--boxes '{"xmin":0.5,"ymin":0,"xmax":1,"ymax":1}'""", white(0, 512, 256, 512)),
+        ("--boxes '[[0.5,0,0.5,1]]' --box_format xywh", white(0, 512, 256, 512)),
+        # The corners of --top_left and --bottom_right are no such box.
+        ("--top_left 0 0 --bottom_right 0.5 1 --box_format xywh", white(0, 512, 0, 256)),
     ],
 )
 def test_one_box_is_white_on_black(argv, expected):
@@ -86,6 +94,13 @@ def test_a_named_box_is_labelled():
     other = np.array(run("--box", "<asset8>=0,0,1,1"))
     assert (named[3:6, 3:6] == color_of(0)).all()
     assert (named != other).any() and (named[100:] == other[100:]).all()
+
+
+def test_a_long_name_is_shortened(capsys):
+    run("--box", "name " * 1000 + "=0,0,1,1")
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "name " * 11 + "name…: 0,0,1,1 = 0,0,512,512px"
+    )
 
 
 def test_corners_and_boxes_add_up():
@@ -185,7 +200,7 @@ def test_a_failed_write_leaves_the_earlier_output(folder, monkeypatch, capsys, o
         ("--output folder", "--output 'folder' does not end in .png"),
         ("--output folder.png", r"--output folder.png cannot be written \("),
         ("--output text.png/mask.png", r"cannot be written \(.*\); name another file"),
-        (f"--output {300 * 'a'}.png", r"--output a+.png cannot be written"),
+        (f"--output {300 * 'a'}.png", r"--output a+…a+\.png cannot be written"),
         ("--top_left 0.8 0 --bottom_right 0.2 1", "has its left edge .* beyond its right"),
         ("--top_left 384 0 --bottom_right 128 512", "has its left edge .* beyond its right"),
         ("--top_left 0 0 --bottom_right 600 600", "has its right edge at 1.171875 of the"),
@@ -196,6 +211,13 @@ def test_a_failed_write_leaves_the_earlier_output(folder, monkeypatch, capsys, o
         ("--box 0,0,1,1 --box 0,0,0.001,1 --size 64", "box 2 .* covers nothing of a grid"),
         ("--box 128,128,256,256", "holds 128, which is more than the whole picture"),
         ("--box =0,0,1,1", "the box '=0,0,1,1' does not name its asset"),
+        ("--box 300,200,100,50px", "left edge .* beyond its right .*, or give --box_format xywh"),
+        ("--box 0,0,1,1 --box_format voc", "argument --box_format: invalid choice: 'voc'"),
+        (
+            """--box '{"x":0,"y":0,"w":1,"h":1}' --box_format corners""",
+            "which say left, top, width, height, and --box_format is corners",
+        ),
+        (f"--size {'9' * 3000}", "--size '9+…' is not a size"),
         ("--boxes []", "are not a list with boxes in it"),
         ("--boxes ''", "are not valid JSON"),
     ],
