@@ -16,6 +16,7 @@ from imagelab.prompts import (
     encode_ids,
 )
 from imagelab.sampling import ddim_scheduler, denoise, initial_noise
+from mifo.defaults import Defaults
 from mifo.learning.config import Recipe
 from mifo.learning.instance import Instance
 from mifo.learning.prediction import predicting
@@ -210,7 +211,7 @@ class Learner:
         self.class_latents = initial_noise(latents, range(2))
 
     def enter(self, stage: int) -> None:
-        recipe, trained = Recipe(), [self.rows]
+        recipe, numbers, trained = Recipe(), Defaults(), [self.rows]
         if stage == 2:
             for module, targets in ((self.base.unet, UNET_TARGETS),
                                     (self.base.text_encoder, TEXT_TARGETS)):  # fmt: skip
@@ -221,7 +222,7 @@ class Learner:
             plain.require_gradients(self.base)
         self.stage, self.trained = stage, trained
         self.layers = supervised_layers(self.base.unet, self.size, stage)
-        rate = recipe.learning_rate if stage == 1 else recipe.stage_two_learning_rate
+        rate = numbers.learning_rate if stage == 1 else numbers.lora_learning_rate
         self.optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99))
 
     def draw(self, step: int) -> Batch:

@@ -21,6 +21,7 @@ from mifo.learning import plan
 
 TOYS, LEARNED, MODEL = Path("examples/toys"), Path("learned/toys"), Path("model")
 IMAGE, MASK0, MASK1 = (TOYS / name for name in ("img.jpg", "mask0.png", "mask1.png"))
+CLASS, NUMBERS = TOYS / "instance.json", MODEL / "mifo_config.json"
 MANIFEST, ROW = LEARNED / "manifest.json", LEARNED / "asset1.safetensors"
 LORA = LEARNED / "pytorch_lora_weights.safetensors"
 UNET, TOKENIZER = MODEL / "unet/diffusion_pytorch_model.safetensors", MODEL / "tokenizer"
@@ -124,6 +125,26 @@ LEARNING = [
     ("", "mask2.jpg is not a .png", paint(TOYS / "mask2.jpg")),
     ("", "mark the same pixels", copy(MASK0, MASK1)),
     ("", "two masks of number 1", copy(MASK1, TOYS / "mask01.png")),
+    # the class
+    ("", "instance.json is not valid JSON", write(CLASS)),
+    ("", "instance.json is not UTF-8 text; write it as", write(CLASS, b"\xff")),
+    ("", "instance.json: it is a list and not an object", write(CLASS, b"[]")),
+    ("", "instance.json: it has no 'class'; write it as", write(CLASS, b"{}")),
+    ("", "has no 'class'; write it as", write(CLASS, b'{"size": 512, "instances": []}')),
+    ("", "instance.json has a 'hue', which nothing", write(CLASS, b'{"class": "a", "hue": 3}')),
+    ("", "class is 3 and not text; write it as", write(CLASS, b'{"class": 3}')),
+    ("", "class is None and not text; write", write(CLASS, b'{"class": null}')),
+    ("", "class is a list and not text; write", write(CLASS, b'{"class": ["cat", 3]}')),
+    ("", "instance.json: '' is no class; write it as", write(CLASS, b'{"class": []}')),
+    ("", "instance.json: '' is no class; write it as", write(CLASS, b'{"class": " "}')),
+    ("", "instance.json: '' is no class", write(CLASS, b'{"class": ["cat", ""]}')),
+    ("", "'a <asset0>' is no class", write(CLASS, b'{"class": "a <asset0>"}')),
+    ("", "has 3 classes for 2 masks; write it as", write(CLASS, b'{"class": ["a", "b", "c"]}')),
+    ("", "instance.json: Is a directory; give another path", folder(CLASS)),
+    (
+        "--initialize_from_class --initializer_tokens car",
+        "--initialize_from_class and --initializer_tokens are both given; give one of them",
+    ),
     # options
     ("--train_steps -1", "--train_steps is -1; give a whole number from 0 to 1000000"),
     ("--train_steps few", "argument --train_steps: invalid int value: 'few'"),
@@ -153,6 +174,12 @@ LEARNING = [
     ("--output_dir examples/toys/img.jpg", "img.jpg is a file, not a folder"),
     ("--output_dir locked/new", "locked cannot be written to; give another --output_dir"),
     # the base model
+    (
+        "--model_path model",
+        "mifo_config.json: learning_rate is -1 and not a number from 0 on; mend the file, or take",
+        write(NUMBERS, b'{"learning_rate": -1}'),
+    ),
+    ("--model_path model", "mifo_config.json is not valid JSON", write(NUMBERS)),
     ("--model_path ./nowhere", "no model at ./nowhere; fetch Stable Diffusion 2.1 base with"),
     ("--model_path nobody/nothing --offline", "nobody/nothing is not in the local cache"),
     ("--model_path m.ckpt", "m.ckpt is a pickle, which can run code", write(Path("m.ckpt"))),
@@ -178,6 +205,10 @@ LEARNING_LOADED = [
     ("--model_path model", "already has the token <asset0>", know_assets),
     ("--model_path m.safetensors", "could not be loaded", write(Path("m.safetensors"))),
     (f"--class_prompt {LONG}", "tokens, and the model reads 75: shorten"),
+    (
+        "--initialize_from_class",
+        'says no class; write examples/toys/instance.json, such as {"class',
+    ),
     ("--initializer_tokens a b c", "has 3 entries for 2 instances; give one for all"),
     ("--initializer_tokens ''", "'' is empty; give a word"),
 ]
@@ -235,6 +266,13 @@ SYNTHESIS = [
     ),
     ("--guidance_scale nan", "--guidance_scale is nan; give a number from 0 to 1000000"),
     ("--step_size inf", "--step_size is inf"),
+    ("--step_scale -1", "--step_scale is -1.0; give a number from 0 to 1000000"),
+    ("--step_scale half", "argument --step_scale: invalid float value: 'half'"),
+    (
+        "--model_path model",
+        "mifo_config.json: step_scale is half and not a number from 0 on",
+        write(NUMBERS, b'{"step_scale": "half"}'),
+    ),
     ("--guidance_steps -1", "--guidance_steps is -1"),
     ("--seed one", "'one' is no seed"),
     ("--device tpu", "--device tpu is not available here"),

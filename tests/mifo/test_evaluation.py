@@ -419,7 +419,8 @@ def test_command(finished):
     found = result(finished)
     (case,) = found["cases"]
     assert case["prompt"] == "a photo of <asset0> and <asset1>"
-    assert case["boxes"] == [[0.05, 0.25, 0.45, 0.75], [0.55, 0.25, 0.95, 0.75]]
+    boxes = [[0.0625, 0.25, 0.4375, 0.75], [0.5625, 0.25, 0.9375, 0.75]]  # masks of 48×64 pixels
+    assert case["boxes"] == [pytest.approx(box) for box in boxes]
     assert case["seeds"] == [0, 1]
     counts = total_confusion(records(finished), "random")
     assert found["confusion"]["random"] == counts.tolist()

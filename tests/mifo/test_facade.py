@@ -51,7 +51,7 @@ def test_the_function_learns_what_the_command_learns(examples, small_sd, learned
         ({"initializer_tokens": 3}, "initializer_tokens is 3; give a list of texts"),
         ({"seed": 2**70}, "the seed is 1180591620717411303424; give a whole number from 0"),
         ({"seed": -1}, "the seed is -1"),
-        ({"seed": "abc"}, "the seed is 'abc'"),
+        ({"seed": "abc"}, "seed is 'abc'; give a whole number"),
     ],
 )
 def test_settings_are_checked_before_anything_is_read(settings, message, tmp_path):

@@ -106,6 +106,12 @@ BAD_MANIFESTS = [
     ({"settings": []}, "settings is a list and not an object"),
     ({"separation": [None, 1]}, "separation[0] is None and not a number"),
     ({"format": "1"}, "format is '1' and not a whole number"),
+    ({"proportions": 1.5}, "proportions is 1.5 and not a list"),
+    ({"proportions": [1, None]}, "proportions[1] is None and not a number"),
+    ({"proportions": [1.5]}, "proportions is [1.5]"),
+    ({"proportions": [1, 2, 3]}, "proportions is [1, 2, 3]"),
+    ({"proportions": [1.5, 0]}, "proportions is [1.5, 0]"),
+    ({"proportions": [-1, 2]}, "proportions is [-1, 2]"),
 ]
 
 
@@ -116,6 +122,18 @@ def test_a_manifest_of_wrong_types(change, sentence, tmp_path):
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=re.escape(f"{folder / MANIFEST}: {sentence}; learn")):
         read_learned_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [({}, {}), ({"proportions": [1.5, 2]}, {"<asset0>": 1.5, "<asset1>": 2})],
+)
+def test_proportions_are_known_by_asset(change, known, tmp_path):
+    """The folder was learned before they were kept."""
+    folder = shutil.copytree(GOLDEN / "learned" / "none", tmp_path / "toys")
+    manifest = json.loads((folder / MANIFEST).read_text()) | change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert read_learned_folder(folder).proportions == known
 
 
 def test_rows_of_another_width_or_name(tmp_path, tiny_sd):

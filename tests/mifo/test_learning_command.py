@@ -311,8 +311,8 @@ def test_dry_run_writes_nothing(learn, folder, capsys):
     assert tree(folder) == []
     plan = capsys.readouterr().out
     for words in (
-        "stage 1      3 steps",
-        "stage 2      2 steps",
+        "stage 1      3 steps, rate 0.005 (default)",
+        "stage 2      2 steps, rate 0.02 (as given)",
         "GiB",
         "minutes",
         "2 masks",
@@ -410,9 +410,10 @@ def test_words_that_no_setting_knows(name):
 
 
 def test_the_instance_is_looked_at_before_a_model_is_fetched(folder, fails, monkeypatch):
-    monkeypatch.setattr(
-        "mifo.learning.plan.read_sizes", lambda *_: pytest.fail("a model is fetched")
-    )
+    for name in ("read_own", "read_sizes"):
+        monkeypatch.setattr(
+            f"mifo.learning.plan.{name}", lambda *_: pytest.fail("a model is fetched")
+        )
     assert "there is no instance folder" in fails(2, "--instance", "tyo_car")
 
 
@@ -523,6 +524,41 @@ def test_resume_refuses_what_has_changed(learn, fails, folder, examples, ctrl_c)
     assert "cannot be read" in fails(2, *own, "--resume")
 
 
+RUN = {
+    "learning_rate": 0.25, "finetune_learning_rate": 0.02, "num_class_images": 2,
+    "class_prompt": "a toy",
+}  # fmt: skip
+
+
+def options_of(settings: dict) -> list:
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def test_a_resumed_run_takes_its_own_values_for_what_is_open(
+    learn, fails, folder, examples, learn_argv, ctrl_c
+):
+    """Whatever the model and the instance folder say by now."""
+    at = learn_argv.index("--finetune_learning_rate")
+    del (argv := list(learn_argv))[at : at + 2]
+    model = shutil.copytree(argv[argv.index("--model_path") + 1], folder / "model")
+    shutil.copytree(examples, folder / "mine")
+    options = ("--folder_path", "mine", "--model_path", "model", "--prior_weight", 1)
+    whole = contents(learn(*options, *options_of(RUN)))
+    shutil.rmtree(folder / "out/toys")
+    with ctrl_c(1, 1):
+        fails(130, *options, *options_of(RUN))
+    own = {"learning_rate": 0.5, "lora_learning_rate": 0.5, "num_class_images": 3}
+    (model / "mifo_config.json").write_text(json.dumps(own))
+    (folder / "mine/toys/instance.json").write_text('{"class": "car"}')
+    for name, other in (("learning_rate", 0.5), ("num_class_images", 3), ("class_prompt", "car")):
+        told = fails(2, *options, f"--{name}", other, "--resume")
+        assert f"the unfinished run had other settings (--{name} {RUN[name]})" in told
+    main([*argv, "--output_dir", "out", *map(str, options), "--resume"])
+    assert contents(folder / "out/toys") == whole
+    settings = json.loads(whole["manifest.json"])["settings"]
+    assert {name: settings[name] for name in RUN} == RUN
+
+
 def test_8_bit_moments_learn_nearly_the_same_and_are_resumed(learn, fails, folder, ctrl_c):
     """The LoRA's matrices are too small for 8 bits here; the whole UNet's weights are not."""
     options = ("--finetune", "full", "--mixed_precision", "no")
@@ -625,6 +661,26 @@ def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, c
     manifest = json.loads((folder / "out/b/manifest.json").read_text())
     assert manifest["settings"]["seed"] == seed
     assert not list((folder / "out").glob(".*"))
+
+
+def test_what_is_left_open_is_learned_already_whatever_it_was(learn, folder, twins, capsys):
+    options = ("--class_prompt", "a toy", "--num_class_images", 3, "--seed", 5)
+    learn(*twins, *options, "--learning_rate", 0.25)
+    before = contents(folder / "out")
+    for again in (
+        (),
+        ("--seed", "None"),
+        ("--learning_rate", 0.25, "--class_prompt", "a toy"),
+    ):
+        learn(*twins, "--seed", 5, *again, "--resume", "--overwrite")
+        assert summary(capsys) == ["a: learned already", "b: learned already"]
+    learn(*twins, "--seed", 5, "--resume", "--learning_rate", 0.5)
+    told = summary(capsys)
+    assert all("learned already, with --learning_rate 0.25; add" in line for line in told)
+    learn(*twins, "--seed", 5, "--resume", "--class_prompt", "a car", "--num_class_images", 4)
+    differences = "with --class_prompt a toy, --num_class_images 3; add"
+    assert all(differences in line for line in summary(capsys))
+    assert contents(folder / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from thin import thin_unet
 import mifo.learning.run
 from imagelab.training.interrupt import Interrupt
 from imagelab.training.loop import Trainer
+from mifo.defaults import Defaults
 from mifo.learning import stages
-from mifo.learning.config import LearningConfig, Recipe
+from mifo.learning.config import CLASS_PROMPT, LearningConfig, Recipe
 from mifo.learning.plan import make_plan
 from mifo.learning.prediction import predicting
 from mifo.learning.result import describe_result
@@ -88,16 +89,15 @@ def changed(before: dict, after: dict) -> set[str]:
 
 
 def test_the_defaults_are_the_papers():
-    recipe = Recipe()
+    recipe, numbers = Recipe(), Defaults()
     assert (recipe.train_steps, recipe.reward_steps, recipe.finetune_steps) == (600, 200, 400)
-    assert (recipe.learning_rate, recipe.warmup_steps) == (5e-3, 10)
+    assert (numbers.learning_rate, recipe.warmup_steps) == (5e-3, 10)
     assert (recipe.weight_decay, recipe.max_grad_norm) == (1e-2, 1.0)
     assert (recipe.prior_weight, recipe.attention_weight) == (1.0, 1.0)
-    assert (recipe.class_prompt, recipe.num_class_images) == ("a photo of a chair", 100)
+    assert (CLASS_PROMPT, numbers.num_class_images) == ("a photo of a chair", 100)
     assert (recipe.attention_loss, recipe.optimizer, recipe.lora_rank) == ("mifo", "adamw", 16)
-    rates = {kind: Recipe(finetune=kind).stage_two_learning_rate for kind in ("lora", "full")}
-    assert rates == {"lora": 1e-4, "full": 2e-6}
-    assert Recipe(finetune_learning_rate=0.5).stage_two_learning_rate == 0.5
+    assert (numbers.lora_learning_rate, numbers.full_learning_rate) == (1e-4, 2e-6)
+    assert (numbers.guidance_scale, numbers.step_scale) == (7.5, 1.0)
 
 
 def test_the_reward_is_of_the_first_steps_of_stage_1_alone():
@@ -181,9 +181,16 @@ def test_the_rates_of_stage_1_warm_up_and_fall_along_a_cosine(begin):
     assert rates[10] == 5e-3 and rates[305] == pytest.approx(2.5e-3)
 
 
-@pytest.mark.parametrize(("finetune", "rate"), [("lora", 1e-4), ("full", 2e-6)])
-def test_stage_2_optimises_the_rows_and_the_modules_at_one_rate(begin, finetune, rate):
-    session = begin(finetune=finetune)
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"finetune": "lora"}, 1e-4),
+        ({"finetune": "full"}, 2e-6),
+        ({"finetune": "full", "finetune_learning_rate": 0.5}, 0.5),
+    ],
+)
+def test_stage_2_optimises_the_rows_and_the_modules_at_one_rate(begin, settings, rate):
+    session = begin(**settings)
     stage = finetuning_stage(session, TRAINER)
     check_adamw(stage.optimizer)
     ours = stage.optimizer.param_groups[0]["params"]

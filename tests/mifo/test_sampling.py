@@ -205,6 +205,23 @@ def test_guidance_follows_the_gradient_by_its_step_size(model, text):
     assert difference(2 * moves[1], moves[0]) < 1e-3
 
 
+def test_the_step_scale_multiplies_both_step_sizes(model, text):
+    """8 → 2 over 15 steps: 8 at step 0, 6 at step 5, 4 at step 10."""
+    for scale, sizes in ((None, [8, 6, 4]), (1.0, [8, 6, 4]), (0.5, [4, 3, 2]), (0.0, [0, 0, 0])):
+        config = GuidanceConfig(step_scale=scale)
+        assert [step_size(step, config) for step in (0, 5, 10)] == pytest.approx(sizes)
+    latents, control = initial_noise(SHAPE, [5]), box_control(model, [5])
+    scaled, smaller = (
+        guide(model, control, latents, torch.tensor(901), text[1:], 0, config)
+        for config in (
+            GuidanceConfig(guidance_iterations=1, step_scale=0.5),
+            GuidanceConfig(guidance_iterations=1, step_size=4.0),
+        )
+    )
+    assert not torch.equal(scaled, latents)
+    torch.testing.assert_close(scaled, smaller)
+
+
 def test_boxes_stay_the_regions_without_refinement(model, text):
     control = box_control(model, [5])
     regions = control.regions

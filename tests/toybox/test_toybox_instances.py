@@ -78,6 +78,19 @@ def test_invented_looks_share_one_thing_and_are_near_in_the_other():
     assert seen == {"kind", "hue"}
 
 
+def test_hues_may_begin_anywhere_and_lie_apart():
+    firsts = set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        hues = [look.hue for look in look_alikes(rng, 3, "kind", apart=(30, 50))]
+        steps = np.diff(hues) % 360
+        assert all(29.9 <= step <= 50.1 for step in steps)  # hues are rounded to a tenth
+        assert all(0 <= hue < 360 for hue in hues)
+        firsts.add(hues[0])
+        assert len({look.hue for look in look_alikes(rng, 3, "hue", apart=(30, 50))}) == 1
+    assert len(firsts) > 40
+
+
 def test_kinds_and_alike_are_honoured():
     rng = np.random.default_rng(0)
     assert all(look_alikes(rng, 3, kinds=[kind])[0].kind == kind for kind in KINDS)
@@ -112,7 +125,7 @@ def test_new_folders_from_a_seed(tmp_path, capsys):
     assert [path.name for path in sorted((tmp_path / "a").iterdir())] == ["set000", "set001"]
     for name, line in zip(("set000", "set001"), printed, strict=True):
         folder, same = tmp_path / "a" / name, tmp_path / "b" / name
-        files = ["img.jpg", "instance.json", "mask0.png", "mask1.png"]
+        files = ["img.jpg", "instance.json", "mask0.png", "mask1.png", "scene.json"]
         assert sorted(path.name for path in folder.iterdir()) == files
         for file in files:
             assert (folder / file).read_bytes() == (same / file).read_bytes()
@@ -144,8 +157,9 @@ def test_an_existing_folder_is_left_alone_unless_told(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     main([*output, "--overwrite"])
     left = sorted(path.name for path in (tmp_path / "fish").iterdir())
-    assert left == ["img.jpg", "instance.json", "mask0.png", "mask1.png", "notes.txt"]
-    assert json.loads((tmp_path / "fish" / "instance.json").read_text())["size"] == 64
+    made = ["img.jpg", "instance.json", "mask0.png", "mask1.png", "scene.json"]
+    assert left == sorted([*made, "notes.txt"])
+    assert json.loads((tmp_path / "fish" / "scene.json").read_text())["size"] == 64
 
 
 def test_options_for_new_folders_need_a_count(capsys):
