@@ -14,6 +14,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint_steps": (1, 1_000_000),
     "num_class_images": (1, 1_000_000),
     "lora_rank": (1, 1024),  # about the width of a layer, beyond which there is nothing to gain
+    "initializer_scale": (0.0, 1000.0),
     "learning_rate": (0.0, 1.0),
     "finetune_learning_rate": (0.0, 1.0),
     "weight_decay": (0.0, 1e6),

@@ -23,10 +23,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 class Defaults:
     """The paper's numbers (arXiv 2511.00542), for Stable Diffusion 2.1.
 
-    Two are not the paper's: it fine-tunes the whole model and has no LoRA rate, and it scales no
-    box steps.
+    Three are not the paper's: it does not say how random tokens are drawn, it fine-tunes the whole
+    model and has no LoRA rate, and it scales no box steps.
     """
 
+    initializer_scale: float = 1.0  # deviation of random first tokens, over the vocabulary's
     learning_rate: float = 5e-3  # of stage 1
     lora_learning_rate: float = 1e-4  # of stage 2, with a LoRA
     full_learning_rate: float = 2e-6  # of stage 2, with the whole model

@@ -70,12 +70,17 @@ def add_tokens(tokenizer, text_encoder, names: list[str]) -> list[int]:
 
 
 def initial_rows(
-    tokenizer, text_encoder, ids: Sequence[int], words: Sequence[str], seed: int
+    tokenizer,
+    text_encoder,
+    ids: Sequence[int],
+    words: Sequence[str],
+    seed: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """First values of the asset rows, float32 [assets, width].
 
-    Without ``words`` they are drawn from a normal of the table's own mean and deviation in each
-    channel, fixed by the seed. With words, one entry for all assets or one for each, a row is the
+    Without ``words`` they are drawn from a normal of the table's own mean and ``scale`` times its
+    deviation in each channel, fixed by the seed. With words, one entry for all assets or one for each, a row is the
     mean of the rows of its words.
 
     Raises UserError for another number of entries, and for an empty one.
@@ -85,7 +90,7 @@ def initial_rows(
     if not words:
         base = table[: min(ids)]
         draw = torch.randn(count, table.shape[1], generator=generator_for(seed, "asset rows"))
-        return base.mean(0) + base.std(0) * draw
+        return base.mean(0) + scale * base.std(0) * draw
     words = list(words) * count if len(words) == 1 else list(words)
     if len(words) != count:
         raise UserError(

@@ -75,6 +75,8 @@ def add_token_options(group) -> None:
         help="start the tokens from these words (for all, or for each instance), such as car or "
         '"blue car" "teal car", not at random',
     )
+    text = "deviation of random first tokens, over the vocabulary's; None: the model's own, or 1"
+    add("initializer_scale", text)
     group.add_argument(
         "--initialize_from_class",
         action="store_true",

@@ -42,6 +42,7 @@ class Recipe:
     attention_loss: str = "mifo"
     attention_weight: float = 1.0  # times the method's own
     initializer_tokens: tuple[str, ...] = ()  # empty: the rows start at random
+    initializer_scale: float | None = None  # None: the model's own, or 1
     initialize_from_class: bool = False  # from the class that the instance folder names
     resize: str = "aspect"
     optimizer: str = "adamw"

@@ -23,6 +23,7 @@ def describe(plan: Plan) -> str:
             f"stage {stage}      {steps} steps, rate {rates[stage][0]:g} ({rates[stage][1]})"
             for stage, steps in recipe.steps.items()
         ),
+        f"first tokens {_first_tokens(plan)}",
         f"fine-tuning  {recipe.finetune}; attention loss {recipe.attention_loss}",
         f"seed         {config.seed}",
         f"class images {images if recipe.needs_class_images else 'none'}",
@@ -30,3 +31,13 @@ def describe(plan: Plan) -> str:
         f"writes       {plan.target}",
     ]
     return "\n".join(lines)
+
+
+def _first_tokens(plan: Plan) -> str:
+    """What the tokens start from."""
+    recipe = plan.config.recipe
+    if recipe.initialize_from_class:
+        return "the class in instance.json"
+    if recipe.initializer_tokens:
+        return ", ".join(recipe.initializer_tokens)
+    return f"random, scale {recipe.initializer_scale:g} ({plan.origins['initializer_scale']})"

@@ -80,7 +80,8 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     ids = add_asset_tokens(tokenizer, text_encoder, len(instance.masks))
     encode_ids(tokenizer, view_prompt(tuple(range(len(ids)))))  # the longest of all views
     words = first_words(recipe, classes, folder)
-    rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed)
+    scale = recipe.initializer_scale
+    rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed, scale)
     return Plan(config, model, instance, ids, rows, device, dtype, pictures, origins)
 
 
@@ -91,7 +92,7 @@ def settle_learning(
 
     Returns the config, and where each value is from, by setting.
     """
-    wanted = {name: name for name in ("learning_rate", "num_class_images")}
+    wanted = {name: name for name in ("initializer_scale", "learning_rate", "num_class_images")}
     if config.recipe.finetune != "none":
         wanted["finetune_learning_rate"] = f"{config.recipe.finetune}_learning_rate"
     prompt = (class_prompt(classes), DESCRIPTION) if classes else (CLASS_PROMPT, "default")

@@ -12,7 +12,10 @@ from mifo.learning.places import CHECKPOINT, instance_folder, target_folder, wor
 from mifo.learning.plan import Plan, inputs_of
 
 #: Settings that a config may leave open, which is None: a resumed run keeps its own.
-OPEN = ("seed", "learning_rate", "finetune_learning_rate", "class_prompt", "num_class_images")
+OPEN = (
+    "seed", "initializer_scale", "learning_rate", "finetune_learning_rate", "class_prompt",
+    "num_class_images",
+)  # fmt: skip
 #: Settings that may differ between a run and its resumption.
 FREE_SETTINGS = {
     "folder_path", "output_dir", "model_path", "class_images", "offline", "checkpoint_steps",
