@@ -80,8 +80,8 @@ def initial_rows(
     """First values of the asset rows, float32 [assets, width].
 
     Without ``words`` they are drawn from a normal of the table's own mean and ``scale`` times its
-    deviation in each channel, fixed by the seed. With words, one entry for all assets or one for each, a row is the
-    mean of the rows of its words.
+    deviation in each channel, fixed by the seed. With words, one entry for all assets or one for
+    each, a row is the mean of the rows of its words.
 
     Raises UserError for another number of entries, and for an empty one.
     """
