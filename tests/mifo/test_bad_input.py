@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import semantic_learning
 import semantic_synthesis
@@ -88,6 +88,10 @@ def told(**changes):
 
 
 def know_assets():
+    """As the result of a learning does, whose table has a row for each token."""
+    text_encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder")
+    text_encoder.resize_token_embeddings(text_encoder.config.vocab_size + 1)
+    text_encoder.save_pretrained(MODEL / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_tokens(["<asset0>"])
     tokenizer.save_pretrained(TOKENIZER)
@@ -140,7 +144,7 @@ LEARNING = [
     ("", "instance.json: '' is no class", write(CLASS, b'{"class": ["cat", ""]}')),
     ("", "'a <asset0>' is no class", write(CLASS, b'{"class": "a <asset0>"}')),
     ("", "has 3 classes for 2 masks; write it as", write(CLASS, b'{"class": ["a", "b", "c"]}')),
-    ("", "instance.json: Is a directory; give another path", folder(CLASS)),
+    ("", "no file examples/toys/instance.json; write it as", folder(CLASS)),
     (
         "--initialize_from_class --initializer_tokens car",
         "--initialize_from_class and --initializer_tokens are both given; give one of them",
@@ -186,24 +190,32 @@ LEARNING = [
     ("--model_path examples", "examples is no diffusers model: it has no model_index.json"),
     ("--model_path model", "has no folder 'vae'", remove(MODEL / "vae")),
     ("--model_path model", "has no unet/diffusion_pytorch_model.safetensors", remove(UNET)),
-    ("--model_path model", "model/vae could not be loaded", write(MODEL / "vae/config.json")),
+    (
+        "--model_path model",
+        "model/vae/config.json is not valid JSON",
+        write(MODEL / "vae/config.json"),
+    ),
 ]
 LEARNING_LOADED = [
-    ("--model_path model", "model/unet could not be loaded", cut(UNET)),
+    ("--model_path model", f"{UNET} cannot be read as safetensors", cut(UNET)),
     ("--model_path model", "weights that are not finite (unet", tensors(UNET, lambda k, v: v / 0)),
     (
         "--model_path model",
         "its weights lack conv_in.bias",
         tensors(UNET, lambda k, v: None if k == "conv_in.bias" else v),
     ),
-    ("--model_path model", "tokenizer could not be loaded", remove(TOKENIZER / "vocab.json")),
+    ("--model_path model", "tokenizer.json: model is None and", remove(TOKENIZER / "vocab.json")),
     (
         "--model_path model",
-        "scheduler could not be loaded",
+        "there is no file model/scheduler/scheduler_config.json; fetch the model again",
         remove(MODEL / "scheduler/scheduler_config.json"),
     ),
     ("--model_path model", "already has the token <asset0>", know_assets),
-    ("--model_path m.safetensors", "could not be loaded", write(Path("m.safetensors"))),
+    (
+        "--model_path m.safetensors",
+        "m.safetensors cannot be read as safetensors",
+        write(Path("m.safetensors")),
+    ),
     (f"--class_prompt {LONG}", "tokens, and the model reads 75: shorten"),
     (
         "--initialize_from_class",

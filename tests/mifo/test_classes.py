@@ -174,14 +174,14 @@ def test_a_class_is_looked_at_before_a_model_is_fetched(plan, own, monkeypatch):
 # scene.json
 
 
-def test_scene_json_changes_nothing_that_is_learned(learn_argv, tmp_path, monkeypatch):
+def test_scene_json_changes_nothing_that_is_learned(thin_argv, tmp_path, monkeypatch):
     """With all that reads the folder: class images, first tokens, both stages, every file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(priors, "STEPS", 2)
     folder = tmp_path / "mine/toys"
     write_folder(folder, example_scene(EXAMPLES["fish"]), seed=3, size=128)
     assert "247.5" in (folder / "scene.json").read_text()
-    options = [*learn_argv, "--folder_path", "mine", "--output_dir", "out", "--save_pipeline"]
+    options = [*thin_argv, "--folder_path", "mine", "--output_dir", "out"]
     options += ["--initialize_from_class", "--prior_weight", "1", "--num_class_images", "1"]
 
     def learned() -> dict[str, bytes]:
