@@ -99,6 +99,15 @@ def test_drawn_rows_are_spread_like_the_table(tokenizer, text_encoder, ids):
     assert (rows[:, 1] - 0.25).abs().max() < 1e-6
 
 
+def test_a_scale_narrows_the_draw_around_the_mean(tokenizer, text_encoder, ids):
+    mean = table(text_encoder)[:WORDS].mean(0)
+    wide, narrow, none = (
+        initial_rows(tokenizer, text_encoder, ids, (), seed=7, scale=scale) for scale in (1, 0.1, 0)
+    )
+    assert torch.allclose(narrow - mean, 0.1 * (wide - mean), atol=1e-6)
+    assert torch.allclose(none, mean.expand_as(none))
+
+
 def test_initializer_words(tokenizer, text_encoder, ids):
     weight = table(text_encoder)
     car, dog = tokenizer.convert_tokens_to_ids(["car</w>", "dog</w>"])
