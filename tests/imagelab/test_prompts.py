@@ -107,7 +107,7 @@ def test_a_prompt_has_to_be_utf_8():
 
 @pytest.mark.parametrize(
     "piece",
-    ["(", "((", "(:", "[", "{", "<a:", "(a:", "(a: ", "(1", "(.", "(1.", "\\", "< ", "(: 1"],
+    ["(", "((", "(:", "[", "{", "<a:", "(a:", "(a: ", "(1", "(1.", "\\", "< ", "(: 1", "(a:1"],
 )
 def test_a_long_prompt_is_checked_at_once(piece):
     """128 KiB are the longest argument that Linux passes; a quadratic search takes minutes."""
