@@ -222,6 +222,10 @@ READ = {
     "under a veil": (with_alpha(photo(), greys((ROUND, 255), ground=102)), ROUND),
     "white brush": (with_alpha(plain("white"), greys((ROUND, 255)), plain("black")), ROUND),
     "white brush, white under it": (with_alpha(plain("white"), greys((ROUND, 255))), ROUND),
+    "white brush, its colour rounded": (
+        with_alpha(colours((LEFT, (252, 255, 254)), ground="white"), greys((ROUND, 255))),
+        ROUND,
+    ),
     "black brush": (with_alpha(plain("black"), greys((ROUND, 255))), ROUND),
     "red brush, white under it": (
         with_alpha(plain("red"), greys((ROUND, 255)), plain("white")),
@@ -231,8 +235,8 @@ READ = {
     "alpha of 0 and 1": (with_alpha(plain("white"), greys((ROUND, 1))), ROUND),
     "brush of 40%": (with_alpha(plain("lime"), strokes(ROUND)), ROUND),
     "brush of 40%, smooth": (with_alpha(plain("lime"), smooth(strokes(ROUND))), ROUND),
-    "brush of 40%, four strokes": (
-        with_alpha(plain("lime"), strokes(ROUND, ROUND & LEFT, LEFT & ROUND, disc(radius=0.1))),
+    "brush of 40%, five strokes": (
+        with_alpha(plain("lime"), strokes(*(disc(radius=r) for r in (0.3, 0.25, 0.2, 0.15, 0.1)))),
         ROUND,
     ),
     "brush of 40% on black": (smooth(colours((ROUND, (0, 102, 0)))), ROUND),
@@ -260,7 +264,7 @@ READ = {
     "a level of 16 bits": (deep((LEFT, 26001), (RIGHT, 26002)), LEFT, "26001"),
     "1 of 1 bit": (Image.fromarray(ROUND), ROUND, "1"),
     "a colour": (colours((LEFT, (255, 0, 0)), (RIGHT, (0, 0, 255))), LEFT, "#FF0000"),
-    "a grey of RGB": (colours((LEFT, (2, 2, 2)), (RIGHT, (0, 0, 9))), LEFT, "2"),
+    "a grey of RGB": (colours((LEFT, (2, 2, 2)), (RIGHT, (2, 0, 9))), LEFT, "2"),
     "red on white": (colours((ROUND, "red"), ground="white"), ROUND, "#ff0000"),
 }
 ROUNDED = (  # their edges may be a pixel off
@@ -309,6 +313,10 @@ REFUSED = {
         Image.fromarray(np.random.default_rng(0).integers(120, 136, (SIDE, SIDE), dtype=np.uint8)),
         "is neither black nor white in much of it",
     ),
+    "one grey and specks": (
+        greys((ONE, 140), (np.roll(ONE, 5), 135), ground=120),
+        "is neither black nor white in much of it",
+    ),
     # photos
     "a photo": (photo(), "is a picture in many colours and no mask; paint the instance white on"),
     "an opaque photo": (photo().convert("RGBA"), "is a picture in many colours and no mask"),
@@ -344,6 +352,7 @@ REFUSED = {
     "values 0, 1 and 255": (greys((ROUND, 1), (RIM, 255)), "holds several labels (0"),
     "greys far apart": (greys((LEFT, 85), (RIGHT, 170)), "holds several labels (0 75%, 85 12.5"),
     "16 bits": (deep((LEFT, 26001), (RIGHT, 26002)), "holds several labels (0 75%, 26001 12.5"),
+    "twelve near levels": (Image.fromarray((100 + COLUMNS // 8).astype(np.uint8)), "(100 8.33%"),
     "VOC with two": (palette((LEFT, 1), (RIGHT, 2)), "holds several labels (0 75%, 1 12.5%, 2"),
     "VOC with a rim": (palette((ROUND, 1), (RIM, 255)), "holds several labels (0 6"),
     "colours": (
@@ -440,7 +449,7 @@ def test_two_levels_are_told_apart_wherever_they_lie(tmp_path):
 def test_a_label_is_seen_from_a_small_area_on(tmp_path):
     """An area: two of 10 000 pixels like their neighbours. Of 96 x 96, that is two pixels."""
     path = tmp_path / "mask0.png"
-    for side, is_label in ((2, False), (4, True)):  # 0 and 4 pixels with four neighbours like them
+    for side, is_label in ((3, False), (4, True)):  # 1 and 4 pixels with four neighbours like them
         square = np.zeros_like(ROUND)
         square[2 : 2 + side, 2 : 2 + side] = True
         greys((ROUND, 255), (square, 128)).save(path)
