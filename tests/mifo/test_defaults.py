@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +31,8 @@ from toybox.stable_diffusion import FOLDER
 
 #: What a model brings; none is a default, nor what the settings of a test are.
 LEARNING = {
-    "learning_rate": 0.25, "lora_learning_rate": 0.5, "full_learning_rate": 0.125,
-    "num_class_images": 7,
+    "initializer_scale": 0.75, "learning_rate": 0.25, "lora_learning_rate": 0.5,
+    "full_learning_rate": 0.125, "num_class_images": 7,
 }  # fmt: skip
 PAINTING = {"guidance_scale": 3, "step_scale": 0.5}
 OWN, DEFAULT, GIVEN = "the model's", "default", "as given"
@@ -47,13 +48,19 @@ def bring(folder: Path, numbers: dict) -> Path:
 
 
 def test_a_model_without_the_file_goes_by_the_paper(tmp_path):
-    assert read_own(str(tmp_path)) == Own(Defaults(5e-3, 1e-4, 2e-6, 100, 7.5, 1.0), frozenset())
+    assert read_own(str(tmp_path)) == Own(Defaults(), frozenset())
+    assert asdict(Defaults()) == {
+        "initializer_scale": 1.0, "learning_rate": 5e-3, "lora_learning_rate": 1e-4,
+        "full_learning_rate": 2e-6, "num_class_images": 100, "guidance_scale": 7.5,
+        "step_scale": 1.0,
+    }  # fmt: skip
 
 
 def test_a_model_brings_some_numbers(tmp_path):
     bring(tmp_path, {"guidance_scale": 5, "num_class_images": 16, "step_scale": 0})
     defaults, names = read_own(str(tmp_path))
-    assert defaults == Defaults(5e-3, 1e-4, 2e-6, 16, 5.0, 0.0)
+    brought = {"num_class_images": 16, "guidance_scale": 5.0, "step_scale": 0.0}
+    assert asdict(defaults) == asdict(Defaults()) | brought
     assert type(defaults.guidance_scale) is float and type(defaults.num_class_images) is int
     assert names == {"guidance_scale", "num_class_images", "step_scale"}
 
@@ -78,7 +85,10 @@ def test_toybox_brings_its_file():
     [
         ("{", "is not valid JSON"),
         ("[1]", ": it is a list and not an object"),
-        ('{"scale": 1}', " has a 'scale'; it may have learning_rate, lora_learning_rate, "),
+        (
+            '{"scale": 1}',
+            " has a 'scale'; it may have initializer_scale, learning_rate, lora_learning_rate, ",
+        ),
         ('{"learning_rate": "1e-3"}', ": learning_rate is 1e-3 and not a number from 0 on"),
         ('{"learning_rate": -1}', ": learning_rate is -1 and not a number from 0 on"),
         ('{"learning_rate": null}', ": learning_rate is None and not a number from 0 on"),
@@ -144,28 +154,36 @@ def plan(examples, thin_model):
     return make
 
 
-OPEN = ("learning_rate", "finetune_learning_rate", "num_class_images", "class_prompt")
+OPEN = (
+    "initializer_scale", "learning_rate", "finetune_learning_rate", "num_class_images",
+    "class_prompt",
+)  # fmt: skip
 CHAIR = "a photo of a chair"
 
 
 @pytest.mark.parametrize(
     ("numbers", "settings", "values", "origins"),
     [
-        ({}, {}, (5e-3, 1e-4, 100, CHAIR), (DEFAULT,) * 4),
-        ({}, {"finetune": "full"}, (5e-3, 2e-6, 100, CHAIR), (DEFAULT,) * 4),
-        (LEARNING, {}, (0.25, 0.5, 7, CHAIR), (OWN, OWN, OWN, DEFAULT)),
-        (LEARNING, {"finetune": "full"}, (0.25, 0.125, 7, CHAIR), (OWN, OWN, OWN, DEFAULT)),
+        ({}, {}, (1.0, 5e-3, 1e-4, 100, CHAIR), (DEFAULT,) * 5),
+        ({}, {"finetune": "full"}, (1.0, 5e-3, 2e-6, 100, CHAIR), (DEFAULT,) * 5),
+        (LEARNING, {}, (0.75, 0.25, 0.5, 7, CHAIR), (OWN, OWN, OWN, OWN, DEFAULT)),
+        (
+            LEARNING,
+            {"finetune": "full"},
+            (0.75, 0.25, 0.125, 7, CHAIR),
+            (OWN, OWN, OWN, OWN, DEFAULT),
+        ),
         (
             {"full_learning_rate": 0.125, "num_class_images": 7},
             {},
-            (5e-3, 1e-4, 7, CHAIR),
-            (DEFAULT, DEFAULT, OWN, DEFAULT),
+            (1.0, 5e-3, 1e-4, 7, CHAIR),
+            (DEFAULT, DEFAULT, DEFAULT, OWN, DEFAULT),
         ),
         (
             LEARNING,
             {"learning_rate": 0, "num_class_images": 3, "class_prompt": "a toy"},
-            (0, 0.5, 3, "a toy"),
-            (GIVEN, OWN, GIVEN, GIVEN),
+            (0.75, 0, 0.5, 3, "a toy"),
+            (OWN, GIVEN, OWN, GIVEN, GIVEN),
         ),
     ],
 )
@@ -238,8 +256,8 @@ def test_what_is_learned_is_what_the_given_numbers_learn(learn, thin_model):
     own, manifest = learned()
     assert manifest["settings"]["learning_rate"] == 0.25
     assert manifest["origins"] == {
-        "learning_rate": OWN, "finetune_learning_rate": GIVEN, "num_class_images": DEFAULT,
-        "class_prompt": DEFAULT,
+        "initializer_scale": DEFAULT, "learning_rate": OWN, "finetune_learning_rate": GIVEN,
+        "num_class_images": DEFAULT, "class_prompt": DEFAULT,
     }  # fmt: skip
     given, manifest = learned("--learning_rate", "0.25")
     assert manifest["origins"]["learning_rate"] == GIVEN

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS, TINY_SD = ROOT / "benchmarks" / "results", ROOT / "tests" / "golden" / "tiny_sd"
 PROMPT = "a photo of <asset0> and <asset1>"
 FILES = {"asset0.safetensors", "asset1.safetensors", "manifest.json"}
-PICTURES = {"learning.png", "attention.png"}
+PICTURES = {"learning.png", "attention.png", "masks.png"}
 FIGURES = {name: getattr(imagelab.figures, name) for name in ("plot_losses", "plot_attention")}
 
 
@@ -306,9 +306,9 @@ def test_damaged_class_images_are_to_be_deleted(make_class_images, folder, conte
 # nothing is lost
 
 
-def test_dry_run_writes_nothing(learn, folder, capsys):
+def test_dry_run_writes_the_masks_alone(learn, folder, capsys):
     learn("--dry_run")
-    assert tree(folder) == []
+    assert tree(folder) == ["out", "out/toys.masks.png"]
     plan = capsys.readouterr().out
     for words in (
         "stage 1      3 steps, rate 0.005 (default)",
@@ -525,8 +525,8 @@ def test_resume_refuses_what_has_changed(learn, fails, folder, examples, ctrl_c)
 
 
 RUN = {
-    "learning_rate": 0.25, "finetune_learning_rate": 0.02, "num_class_images": 2,
-    "class_prompt": "a toy",
+    "initializer_scale": 0.5, "learning_rate": 0.25, "finetune_learning_rate": 0.02,
+    "num_class_images": 2, "class_prompt": "a toy",
 }  # fmt: skip
 
 
@@ -547,7 +547,10 @@ def test_a_resumed_run_takes_its_own_values_for_what_is_open(
     shutil.rmtree(folder / "out/toys")
     with ctrl_c(1, 1):
         fails(130, *options, *options_of(RUN))
-    own = {"learning_rate": 0.5, "lora_learning_rate": 0.5, "num_class_images": 3}
+    own = {
+        "initializer_scale": 2, "learning_rate": 0.5, "lora_learning_rate": 0.5,
+        "num_class_images": 3,
+    }  # fmt: skip
     (model / "mifo_config.json").write_text(json.dumps(own))
     (folder / "mine/toys/instance.json").write_text('{"class": "car"}')
     for name, other in (("learning_rate", 0.5), ("num_class_images", 3), ("class_prompt", "car")):
@@ -627,7 +630,7 @@ def test_all_instances_have_one_seed(learn, folder, twins, capsys):
     out = capsys.readouterr().out
     assert len(set(re.findall(r"seed +(\d+)", out))) == 1
     assert out.splitlines()[-2:] == ["a: checked", "b: checked"]
-    assert not (folder / "out").exists()
+    assert tree(folder / "out") == ["a.masks.png", "b.masks.png"]
 
 
 def test_all_instances_are_resumed_by_one_command(learn, fails, folder, twins, capsys, ctrl_c):

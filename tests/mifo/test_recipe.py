@@ -98,6 +98,7 @@ def test_the_defaults_are_the_papers():
     assert (recipe.attention_loss, recipe.optimizer, recipe.lora_rank) == ("mifo", "adamw", 16)
     assert (numbers.lora_learning_rate, numbers.full_learning_rate) == (1e-4, 2e-6)
     assert (numbers.guidance_scale, numbers.step_scale) == (7.5, 1.0)
+    assert numbers.initializer_scale == 1.0
 
 
 def test_the_reward_is_of_the_first_steps_of_stage_1_alone():
@@ -495,14 +496,18 @@ def test_the_layers_of_a_unet_of_four_levels_by_name():
 # the first rows
 
 
-def test_the_rows_start_from_the_tables_own_mean_and_deviation_by_hand(begin):
-    session = begin()
+@pytest.mark.parametrize(("settings", "scale"), [({}, 1), ({"initializer_scale": 0.25}, 0.25)])
+def test_the_rows_start_from_the_tables_own_mean_and_deviation_by_hand(begin, settings, scale):
+    session = begin(**settings)
     table = session.model.text_encoder.get_input_embeddings().weight.detach().double()[:552]
     mean = table.sum(0) / 552
     deviation = ((table - mean).square().sum(0) / 551).sqrt()
     draw = torch.randn(2, 16, generator=stream_of(SEED, "asset rows"))
     torch.testing.assert_close(
-        session.rows.detach().double(), mean + deviation * draw.double(), rtol=1e-5, atol=1e-6
+        session.rows.detach().double(),
+        mean + scale * deviation * draw.double(),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
