@@ -151,7 +151,8 @@ def _instance(learned: Learned, folder_path: str | None) -> Instance:
     """The instance folder that a learned folder was learned from."""
     settings = learned.manifest["settings"]
     folder = Path(folder_path or settings["folder_path"]) / settings["instance"]
-    instance = read_instance(folder, REFERENCE_SIDE, 1)
+    labels = settings.get("mask_label", ())
+    instance = read_instance(folder, REFERENCE_SIDE, 1, labels=labels)
     hashes = learned.manifest["image_sha256"], tuple(learned.manifest["mask_sha256"])
     if hashes != (instance.image_hash, instance.mask_hashes):
         raise UserError(

@@ -5,7 +5,7 @@ A learned folder, which appears only when it is whole:
     assetN.safetensors                  one token each, a textual-inversion file
     pytorch_lora_weights.safetensors    diffusers' LoRA of UNet and text encoder
     pipeline/                           a whole pipeline (--finetune full, --save_pipeline)
-    manifest.json  learning.png  attention.png
+    manifest.json  masks.png  learning.png  attention.png
 """
 
 import json

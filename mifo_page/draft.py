@@ -15,10 +15,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from imagelab.boxes import Box, color_of, draw_boxes
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, replacing, write_json
-from imagelab.io.images import mask_window, read_image, read_mask, resize_mask
+from imagelab.io.images import read_image, read_mask, resize_mask
 from imagelab.io.tensors import read_json
 from mifo.learning.classes import ADVICE, DESCRIPTION, check_classes, read_classes
 from mifo.learning.instance import (
@@ -30,7 +29,7 @@ from mifo.learning.instance import (
     find_masks,
     read_instance,
 )
-from mifo.tokens import asset_token
+from mifo.learning.overlay import draw_masks
 from mifo_page import MAX_FILE, MAX_SENT
 from mifo_page.places import Places, folder_in
 
@@ -137,17 +136,7 @@ def report(draft: Draft) -> str:
 
 def overlay(draft: Draft) -> Image.Image:
     """The photo with each mask in its colour, framed and named."""
-    pixels = np.array(draft.photo, dtype=np.float32)
-    frames = []
-    for index, mask in enumerate(draft.masks):
-        pixels[mask] = 0.45 * pixels[mask] + 0.55 * np.array(color_of(index), np.float32)
-        down, across = mask_window(mask)
-        width, height = draft.photo.size
-        frames.append(
-            Box(across.start / width, down.start / height, across.stop / width, down.stop / height)
-        )
-    names = [asset_token(index) for index in range(len(frames))]
-    return draw_boxes(Image.fromarray(pixels.astype(np.uint8)), frames, names)
+    return draw_masks(draft.photo, draft.masks)
 
 
 def as_data(picture: Image.Image) -> str:
@@ -216,7 +205,7 @@ def _is_replaceable(path: Path) -> bool:
     if not path.is_file():
         return False
     if path.name != DESCRIPTION:
-        return path.name in IMAGE_NAMES or MASK_NAME.fullmatch(path.name) is not None
+        return path.name.lower() in IMAGE_NAMES or MASK_NAME.fullmatch(path.name) is not None
     try:
         return read_json(path, {}, ADVICE).keys() <= {"class"}
     except UserError:
