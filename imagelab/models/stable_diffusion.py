@@ -231,13 +231,24 @@ def _load_module(kind, folder: Path):
     )
     if report["missing_keys"]:
         raise UserError(f"its weights lack {min(report['missing_keys'])}")
+    _forget_place(module)
     return module.float()
+
+
+def _forget_place(module) -> None:
+    """Leave out where a module was loaded from: configs that are saved later would tell it."""
+    if hasattr(module, "register_to_config"):
+        module.register_to_config(_name_or_path="")
+    else:
+        module.config._name_or_path = module.name_or_path = ""
 
 
 def _load_tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.name_or_path = ""
+    return tokenizer
 
 
 def _load_scheduler(folder: Path):

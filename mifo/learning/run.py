@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def learn(
         saved = read_checkpoint(checkpoint) if resume else None
         if saved:
             check_same(saved, plan)
+            plan = replace(plan, origins=saved.facts.get("origins", plan.origins))
         try:
             with memory_errors():
                 _run(plan, saved, after_stage)
@@ -74,7 +76,11 @@ def _run(
     session = Session(plan)
     trainer = Trainer(
         checkpoint,
-        {"settings": kept_settings(plan.config), "inputs": inputs_of(plan)},
+        {
+            "settings": kept_settings(plan.config),
+            "origins": plan.origins,
+            "inputs": inputs_of(plan),
+        },
         max_grad_norm=recipe.max_grad_norm,
         device=plan.device,
         fp16=plan.dtype == torch.float16,
