@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from imagelab.errors import UserError
 from mifo.learning.config import LearningConfig
 
 #: Settings of learning that stage 1 does not depend on.
@@ -19,15 +20,19 @@ def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
     """Learn an instance folder, going on from what an earlier run left; nothing if it is learned.
 
     Stage 1 is kept: the next learning with the same stage 1 starts behind it, and ends as if it
-    had gone through it.
+    had gone through it. Raises UserError for a folder that was learned otherwise.
     """
     from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
-    from mifo.learning.places import CHECKPOINT, is_learned
+    from mifo.learning.places import CHECKPOINT, is_learned, target_folder
     from mifo.learning.plan import make_plan
-    from mifo.learning.resume import kept_settings
+    from mifo.learning.resume import kept_settings, learned_otherwise
     from mifo.learning.run import learn
 
     if is_learned(config):
+        if difference := learned_otherwise(config):
+            raise UserError(
+                f"{target_folder(config)} was learned {difference}; give another --work"
+            )
         return
     plan = make_plan(config, device)
     checkpoint, kept = plan.work / CHECKPOINT, work / "stage1" / stage_1_name(plan)
@@ -55,7 +60,8 @@ def stage_1_name(plan) -> str:
     config = plan.config
     settings = {k: v for k, v in kept_settings(config).items() if k not in STAGE_2_SETTINGS}
     autocast = config.recipe.finetune == "full" and plan.dtype != torch.float32
-    facts = json.dumps([settings, str(plan.dtype), autocast], sort_keys=True)
+    model = [plan.model.digest, plan.model.configs]
+    facts = json.dumps([settings, model, str(plan.dtype), autocast], sort_keys=True)
     return f"{config.instance}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
 
 

@@ -98,6 +98,7 @@ def learning_config(work: Path, settings: Settings, variant: Variant, name: str)
         learning_rate=settings.learning_rate,
         finetune_steps=settings.finetune_steps,
         finetune_learning_rate=settings.finetune_learning_rate,
+        initializer_scale=settings.initializer_scale,
         num_class_images=settings.num_class_images,
         initialize_from_class=variant.tokens == "kind",
         attention_loss=variant.loss,
@@ -119,6 +120,8 @@ def make_job(work: Path, settings: Settings, variant: Variant, name: str) -> Job
     about = {"base": variant.base_name, "tokens": variant.tokens, "loss": variant.loss}
     painting = {
         "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "step_scale": 1.0,
         "guidance_steps": settings.guidance_steps,
         "mixed_precision": settings.mixed_precision,
     }

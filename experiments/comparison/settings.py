@@ -19,7 +19,11 @@ TOKENS = ("random", "kind")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants share. Steps and rates are the method's own, but for the LoRA's rate."""
+    """What all variants share.
+
+    Steps and rates are the method's own. The scale of random tokens and the guidance scale are
+    those that toybox brings, given here for all base models alike.
+    """
 
     folders: int = 6
     first: int = 0
@@ -27,13 +31,15 @@ class Settings:
     train_steps: int = 600
     finetune_steps: int = 400
     learning_rate: float = 5e-3
-    finetune_learning_rate: float = 1e-3
+    finetune_learning_rate: float = 1e-4
+    initializer_scale: float = 0.1
     num_class_images: int = 16
     weight: float = 1.0
 
     pictures: int = 4
     alone: int = 4
     num_inference_steps: int = 50
+    guidance_scale: float = 3.0
     guidance_steps: int = 15
 
     device: str = "auto"
@@ -48,18 +54,21 @@ HELP = {
     "finetune_steps": "steps of stage 2",
     "learning_rate": "of stage 1",
     "finetune_learning_rate": "of stage 2",
+    "initializer_scale": "deviation of random first tokens, over the vocabulary's",
     "num_class_images": "class images, which all variants share",
     "weight": "factor on the weight of every attention loss",
     "pictures": "pictures of all assets with boxes, and as many without",
     "alone": "pictures of each asset alone, without boxes",
     "num_inference_steps": "DDIM steps",
+    "guidance_scale": "weight of classifier-free guidance",
     "guidance_steps": "of these, with box guidance",
     "device": "auto (cuda > mps > cpu), cuda, mps or cpu",
     "mixed_precision": "precision of the UNet: auto, no, fp16 or bf16",
 }
 #: Settings on which no learned folder depends: they may change between runs in one --work.
 FREE_SETTINGS = {
-    "folders", "first", "pictures", "alone", "num_inference_steps", "guidance_steps", "device",
+    "folders", "first", "pictures", "alone", "num_inference_steps", "guidance_scale",
+    "guidance_steps", "device",
 }  # fmt: skip
 
 

@@ -1,32 +1,59 @@
-"""The comparison with steps of nothing; as a script, its command in such a hurry."""
+"""The experiments with steps of nothing; as a script, the comparison's command in such a hurry.
+
+As a script it is two processes, which find each other as those of torchrun do.
+"""
 
 import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 import imagelab.figures
+from experiments import plain
 from experiments.comparison import command
-from experiments.comparison.learning import learning_config
-from experiments.comparison.settings import VARIANTS
+from experiments.comparison.folders import make_job
+from experiments.comparison.settings import Settings, Variant
 from mifo.learning import priors
 
+EXAMPLES = Path(__file__).parents[2] / "example"
 TINY = [
     *("--train_steps", "3", "--finetune_steps", "1", "--num_class_images", "1"),
-    *("--num_inference_steps", "2", "--guidance_steps", "2", "--guidance_iterations", "1"),
-    *("--folders", "2", "--seeds", "1", "--device", "cpu", "--mixed_precision", "no"),
+    *("--num_inference_steps", "1", "--guidance_steps", "1", "--pictures", "1", "--alone", "1"),
+    *("--folders", "2", "--tokens", "random", "--device", "cpu", "--mixed_precision", "no"),
 ]
-ONLY = ["--only", "mifo", "rank4", "no_boxes"]
+LOSSES = ["--losses", "mifo", "none"]
+STEPS = 3 + 1  # of learning one folder
+#: The same for the plain commands, which have no options for it.
+LEARNING = {
+    "train_steps": 3, "reward_steps": 1, "finetune_steps": 1, "num_class_images": 1,
+    "mixed_precision": "no",
+}  # fmt: skip
+PAINTING = {"num_inference_steps": 1, "guidance_steps": 1, "mixed_precision": "no"}
+make_plain_jobs = partial(plain.make_jobs, settings=LEARNING)
 
 
 def hurry(patch):
-    """Class images take one step, and the figures of learning are empty."""
+    """Class images take one step, the figures of learning are empty, plain jobs are tiny."""
+
+    def plain_jobs(*args):
+        return [replace(job, painting=PAINTING) for job in make_plain_jobs(*args)]
+
     patch.setattr(priors, "STEPS", 1)
     for name in ("plot_losses", "plot_attention"):
         patch.setattr(imagelab.figures, name, lambda path, *args: path.touch())
+    patch.setattr(plain, "make_jobs", plain_jobs)
+    patch.setattr(plain, "PICTURES", 1)
+    patch.setattr(plain, "ALONE", 1)
 
 
 class Counter:
-    """Calls of a function are counted; number ``stop`` of them is a Ctrl-C."""
+    """Calls of a function are counted; in number ``stop`` of them Ctrl-C is pressed."""
 
     def __init__(self, monkeypatch, owner, name, stop=None):
         self.count = 0
@@ -35,29 +62,68 @@ class Counter:
         def counted(*args, **more):
             self.count += 1
             if self.count == stop:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return function(*args, **more)
 
         monkeypatch.setattr(owner, name, counted)
 
 
 def run(work, *more):
-    command.main([*TINY, *ONLY, "--work", str(work), *more])
+    """The comparison of two folders with two losses."""
+    command.main([*TINY, *LOSSES, "--work", str(work), *more])
 
 
-def facts_of(work):
-    return json.loads((work / "comparison.json").read_text())
+def run_plain(work, *more):
+    """The plain commands with one seed; ``work`` holds what is learned, too."""
+    options = ["--folder_path", str(work / "folders"), "--seeds", "1", "--device", "cpu"]
+    plain.main(["--work", str(work), *options, *more])
 
 
-def settings_of(*argv):
+def settings_of(*argv) -> Settings:
     return command.chosen(command.parse_args([*TINY, *argv])[1])[0]
 
 
-def config_of(work, name, *argv):
-    """How the first folder is learned in a variant."""
-    return learning_config(work, settings_of(*argv), VARIANTS[name], "kind2_000")
+def job_of(work, name, loss="mifo", *argv):
+    """A folder of the comparison with a loss."""
+    return make_job(work, settings_of(*argv), Variant("toybox", "random", loss), name)
+
+
+def rows_by_key(work) -> dict[str, dict]:
+    lines = (work / "rows.jsonl").read_text().splitlines()
+    rows = {row["key"]: row for row in map(json.loads, lines)}
+    assert len(rows) == len(lines)  # each is written once
+    return rows
+
+
+def findings(work) -> dict[str, bytes]:
+    """What a command writes for people, by the file's name."""
+    return {path.name: path.read_bytes() for path in work.glob("*.*") if path.suffix != ".jsonl"}
+
+
+def fork_two(main) -> int:
+    """Run a command in two processes; the larger of their exit codes. For a script."""
+    from thin import free_port
+
+    port, children = str(free_port()), []
+    for rank in ("0", "1"):
+        child = os.fork()
+        if not child:
+            os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank}
+            os.environ |= {"LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            code = 1
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
 if __name__ == "__main__":
     hurry(pytest.MonkeyPatch())
-    command.main()
+    sys.exit(fork_two(command.main))
