@@ -32,7 +32,7 @@ class Settings:
     finetune_steps: int = 400
     learning_rate: float = 5e-3
     finetune_learning_rate: float = 1e-4
-    initializer_scale: float = 0.1
+    initializer_scale: float = 0.02
     num_class_images: int = 16
     weight: float = 1.0
 
