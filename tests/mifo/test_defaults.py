@@ -18,7 +18,7 @@ import semantic_learning
 import semantic_synthesis
 from imagelab.errors import UserError
 from imagelab.training.interrupt import Interrupt
-from mifo import evaluation
+from mifo import defaults, evaluation
 from mifo.defaults import FILE, Defaults, Own, read_own, settle
 from mifo.learning.config import LearningConfig
 from mifo.learning.description import describe
@@ -58,10 +58,10 @@ def test_a_model_without_the_file_goes_by_the_paper(tmp_path):
 
 def test_a_model_brings_some_numbers(tmp_path):
     bring(tmp_path, {"guidance_scale": 5, "num_class_images": 16, "step_scale": 0})
-    defaults, names = read_own(str(tmp_path))
+    found, names = read_own(str(tmp_path))
     brought = {"num_class_images": 16, "guidance_scale": 5.0, "step_scale": 0.0}
-    assert asdict(defaults) == asdict(Defaults()) | brought
-    assert type(defaults.guidance_scale) is float and type(defaults.num_class_images) is int
+    assert asdict(found) == asdict(Defaults()) | brought
+    assert type(found.guidance_scale) is float and type(found.num_class_images) is int
     assert names == {"guidance_scale", "num_class_images", "step_scale"}
 
 
@@ -75,9 +75,9 @@ def test_a_single_file_brings_what_lies_beside_it(tmp_path):
 
 def test_toybox_brings_its_file():
     numbers = json.loads((FOLDER / FILE).read_text())
-    defaults, names = read_own("toybox")
+    found, names = read_own("toybox")
     assert names == numbers.keys() and numbers
-    assert {name: getattr(defaults, name) for name in numbers} == numbers
+    assert {name: getattr(found, name) for name in numbers} == numbers
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,19 @@ def test_a_file_that_cannot_be_used(tmp_path, text, sentence):
         read_own(str(tmp_path))
     assert str(error.value).startswith(str(tmp_path / FILE))
     assert str(error.value).endswith("mend the file, or take it away")
+
+
+def test_offline_reaches_the_file(plan, paint, monkeypatch):
+    """A hub id would be asked for it."""
+    asked, locate = [], defaults.locate_model
+    monkeypatch.setattr(
+        defaults, "locate_model", lambda _, offline: asked.append(offline) or locate(_, offline)
+    )
+    for offline in (True, False):
+        plan(offline=offline)
+        paint(*["--offline"] * offline)
+        assert asked == [offline] * 2
+        asked.clear()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -346,9 +359,10 @@ def test_a_pipeline_that_is_saved_brings_the_numbers_of_its_base(learn, thin_mod
     """It paints by them, wherever its base is by then."""
     pipeline = learn("--finetune", "full") / "pipeline"
     assert not (pipeline / FILE).exists()
-    bring(thin_model, LEARNING | PAINTING)
+    brought = PAINTING | {"full_learning_rate": 0.125}  # and nothing of the paper's
+    bring(thin_model, brought)
     learn("--finetune", "full")
-    assert json.loads((pipeline / FILE).read_text()) == LEARNING | PAINTING
+    assert json.loads((pipeline / FILE).read_text()) == brought
     shutil.rmtree(thin_model)
     quick = {"num_inference_steps": 1, "guidance_steps": 0, "refine_every": 0, "device": "cpu"}
     (painting,) = mifo.load("toys", "out").paint("<asset0>", seed=1, **quick)
