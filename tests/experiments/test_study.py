@@ -137,6 +137,10 @@ def test_a_folder_that_was_learned_otherwise_is_not_painted(copied):
     job = job_of(copied, "kind2_000", "mifo", "--finetune_steps", "2")
     failures = study_in(copied, job)
     assert "--finetune_steps 1" in failures[job.name]
+    with Image.open(copied / "folders/kind2_000/img.jpg") as photo:
+        photo.transpose(Image.Transpose.ROTATE_180).save(copied / "folders/kind2_000/img.jpg")
+    job = job_of(copied, "kind2_000")
+    assert "from another photo" in study_in(copied, job)[job.name]
     assert not rows_by_key(copied)
 
 
