@@ -55,6 +55,11 @@ def make_jobs(folder_path: Path, work: Path, seeds: int, settings: dict | None =
     for seed in range(seeds):
         for name in names:
             looks = tuple(read_looks(folder_path / name))
+            if len(looks) not in NAMES:
+                raise UserError(
+                    f"{folder_path / name} has {len(looks)} toys; give folders of 2 or 3 with "
+                    "--folder_path"
+                )
             config = LearningConfig.from_settings(
                 instance=name, folder_path=str(folder_path), model_path="toybox", seed=seed,
                 output_dir=str(work / "learned" / f"seed{seed}"), **(settings or {}),
@@ -123,6 +128,7 @@ def tables(rows: Sequence[Row], kinds: dict[str, list[str]]) -> str:
             f"Right boxes of {task}, over learnings: "
             f"{mean_share(of(task, None), right_boxes, ['way', 'folder'])}"
             for task in NAMES.values()
+            if of(task, None)
         ),
         markdown(
             ["folder", "one asset, no boxes: it is there", "another one is there"],

@@ -5,7 +5,6 @@ Rows are lines of rows.jsonl, which several processes share; a stopped study goe
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,8 +24,6 @@ from toybox.scenes.toys import Look
 
 ROWS = "rows.jsonl"
 PICTURES = "pictures"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

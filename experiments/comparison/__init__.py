@@ -1,1 +1,1 @@
-"""The paper's comparison on toybox: MIFO against other losses, ranks and ways of painting."""
+"""The paper's comparison on toybox: MIFO's attention loss against others, with boxes or without."""

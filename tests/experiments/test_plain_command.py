@@ -241,3 +241,13 @@ def test_a_failing_folder_is_told_and_the_rest_is_painted(plain_finished, tmp_pa
     assert last.startswith("seed0, fish failed: ") and "mask1.png" in last
     assert "| fish | – | – |" in told and "| toy_car | " in told
     assert not (work / "fish.jpg").exists()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_folders_of_another_number_of_toys_are_refused(count, tmp_path, monkeypatch):
+    from experiments import plain
+
+    monkeypatch.setattr(plain, "list_instances", lambda folder: ["things"])
+    monkeypatch.setattr(plain, "read_looks", lambda folder: [Look("fox", 100)] * count)
+    with pytest.raises(ValueError, match=f"things has {count} toys; give folders of 2 or 3"):
+        plain.make_jobs(tmp_path, tmp_path / "work", 1)

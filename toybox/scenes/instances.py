@@ -114,7 +114,7 @@ def _neighbours(
         first = int(rng.integers(len(BETWEEN)))
         return [BETWEEN[(first + i) % len(BETWEEN)] for i in range(count)]
     steps = [rng.uniform(0, 360), *rng.uniform(*apart, count - 1)]
-    return [round(float(hue) % 360, 1) for hue in np.cumsum(steps)]
+    return [round(round(float(hue), 1) % 360, 1) for hue in np.cumsum(steps)]
 
 
 def with_looks(scene: Scene, looks: tuple[Look, ...]) -> Scene:
