@@ -5,6 +5,8 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -207,25 +209,10 @@ def load_base(source: str, offline: bool = False) -> StableDiffusion:
     return _checked(StableDiffusion(**parts, source=source, digest=weights_digest(weights)))
 
 
-def _load_unet(folder: Path):
-    from diffusers import UNet2DConditionModel
-
-    return _load_module(UNet2DConditionModel, folder)
-
-
-def _load_vae(folder: Path):
-    from diffusers import AutoencoderKL
-
-    return _load_module(AutoencoderKL, folder)
-
-
-def _load_text_encoder(folder: Path):
-    from transformers import CLIPTextModel
-
-    return _load_module(CLIPTextModel, folder)
-
-
-def _load_module(kind, folder: Path):
+def _load_module(part: str, folder: Path):
+    """A part with weights, of the class that is known for it."""
+    known = STABLE_DIFFUSION[part]
+    kind = getattr(import_module(known.library), known.classes[0])
     module, report = kind.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, local_files_only=True
     )
@@ -260,9 +247,7 @@ def _load_scheduler(folder: Path):
 
 LOADERS = {
     "tokenizer": _load_tokenizer,
-    "text_encoder": _load_text_encoder,
-    "vae": _load_vae,
-    "unet": _load_unet,
+    **{part: partial(_load_module, part) for part in ("text_encoder", "vae", "unet")},
     "scheduler": _load_scheduler,
 }
 
