@@ -102,7 +102,8 @@ def plan_cases(
     for model_id in model_ids:
         learned = read_learned_folder(Path(config.models_dir) / model_id)
         instance = _instance(learned, folder_path)
-        settled, _ = settle_synthesis(replace(config, model_id=model_id), learned)
+        named = replace(config, model_id=model_id)
+        settled, _ = settle_synthesis(named, learned, config.runtime.offline)
         for prompt in prompts or [view_prompt(tuple(learned.assets))]:
             own = _prompt_assets(prompt, learned)
             names = [asset_token(asset) for asset in own]

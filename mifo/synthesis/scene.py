@@ -85,7 +85,8 @@ def make_scene(
     layout = partial(lay_out, names, learned, get_boxes)
     if config.box_control and subject_token_indices is None:
         place_boxes(names, boxes, layout)  # fails before the model is loaded
-    config, origins = settle_synthesis(config, learned)
+    is_local = runtime.offline or base is not None  # a loaded model need not be fetched again
+    config, origins = settle_synthesis(config, learned, is_local)
     check_numbers(config)  # once more, with the numbers that were open
     if base is None:
         is_sized = config.height or config.width
@@ -112,10 +113,13 @@ def make_scene(
 
 
 def settle_synthesis(
-    config: SynthesisConfig, learned: Learned
+    config: SynthesisConfig, learned: Learned, offline: bool
 ) -> tuple[SynthesisConfig, dict[str, str]]:
-    """Give each open setting the value that suits the model; where each value is from."""
-    own = read_own(model_source(config, learned), config.runtime.offline)
+    """Give each open setting the value that suits the model; where each value is from.
+
+    ``offline``: the hub is not asked.
+    """
+    own = read_own(model_source(config, learned), offline)
     return settle(config, own, {name: name for name in ("guidance_scale", "step_scale")})
 
 
