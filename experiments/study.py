@@ -8,13 +8,16 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from experiments.learning import learn_folder
 from experiments.tasks import Task, TaskPainter
 from imagelab.errors import FAILURES, memory_errors, sentence
 from imagelab.evaluation.runner import Records
+from imagelab.models.stable_diffusion import load_base
 from imagelab.processes import Processes
+from mifo.defaults import read_own
 from mifo.learned import read_manifest
 from mifo.learning.config import LearningConfig
 from mifo.learning.places import target_folder
@@ -50,13 +53,20 @@ class Job:
         return f"{self.way}, {self.config.instance}"
 
     def key(self, task: Task) -> str:
-        """A hash of all that a row depends on but the base model and the photo."""
+        """A hash of all that a row depends on but the photo."""
         looks = [asdict(look) for look in self.looks]
-        settings = kept_settings(self.config)
+        settings, base = kept_settings(self.config), base_facts(self.config.model_path)
         text = json.dumps(
-            [self.way, settings, asdict(task), dict(self.painting), looks], sort_keys=True
+            [self.way, settings, asdict(task), dict(self.painting), looks, base], sort_keys=True
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def base_facts(model_path: str) -> list:
+    """What a base model is, for keys: its weights, its configs, and the numbers that it brings."""
+    model, own = load_base(model_path, offline=True), read_own(model_path, offline=True)
+    return [model.digest, model.configs, asdict(own.defaults)]
 
 
 def run_study(jobs: Sequence[Job], work: Path, processes: Processes) -> dict[str, str]:

@@ -4,7 +4,8 @@ It takes some ten minutes on one core, and saves the held-out accuracy beside th
 """
 
 import json
-from dataclasses import asdict, dataclass
+from colorsys import hsv_to_rgb
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +42,14 @@ class ClassifierConfig:
     """Every number of the training."""
 
     seed: int = 0
-    scenes: int = 4000
-    steps: int = 1600
+    scenes: int = 5000
+    steps: int = 2400
     batch: int = 32
     lr: float = 2e-3
     width: int = 96  # channels
-    loose: tuple[float, float] = (0.7, 2.0)  # side of a view, in sides of a toy's sprite
+    loose: tuple[float, float] = (0.7, 2.5)  # side of a view, in sides of a toy's sprite
     turned: float = 0.75  # share of views whose hues are turned by a random angle
+    flooded: float = 0.5  # share of scenes on a flat ground of any colour, however strong
 
 
 class Sample(NamedTuple):
@@ -59,12 +61,19 @@ class Sample(NamedTuple):
 
 
 class Scenes:
-    """Rendered scenes, and random views of them."""
+    """Rendered scenes, and random views of them.
 
-    def __init__(self, seed: int, count: int, toys: int | None = None):
+    ``flooded``: share of those whose ground is flat and of any colour. Grounds of
+    :func:`~toybox.scenes.scenes.draw_scene` are paler than those that guidance paints.
+    """
+
+    def __init__(self, seed: int, count: int, toys: int | None = None, flooded: float = 0.0):
         self.scenes, self.pictures, self.masks = [], [], []
         for index in tqdm(range(count), "scenes"):
-            scene = draw_scene(np.random.default_rng((seed, index)), toys)
+            rng = np.random.default_rng((seed, index))
+            scene = draw_scene(rng, toys)
+            if rng.random() < flooded:
+                scene = replace(scene, ground=None, colour=any_colour(rng))
             picture, masks = render(scene, _DRAWN)
             self.scenes.append(scene)
             self.pictures.append(picture)
@@ -98,6 +107,12 @@ class Scenes:
             hue += share * np.array([np.cos(angle), np.sin(angle)], dtype=np.float32)[:, None, None]
         kinds[0] = 1 - kinds.sum(axis=0)
         return Sample(np.asarray(picture), kinds, hue)
+
+
+def any_colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    """Any hue, grey to pure, half dark to bright."""
+    colour = hsv_to_rgb(rng.random(), rng.random(), rng.uniform(0.5, 1))
+    return tuple(round(255 * value) for value in colour)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +151,7 @@ def train(config: ClassifierConfig) -> Classifier:
     """Adam with one cosine; the classifier after the last step."""
     torch.manual_seed(config.seed)
     classifier = Classifier(config.width)
-    scenes = Scenes(config.seed, config.scenes)
+    scenes = Scenes(config.seed, config.scenes, flooded=config.flooded)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
     progress = tqdm(range(config.steps), "classifier")
@@ -155,23 +170,37 @@ def train(config: ClassifierConfig) -> Classifier:
 
 
 def accuracy(classifier: Classifier, seed: int, count: int) -> dict[str, float]:
-    """Shares of right answers on ``count`` scenes of one toy, crops of it, and scenes of two."""
+    """Shares of right answers on ``count`` scenes of one toy, crops of it, and scenes of two.
+
+    ``flooded_crop``: crops of one toy on flat grounds of any colour.
+    """
     scenes, pairs = Scenes(seed, count, toys=1), Scenes(seed + 1, count, toys=2)
-    rng = np.random.default_rng(seed)
+    result = _of_one_toy(classifier, scenes, seed, {"scene": SCENE, "crop": CROP})
+    flooded = Scenes(seed + 2, count, toys=1, flooded=1)
+    result |= _of_one_toy(classifier, flooded, seed, {"flooded_crop": CROP})
+    seen = classifier.read(to_input(pairs.pictures, SCENE))
+    truth = [{placed.look.kind for placed in scene.toys} for scene in pairs.scenes]
+    result["pair_kinds"] = _share(seen.present(2), truth)
+    return result
+
+
+def _of_one_toy(
+    classifier: Classifier, scenes: Scenes, seed: int, sides: dict[str, int]
+) -> dict[str, float]:
+    """Kinds and hues of whole scenes, which are to have the side SCENE, or of crops."""
+    rng, count = np.random.default_rng(seed), len(scenes.scenes)
     boxes = [scenes.view(index, 0, rng, (0.9, 1.5)) for index in range(count)]
     crops = [p.crop(box) for p, box in zip(scenes.pictures, boxes, strict=True)]
     looks = [scene.toys[0].look for scene in scenes.scenes]
     result = {}
-    for name, pictures, side in (("scene", scenes.pictures, SCENE), ("crop", crops, CROP)):
+    for name, side in sides.items():
+        pictures = scenes.pictures if side == SCENE else crops
         seen = classifier.read(to_input(pictures, side))
         kinds = [KINDS[index] for index in seen.kind().tolist()]
         far = hue_distance(seen.hue, torch.tensor([float(look.hue) for look in looks]))
         result[f"{name}_kind"] = _share(kinds, [look.kind for look in looks])
         result[f"{name}_hue"] = _share(hue_names(seen.hue), [look.colour for look in looks])
         result[f"{name}_hue_error_degrees"] = far.mean().item()
-    seen = classifier.read(to_input(pairs.pictures, SCENE))
-    truth = [{placed.look.kind for placed in scene.toys} for scene in pairs.scenes]
-    result["pair_kinds"] = _share(seen.present(2), truth)
     return result
 
 

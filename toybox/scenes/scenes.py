@@ -79,14 +79,16 @@ def draw_scene(
     count: int | None = None,
     kinds: Sequence[str] = KINDS,
     odds: Sequence[float] = COUNT_ODDS,
+    shares: Sequence[float] | None = None,
 ) -> Scene:
     """Invent a scene of ``count`` toys (default: 1 to 3, drawn with these odds) of some kinds.
 
     A quarter of the scenes of several toys repeat one kind; half of all have a named ground.
+    ``shares``: how probable each of the kinds is, 1 in all (default: all alike).
     """
     if count is None:
         count = int(rng.choice([1, 2, 3], p=np.divide(odds, sum(odds))))
-    chosen = rng.choice(len(kinds), size=count, replace=False)
+    chosen = rng.choice(len(kinds), size=count, replace=False, p=shares)
     if count > 1 and rng.random() < 0.25:
         chosen[:] = chosen[0]
     angles = list(HUES.values())

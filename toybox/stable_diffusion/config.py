@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from toybox.scenes.scenes import COUNT_ODDS
 from toybox.scenes.toys import KINDS
 
+OFTENER = 3  # times as often as another kind
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -21,6 +23,7 @@ class TrainConfig:
     decoder_batch: int = 4
     decoder_lr: float = 1e-3
     kinds: tuple[str, ...] = KINDS
+    oftener: tuple[str, ...] = ()
     count_odds: tuple[float, ...] = COUNT_ODDS
     free_looks: float = 0.5
     scenes: int = 20_000
@@ -44,6 +47,14 @@ class TrainConfig:
     grounding_weight: float = 0.02
     grounding_timesteps: int = 1000
 
+    @property
+    def shares(self) -> list[float] | None:
+        """How probable each of the kinds is, 1 in all; None where all are alike."""
+        if not self.oftener:
+            return None
+        odds = [OFTENER if kind in self.oftener else 1 for kind in self.kinds]
+        return [each / sum(odds) for each in odds]
+
 
 HELP = {
     "seed": "fixes the scenes and every draw",
@@ -57,6 +68,7 @@ HELP = {
     "decoder_batch": "scenes in each of them",
     "decoder_lr": "their learning rate",
     "kinds": "kinds of toys; fewer are learned sooner",
+    "oftener": "of these, the ones that are drawn three times as often as the others",
     "count_odds": "odds of scenes with one toy, two and three",
     "free_looks": "share of scenes whose toys have any hue and strength of colour; the others' "
     "hues have names",

@@ -28,9 +28,10 @@ CHUNK = 64  # scenes that are rendered and encoded together
 def scene_of(config: TrainConfig, index: int) -> Scene:
     """Training scene ``index``."""
     rng = np.random.default_rng((config.seed, index))
-    scene = draw_scene(rng, kinds=config.kinds, odds=config.count_odds)
+    kinds, shares = config.kinds, config.shares
+    scene = draw_scene(rng, kinds=kinds, odds=config.count_odds, shares=shares)
     if config.free_looks and rng.random() < config.free_looks:
-        scene = with_free_looks(scene, rng, config.kinds)
+        scene = with_free_looks(scene, rng, kinds, shares)
     return scene
 
 

@@ -22,13 +22,19 @@ FEATURES = len(KINDS) + 4
 LEAST_GAIN = 0.8  # of saturation and value, as in instance folders
 
 
-def with_free_looks(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] = KINDS) -> Scene:
+def with_free_looks(
+    scene: Scene,
+    rng: np.random.Generator,
+    kinds: Sequence[str] = KINDS,
+    shares: Sequence[float] | None = None,
+) -> Scene:
     """A scene whose toys have any hue, and gains of saturation and value from 0.8 to 1.
 
     A third of the scenes of several toys have one kind, a sixth several kinds in one hue.
+    ``shares``: how probable each of the kinds is, 1 in all (default: all alike).
     """
     count = len(scene.toys)
-    chosen = rng.choice(len(kinds), size=count, replace=False)
+    chosen = rng.choice(len(kinds), size=count, replace=False, p=shares)
     hues, gains = rng.uniform(0, 360, count), rng.uniform(LEAST_GAIN, 1, (count, 2))
     alike = rng.random()
     if alike < 1 / 3:

@@ -35,7 +35,7 @@ def parse_args(
     _add_runtime(parser)
     for name, value in asdict(TrainConfig()).items():
         more = {"type": type(value)}
-        if name == "kinds":
+        if name in ("kinds", "oftener"):
             more = {"nargs": "+", "choices": KINDS, "metavar": "KIND"}
         if name == "count_odds":
             more = {"nargs": 3, "type": float, "metavar": "ODDS"}
@@ -92,6 +92,9 @@ def choose_config(options: argparse.Namespace, processes: Processes) -> TrainCon
     """The numbers that the options ask for; a UserError for what makes no sense."""
     given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
     given["kinds"] = distinct_kinds(given["kinds"])
+    given["oftener"] = tuple(given["oftener"])
+    if strange := set(given["oftener"]) - set(given["kinds"]):
+        raise UserError(f"--oftener has {min(strange)}, which is not one of --kinds")
     given["count_odds"] = odds = tuple(given["count_odds"])
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise UserError("--count_odds takes three numbers from 0 on, not all of them 0")
