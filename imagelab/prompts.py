@@ -30,8 +30,10 @@ def encode_ids(tokenizer, prompt: str) -> Tensor:
     return torch.tensor(ids)
 
 
-def check_prompt(text: str, option: str) -> None:
+def check_prompt(text: str, name: str) -> None:
     """Raises UserError for a prompt that is no UTF-8 text, or holds weights of other programs.
+
+    ``name`` is what a message calls it, such as --prompt.
 
     A1111 and ComfyUI read ``(word:1.3)``, ``((word))``, ``[word]`` and ``<lora:name:1>``; here they
     would be words that a picture may show. Plain parentheses are text: "a cat (sitting)".
@@ -40,12 +42,12 @@ def check_prompt(text: str, option: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--{option} {shorten(text)!r} is not UTF-8 text; write it in a terminal, or a script, "
+            f"{name} {shorten(text)!r} is not UTF-8 text; write it in a terminal, or a script, "
             "of that encoding"
         ) from None
     if found := _find_foreign(text):
         written, why, advice = found
-        raise UserError(f"--{option} writes {shorten(written)!r}, and {why}; {advice}")
+        raise UserError(f"{name} writes {shorten(written)!r}, and {why}; {advice}")
 
 
 def _find_foreign(text: str) -> tuple[str, str, str] | None:

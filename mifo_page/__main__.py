@@ -16,13 +16,13 @@ import threading
 from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors
 from imagelab.errors import UserError
 from mifo.learning.config import LearningConfig
 from mifo.synthesis.config import SynthesisConfig
 from mifo_page import MAX_FILE, MAX_SENT
+from mifo_page.uploads import upload_folder
 
 LOCAL = "127.0.0.1"
 ANY_NUMBER = "0.0.0.0"  # in a set of hosts: every address in digits
@@ -213,9 +213,9 @@ def serve(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
-    with report_errors(parser, options.debug), TemporaryDirectory(prefix="mifo") as uploads:
+    with report_errors(parser, options.debug), upload_folder() as uploads:
         check_address(options.listen, options.port)
-        os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         try:
             import gradio  # noqa: F401

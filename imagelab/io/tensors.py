@@ -176,7 +176,9 @@ def misfit(value: object, form: object, name: str = "") -> str | None:
     """
     if isinstance(form, tuple):
         wrong = [misfit(value, each, name) for each in form]
-        return None if None in wrong else wrong[0]
+        # of the forms of the value's own type the last, which says which of its parts is wrong
+        apt = [told for told, each in zip(wrong, form, strict=True) if type(each) is type(value)]
+        return None if None in wrong else (apt or wrong)[-1 if apt else 0]
     kind = type(form) if isinstance(form, dict | list) or form is None else form
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"{name or 'it'} is {_shown(value)} and not {KINDS[kind]}"

@@ -58,6 +58,8 @@ def _read_words(folder: Path, whole: dict) -> tuple[dict[str, int], list[list[st
     if path.exists():
         vocabulary = read_json(path, {}, ADVICE)
         merges = _read_merges(folder / "merges.txt")
+    elif not whole:
+        raise UserError(f"{folder} holds neither vocab.json nor tokenizer.json; {ADVICE}")
     else:
         path, model = folder / "tokenizer.json", whole.get("model")
         if wrong := misfit(model, {"vocab": dict, "merges": list}, "model"):

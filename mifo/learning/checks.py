@@ -51,8 +51,8 @@ def check_settings(config: LearningConfig) -> None:
             "--initialize_from_class and --initializer_tokens are both given; give one of them"
         )
     for words in recipe.initializer_tokens:
-        check_prompt(words, "initializer_tokens")
-    check_prompt(recipe.class_prompt or "", "class_prompt")
+        check_prompt(words, "--initializer_tokens")
+    check_prompt(recipe.class_prompt or "", "--class_prompt")
     if ASSET.search(recipe.class_prompt or ""):
         raise UserError(
             f"--class_prompt {shorten(recipe.class_prompt)!r} names an asset, which the base model "

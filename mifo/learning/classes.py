@@ -5,6 +5,7 @@ from pathlib import Path
 
 from imagelab.errors import UserError
 from imagelab.io.tensors import read_json
+from imagelab.prompts import check_prompt
 from mifo.tokens import ASSET
 
 DESCRIPTION = "instance.json"
@@ -34,6 +35,7 @@ def check_classes(found: str | Sequence[str], name: str) -> tuple[str, ...]:
     for each in classes or ("",):
         if not each or ASSET.search(each):
             raise UserError(f"{name}: {each!r} is no class; {ADVICE}")
+        check_prompt(each, name)
     return classes
 
 

@@ -63,11 +63,12 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     folder = instance_folder(config)
     files = open_instance(folder, config.mask_label)  # before a model is fetched
     classes = read_classes(folder, len(files.masks))
+    words = first_words(recipe, classes, folder)
+    pictures = find_class_images(config.class_images) if config.class_images else None
     source = choose_model(config.model_path, device)
     config, origins = settle_learning(config, read_own(source, offline), classes)
     check_settings(config)  # once more, with the numbers that were open
     recipe = config.recipe
-    pictures = find_class_images(config.class_images) if config.class_images else None
     model, sizes = None, read_sizes(source, offline)
     if sizes is None:  # a single file shows its sizes only when it is loaded
         model = load_base(source, offline)
@@ -79,7 +80,6 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     encode_ids(tokenizer, recipe.class_prompt)
     ids = add_asset_tokens(tokenizer, text_encoder, len(instance.masks))
     encode_ids(tokenizer, view_prompt(tuple(range(len(ids)))))  # the longest of all views
-    words = first_words(recipe, classes, folder)
     scale = recipe.initializer_scale
     rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed, scale)
     return Plan(config, model, instance, ids, rows, device, dtype, pictures, origins)

@@ -71,9 +71,13 @@ def kept_settings(config: LearningConfig, free: Collection[str] = FREE_SETTINGS)
 def _changed_settings(
     then: dict, config: LearningConfig, free: Collection[str] = FREE_SETTINGS
 ) -> str:
-    """The options in which a run went by other settings than a config; empty if there are none."""
+    """The options in which a run went by other settings than a config; empty if there are none.
+
+    What the run itself left open, as runs of earlier versions did, goes with any.
+    """
     now = kept_settings(config, free)
-    kept = (name for name in then if name not in free)
+    kept = [name for name in then if name not in free]
+    kept = [name for name in kept if name not in OPEN or then[name] is not None]
     return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))
 
 

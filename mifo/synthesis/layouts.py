@@ -17,8 +17,9 @@ ROWS = {
 }
 
 
-#: Boxes are at most so many times as long as wide.
-MOST_PROPORTION = 3.0
+#: Boxes are at most so many times as long as wide, and their sides at least so long, which covers
+#: some cell of the smallest usual grid (8×8, Stable Diffusion 2.1 at 256 pixels).
+MOST_PROPORTION, LEAST_SIDE = 3.0, 0.14
 
 
 def preset_boxes(count: int, proportions: Sequence[float | None] = ()) -> list[Box]:
@@ -33,12 +34,15 @@ def preset_boxes(count: int, proportions: Sequence[float | None] = ()) -> list[B
 
 
 def fit(place: Box, proportion: float | None) -> Box:
-    """The largest box of a proportion in the middle of a place."""
+    """The largest box of a proportion in the middle of a place, but for boxes too thin to see."""
     if proportion is None:
         return place
     proportion = min(max(proportion, 1 / MOST_PROPORTION), MOST_PROPORTION)
     width, height = place.x1 - place.x0, place.y1 - place.y0
-    width, height = min(width, height * proportion), min(height, width / proportion)
+    width, height = (
+        min(width, max(height * proportion, LEAST_SIDE)),
+        min(height, max(width / proportion, LEAST_SIDE)),
+    )
     x, y = (place.x0 + place.x1) / 2, (place.y0 + place.y1) / 2
     return Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 

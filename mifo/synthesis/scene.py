@@ -153,12 +153,12 @@ def check_numbers(config: SynthesisConfig) -> None:
     if config.seed is None:
         raise UserError("there is no seed; give one (only the commands draw it)")
     check_seed(config.seed)
-    check_prompt(config.negative_prompt, "negative_prompt")
+    check_prompt(config.negative_prompt, "--negative_prompt")
 
 
 def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
     """The assets that a prompt names, in its order; a UserError where one was not learned."""
-    check_prompt(prompt, "prompt")
+    check_prompt(prompt, "--prompt")
     names = tuple(ASSET.findall(prompt))
     for found in LIKE_AN_ASSET.findall(prompt):
         if found not in names:

@@ -70,5 +70,16 @@ def test_a_short_value_is_shown_whole(capsys):
     )
 
 
+def test_two_dashes_are_no_value(capsys):
+    """Of which argparse would make an empty list, whatever the option's type."""
+    parser = Parser(prog="some.py")
+    parser.add_argument("--word", default="")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--word=--"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "some.py: error: argument --word: '--' is no value\n"
+    assert parser.parse_args(["--word=-"]).word == "-"
+
+
 def test_a_seed_may_be_left_to_chance():
     assert [seed_option(text) for text in ("None", "none", "7", "-1")] == [None, None, 7, -1]

@@ -11,7 +11,7 @@ from imagelab.prompts import check_prompt
 
 def told(prompt: str) -> str:
     with pytest.raises(UserError) as error:
-        check_prompt(prompt, "prompt")
+        check_prompt(prompt, "--prompt")
     return str(error.value)
 
 
@@ -92,7 +92,7 @@ def test_what_else_only_other_programs_read(prompt, says):
     ],
 )
 def test_what_people_write_stays_text(prompt):
-    check_prompt(prompt, "prompt")
+    check_prompt(prompt, "--prompt")
 
 
 def test_a_prompt_has_to_be_utf_8():
@@ -102,7 +102,7 @@ def test_a_prompt_has_to_be_utf_8():
         "--prompt 'a caf\\udce9' is not UTF-8 text; write it in a terminal, or a script, of that "
         "encoding"
     )
-    check_prompt("a café", "prompt")
+    check_prompt("a café", "--prompt")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_long_prompt_is_checked_at_once(piece):
         with_end = re.sub(r".$", ")", prompt)
         for text in (prompt, with_end):
             try:
-                check_prompt(text, "prompt")
+                check_prompt(text, "--prompt")
             except UserError as error:
                 assert len(str(error)) < 250
     assert time.process_time() - start < 10

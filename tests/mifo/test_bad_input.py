@@ -138,7 +138,12 @@ LEARNING = [
     ("", "instance.json has a 'hue', which nothing", write(CLASS, b'{"class": "a", "hue": 3}')),
     ("", "class is 3 and not text; write it as", write(CLASS, b'{"class": 3}')),
     ("", "class is None and not text; write", write(CLASS, b'{"class": null}')),
-    ("", "class is a list and not text; write", write(CLASS, b'{"class": ["cat", 3]}')),
+    ("", "class[1] is 3 and not text; write it as", write(CLASS, b'{"class": ["cat", 3]}')),
+    ("", "instance.json writes '[cat]', and weights are not", write(CLASS, b'{"class": "[cat]"}')),
+    (
+        "--initialize_from_class",
+        'says no class; write examples/toys/instance.json, such as {"class',
+    ),
     ("", "instance.json: '' is no class; write it as", write(CLASS, b'{"class": []}')),
     ("", "instance.json: '' is no class; write it as", write(CLASS, b'{"class": " "}')),
     ("", "instance.json: '' is no class", write(CLASS, b'{"class": ["cat", ""]}')),
@@ -204,7 +209,11 @@ LEARNING_LOADED = [
         "its weights lack conv_in.bias",
         tensors(UNET, lambda k, v: None if k == "conv_in.bias" else v),
     ),
-    ("--model_path model", "tokenizer.json: model is None and", remove(TOKENIZER / "vocab.json")),
+    (
+        "--model_path model",
+        "tokenizer holds neither vocab.json nor tokenizer.json",
+        remove(TOKENIZER / "vocab.json"),
+    ),
     (
         "--model_path model",
         "there is no file model/scheduler/scheduler_config.json; fetch the model again",
@@ -217,10 +226,6 @@ LEARNING_LOADED = [
         write(Path("m.safetensors")),
     ),
     (f"--class_prompt {LONG}", "tokens, and the model reads 75: shorten"),
-    (
-        "--initialize_from_class",
-        'says no class; write examples/toys/instance.json, such as {"class',
-    ),
     ("--initializer_tokens a b c", "has 3 entries for 2 instances; give one for all"),
     ("--initializer_tokens ''", "'' is empty; give a word"),
 ]

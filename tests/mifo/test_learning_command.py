@@ -22,7 +22,7 @@ from thin import contents
 import imagelab.figures
 from imagelab.models.stable_diffusion import load_base
 from imagelab.prompts import encode_ids
-from imagelab.training.checkpoint import read_checkpoint, read_facts
+from imagelab.training.checkpoint import read_checkpoint, read_facts, write_checkpoint
 from imagelab.training.loop import Trainer
 from mifo.learned import LORA, portable, read_learned_folder
 from mifo.learning import checks, priors, stages
@@ -560,6 +560,18 @@ def test_a_resumed_run_takes_its_own_values_for_what_is_open(
     assert contents(folder / "out/toys") == whole
     settings = json.loads(whole["manifest.json"])["settings"]
     assert {name: settings[name] for name in RUN} == RUN
+
+
+def test_a_run_that_itself_left_numbers_open_goes_on(learn, fails, folder, ctrl_c):
+    """As runs did before models brought their numbers."""
+    with ctrl_c(1, 1):
+        fails(130)
+    path = folder / "out/.toys.work/checkpoint.safetensors"
+    saved = read_checkpoint(path)
+    saved.facts["settings"]["finetune_learning_rate"] = None
+    write_checkpoint(path, saved)
+    assert "other settings (--lora_rank" in fails(2, "--resume", "--lora_rank", 5)
+    assert (learn("--resume") / "manifest.json").is_file()
 
 
 def test_8_bit_moments_learn_nearly_the_same_and_are_resumed(learn, fails, folder, ctrl_c):

@@ -4,11 +4,13 @@ import asyncio
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from mifo_page import __main__ as app
+from mifo_page.uploads import upload_folder
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "the page needs gradio: pip install '.[app]'"
@@ -35,6 +37,23 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
         app.main([])
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(f"{NEEDED}\n")
+
+
+def test_pictures_go_with_the_page_and_those_of_killed_pages_with_the_next_one(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mifo_page_killed").mkdir()
+    (tmp_path / "mifo_page_killed" / "photo.jpg").write_bytes(b"")
+    (tmp_path / "of_another_program").mkdir()
+    with upload_folder() as running:
+        (running / "photo.jpg").write_bytes(b"")
+        with upload_folder() as second:
+            assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+                running.name, second.name, "of_another_program",
+            }  # fmt: skip
+            assert list(running.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["of_another_program"]
 
 
 @pytest.mark.parametrize("port", ["99999", "65536", "0", "-1", "many", "80.5"])
