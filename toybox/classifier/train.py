@@ -42,8 +42,8 @@ class ClassifierConfig:
     """Every number of the training."""
 
     seed: int = 0
-    scenes: int = 5000
-    steps: int = 2400
+    scenes: int = 6000
+    steps: int = 6000
     batch: int = 32
     lr: float = 2e-3
     width: int = 96  # channels
@@ -129,9 +129,10 @@ def augmented(scenes: Scenes, config: ClassifierConfig, step: int) -> tuple[Tens
         toy = int(rng.integers(len(scenes.scenes[index].toys)))
         box = scenes.view(index, toy, rng, config.loose)
         turn = rng.uniform(0, 360) if rng.random() < config.turned else 0.0
-        sample = scenes.sample(index, box, CROP, turn, tuple(rng.uniform((0.7, 0.8), 1.1)))
+        gains = tuple(rng.uniform((0.7, 0.8), (1.3, 1.1)))
+        sample = scenes.sample(index, box, CROP, turn, gains)
         if rng.random() < 0.5:
-            blur = ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))
+            blur = ImageFilter.GaussianBlur(rng.uniform(0.3, 2.0))
             picture = Image.fromarray(sample.picture).filter(blur)
             sample = sample._replace(picture=np.asarray(picture))
         samples.append(sample)
