@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-PACKAGES = ("imagelab", "mifo", "mifo_page", "toybox", "experiments")
+PACKAGES = ("imagelab", "mifo", "mige", "mifo_page", "toybox", "experiments")
 NEEDED = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
 GRADIO = "gradio>=6.31,<7"  # the page
 BITSANDBYTES = "bitsandbytes>=0.50"  # --optimizer adamw8bit

@@ -9,7 +9,7 @@ weights the one file that was hashed, as a link. The loaders see that folder alo
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from safetensors import safe_open
 
 from imagelab.errors import UserError
-from imagelab.io.tensors import read_json
+from imagelab.io.tensors import read_json, tensor_names
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG, copy_clip_tokenizer
 
 MOST_LISTED = 64  # values in a list of a config
+END = ".safetensors"
 #: A number in a config may be so large, or as large as the largest side of a tensor.
 LARGE = 4096
 
@@ -79,12 +80,12 @@ STABLE_DIFFUSION = {
 
 @contextmanager
 def checked_folder(
-    folder: Path, parts: Mapping[str, Part], weights: Mapping[str, Path]
+    folder: Path, parts: Mapping[str, Part], weights: Mapping[str, Path | Sequence[Path]]
 ) -> Iterator[Path]:
     """A folder of our own, for as long as loading takes, with what is known of a pipeline folder.
 
     Args:
-        weights: the safetensors file of each part that is to have one.
+        weights: the safetensors file of each part that is to have one, or its shards.
 
     Raises:
         UserError: a part is of another class, or its files are not what they should be.
@@ -99,11 +100,45 @@ def checked_folder(
             if part.config == TOKENIZER_CONFIG:
                 copy_clip_tokenizer(folder / key, ours / key)
                 continue
-            config = read_config(folder / key / part.config, part, weights.get(key))
+            files = weights.get(key, ())
+            files = [files] if isinstance(files, Path) else list(files)
+            config = read_config(folder / key / part.config, part, *files)
             _write(ours / key / part.config, config)
-            if key in weights:
-                link(weights[key], ours / key / f"{part.weights}.safetensors")
+            _link_weights(files, ours / key, part)
         yield ours
+
+
+def _link_weights(files: Sequence[Path], folder: Path, part: Part) -> None:
+    """Put a part's weights into a folder; of shards, an index of what is really in them."""
+    if len(files) == 1:
+        link(files[0], folder / f"{part.weights}.safetensors")
+    elif files:
+        places = {}
+        for number, file in enumerate(files, 1):
+            name = f"{part.weights}-{number:05d}-of-{len(files):05d}.safetensors"
+            link(file, folder / name)
+            places |= dict.fromkeys(tensor_names(file, ADVICE), name)
+        total = sum(file.stat().st_size for file in files)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write(folder / f"{part.weights}.safetensors.index.json", index)
+
+
+def find_weights(folder: Path, part: Part) -> list[Path]:
+    """The safetensors file of a part, or its shards; a UserError when there is neither."""
+    single = folder / f"{part.weights}.safetensors"
+    if single.is_file():
+        return [single]
+    index = single.with_name(f"{single.name}.index.json")
+    if not index.is_file():
+        raise UserError(f"there is no {single} (pickled .bin weights are never read); {ADVICE}")
+    places = read_json(index, {"weight_map": {}}, ADVICE)["weight_map"]
+    names = sorted({str(name) for name in places.values()})
+    if not names or any(name != Path(name).name or not name.endswith(END) for name in names):
+        raise UserError(f"{index} names other files than its own shards; {ADVICE}")
+    files = [folder / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"there is no {missing[0]}, which {index.name} names; {ADVICE}")
+    return files
 
 
 def check_classes(folder: Path, parts: Mapping[str, Part]) -> None:
@@ -120,7 +155,7 @@ def check_classes(folder: Path, parts: Mapping[str, Part]) -> None:
             )
 
 
-def read_config(path: Path, part: Part, weights: Path | None = None) -> dict:
+def read_config(path: Path, part: Part, *weights: Path) -> dict:
     """The keys of a config that are known, checked against the sizes of the part's weights."""
     config = read_json(path, {}, ADVICE)
     if (name := config.get("_class_name", part.classes[0])) not in part.classes:
@@ -130,8 +165,11 @@ def read_config(path: Path, part: Part, weights: Path | None = None) -> dict:
         for key, value in config.items()
         if (key in part.keys if part.keys else not key.startswith("_") and key not in ELSEWHERE)
     }
-    largest, tensors = _sizes(weights) if weights else (LARGE, LARGE)
-    _check_numbers(known, path, max(largest, LARGE), max(tensors, 1))
+    largest, tensors = LARGE, 0 if weights else LARGE
+    for file in weights:
+        sides, count = _sizes(file)
+        largest, tensors = max(largest, sides), tensors + count
+    _check_numbers(known, path, largest, max(tensors, 1))
     if part.library == "diffusers":
         known["_class_name"] = name
     return known

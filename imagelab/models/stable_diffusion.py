@@ -3,19 +3,19 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from imagelab.errors import UserError, memory_errors
+from imagelab.errors import UserError
 from imagelab.io.tensors import tensor_names
 from imagelab.models.base import Posterior
 from imagelab.models.digests import weights_digest
+from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import STABLE_DIFFUSION, check_classes, checked_folder, read_config
 from imagelab.models.sources import (
     MIRRORS,
@@ -178,17 +178,7 @@ def read_sizes(source: str, offline: bool = False) -> tuple[int, int] | None:
         read_config(path / part / "config.json", STABLE_DIFFUSION[part], weights[part])
         for part in ("unet", "vae")
     )
-    return _read(lambda _: picture_sizes(unet, vae), path / "unet")
-
-
-def quiet_libraries() -> None:
-    """Silence the notices of diffusers and transformers that a user can do nothing about."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    return read_part(lambda _: picture_sizes(unet, vae), path / "unet")
 
 
 def load_base(source: str, offline: bool = False) -> StableDiffusion:
@@ -203,31 +193,10 @@ def load_base(source: str, offline: bool = False) -> StableDiffusion:
     weights = check_folder(path)
     with checked_folder(path, STABLE_DIFFUSION, weights) as ours:
         parts = {
-            part: _read(lambda _, p=part: LOADERS[p](ours / p), path / part)
+            part: read_part(lambda _, p=part: LOADERS[p](ours / p), path / part)
             for part in STABLE_DIFFUSION
         }
     return _checked(StableDiffusion(**parts, source=source, digest=weights_digest(weights)))
-
-
-def _load_module(part: str, folder: Path):
-    """A part with weights, of the class that is known for it."""
-    known = STABLE_DIFFUSION[part]
-    kind = getattr(import_module(known.library), known.classes[0])
-    module, report = kind.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, local_files_only=True
-    )
-    if report["missing_keys"]:
-        raise UserError(f"its weights lack {min(report['missing_keys'])}")
-    _forget_place(module)
-    return module.float()
-
-
-def _forget_place(module) -> None:
-    """Leave out where a module was loaded from: configs that are saved later would tell it."""
-    if hasattr(module, "register_to_config"):
-        module.register_to_config(_name_or_path="")
-    else:
-        module.config._name_or_path = module.name_or_path = ""
 
 
 def _load_tokenizer(folder: Path):
@@ -247,24 +216,12 @@ def _load_scheduler(folder: Path):
 
 LOADERS = {
     "tokenizer": _load_tokenizer,
-    **{part: partial(_load_module, part) for part in ("text_encoder", "vae", "unet")},
+    **{
+        part: partial(load_module, STABLE_DIFFUSION[part])
+        for part in ("text_encoder", "vae", "unet")
+    },
     "scheduler": _load_scheduler,
 }
-
-
-def _read(make: Callable, folder: Path):
-    """Call a loader; what it cannot read becomes one clear sentence."""
-    try:
-        with memory_errors():
-            return make(folder)
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{folder} could not be loaded ({reason[:160]}); fetch the model again or give another "
-            "--model_path"
-        ) from error
 
 
 def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion:
@@ -286,7 +243,7 @@ def _load_single_file(path: Path, source: str, offline: bool) -> StableDiffusion
                 str(file), local_files_only=True, safety_checker=None, config=str(configs)
             )
 
-    pipeline = _read(load, path)
+    pipeline = read_part(load, path)
     model = StableDiffusion(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder.float(),

@@ -11,7 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
-from imagelab.models.stable_diffusion import StableDiffusion, quiet_libraries
+from imagelab.models.loading import quiet_libraries
+from imagelab.models.stable_diffusion import StableDiffusion
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 

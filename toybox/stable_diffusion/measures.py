@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, pixel_grids, processors
 from imagelab.models.sources import check_folder
-from imagelab.models.stable_diffusion import quiet_libraries
+from imagelab.models.loading import quiet_libraries
 from toybox.classifier.network import (
     SCENE,
     Classifier,

@@ -1,0 +1,212 @@
+"""A MIGE model folder, read as if from a stranger: see `imagelab.models.parts`.
+
+It is a diffusers folder with ``transformer/``, ``vae/``, ``tokenizer/``, ``text_encoder/``,
+``vision_encoder/``, ``qformer/``, ``fusion/`` and ``scheduler/``.
+"""
+
+import json
+from base64 import b64decode
+from pathlib import Path
+
+import torch
+
+from imagelab.errors import UserError, shorten
+from imagelab.io.tensors import misfit, read_json
+from imagelab.models.loading import load_module, quiet_libraries, read_part
+from imagelab.models.parts import Part, check_classes, checked_folder, find_weights
+from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
+from mige.method.wording import PREFIXES
+
+INDEX = "model_index.json"
+PARTS = {
+    "transformer": Part(
+        "diffusers", ("PixArtTransformer2DModel",), "config.json",
+        weights="diffusion_pytorch_model",
+    ),
+    "vae": Part("diffusers", ("AutoencoderKL",), "config.json", weights="diffusion_pytorch_model"),
+    "tokenizer": Part("transformers", ("T5Tokenizer", "T5TokenizerFast"), TOKENIZER_CONFIG),
+    "text_encoder": Part(
+        "transformers", ("T5EncoderModel",), "config.json",
+        (
+            "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads",
+            "relative_attention_num_buckets", "relative_attention_max_distance", "dropout_rate",
+            "layer_norm_epsilon", "feed_forward_proj", "initializer_factor", "pad_token_id",
+            "eos_token_id", "model_type",
+        ),
+        weights="model",
+    ),
+    "vision_encoder": Part(
+        "transformers", ("Blip2VisionModel",), "config.json",
+        (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+            "initializer_range", "qkv_bias", "model_type",
+        ),
+        weights="model",
+    ),
+    "qformer": Part(
+        "transformers", ("Blip2QFormerModel",), "config.json",
+        (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
+            "initializer_range", "layer_norm_eps", "pad_token_id", "cross_attention_frequency",
+            "encoder_hidden_size", "use_qformer_text_input", "model_type",
+        ),
+        weights="model",
+    ),
+    "fusion": Part(
+        "mige.method.fusion", ("InstructionFusion",), "config.json",
+        ("queries", "width", "heads", "patch_width", "text_width", "text_length"),
+        weights="diffusion_pytorch_model",
+    ),
+    "scheduler": Part(
+        "mige.method.sampler", ("ContinuousDPMSolver",), "scheduler_config.json",
+        ("num_train_timesteps", "beta_start", "beta_end"),
+    ),
+}  # fmt: skip
+#: What a model folder says besides its parts, and its form.
+SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
+MOST_SLOTS, LONGEST_PREFIX = 64, 2000
+#: Widths that have to be the same: a part's and its key's, twice.
+SAME = (
+    (("qformer", "encoder_hidden_size"), ("vision_encoder", "hidden_size")),
+    (("fusion", "width"), ("qformer", "hidden_size")),
+    (("fusion", "text_width"), ("text_encoder", "d_model")),
+    (("transformer", "caption_channels"), ("text_encoder", "d_model")),
+)
+
+
+def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict:
+    """The parts and settings of a model folder, by the names of the pipeline's arguments.
+
+    The autoencoder stays in float32.
+
+    Raises:
+        UserError: something is missing, damaged, of another kind or of another width.
+    """
+    from mige.method.sampler import ContinuousDPMSolver
+
+    quiet_libraries()
+    folder = find_folder(str(folder))
+    settings = read_settings(folder)
+    check_classes(folder, PARTS)
+    weights = {
+        name: find_weights(folder / name, part) for name, part in PARTS.items() if part.weights
+    }
+    own = {name: part for name, part in PARTS.items() if name != "tokenizer"}
+    with checked_folder(folder, own, weights) as ours:
+        configs = {
+            name: json.loads((ours / name / part.config).read_text()) for name, part in own.items()
+        }
+        check_widths(configs, folder)
+        parts = {
+            name: read_part(
+                lambda _, n=name: load_module(
+                    PARTS[n], ours / n, torch.float32 if n == "vae" else dtype
+                ),
+                folder / name,
+                "model",
+            )
+            for name in weights
+        }
+    for name in weights:
+        parts[name].eval().requires_grad_(False)
+    scheduler = {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
+    parts["scheduler"] = ContinuousDPMSolver(**scheduler)
+    parts["tokenizer"] = read_tokenizer(folder / "tokenizer")
+    return parts | settings
+
+
+def find_folder(source: str) -> Path:
+    """The local folder of a model; a UserError where there is none."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no model folder {shorten(source)}; `python -m mige.convert` makes one from "
+            "a release, see docs/mige.md"
+        )
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder} is no model folder: it has no {INDEX}; give the folder that "
+            "`python -m mige.convert` wrote"
+        )
+    if missing := [name for name in PARTS if not (folder / name).is_dir()]:
+        raise UserError(f"the model {folder} has no folder {missing[0]!r}; make or fetch it again")
+    return folder
+
+
+def read_settings(folder: Path) -> dict:
+    """How many pictures a model takes, whether it rounds times, and its prefixes."""
+    path = folder / INDEX
+    found = read_json(path, SETTINGS, ADVICE)
+    slots, prefixes = found["slots"], found["prefixes"]
+    if not 1 <= slots <= MOST_SLOTS:
+        raise UserError(f"{path}: slots is {slots}, and may be 1 to {MOST_SLOTS}; {ADVICE}")
+    if wrong := misfit(prefixes, dict.fromkeys(PREFIXES, str), "prefixes"):
+        raise UserError(f"{path}: {wrong}; {ADVICE}")
+    for name in PREFIXES:
+        if len(prefixes[name]) > LONGEST_PREFIX:
+            raise UserError(f"{path}: the prefix of {name} is longer than any prompt; {ADVICE}")
+    settings = {name: found[name] for name in SETTINGS}
+    return settings | {"prefixes": {name: prefixes[name] for name in PREFIXES}}
+
+
+def check_widths(configs: dict[str, dict], folder: Path) -> None:
+    """Raises UserError for parts that do not fit each other."""
+
+    def agree(one: str, value, other: str, wanted) -> None:
+        if value != wanted:
+            raise UserError(
+                f"the parts of {folder} do not fit: {one} is {value}, and {other} is {wanted}; "
+                "make or fetch the model again"
+            )
+
+    for (part, key), (other, wanted) in SAME:
+        agree(
+            f"{part}'s {key}", configs[part].get(key),
+            f"{other}'s {wanted}", configs[other].get(wanted),
+        )  # fmt: skip
+    trunk, vae = configs["transformer"], configs["vae"]
+    width = trunk.get("num_attention_heads", 0) * trunk.get("attention_head_dim", 0)
+    agree(
+        "fusion's patch_width", configs["fusion"].get("patch_width"), "transformer's width", width
+    )
+    latents = 2 * vae.get("latent_channels", 0)
+    for key in ("in_channels", "out_channels"):
+        agree(f"transformer's {key}", trunk.get(key), "twice vae's latent_channels", latents)
+
+
+def read_tokenizer(folder: Path):
+    """A T5 tokenizer, made anew out of the vocabulary in ``tokenizer.json``.
+
+    Nothing else of the file is used: patterns and templates are T5's own.
+    """
+    from transformers import T5Tokenizer
+
+    path = folder / "tokenizer.json"
+    found = read_json(path, {"model": {"type": str, "vocab": list}}, ADVICE)
+    model = found["model"]
+    if model["type"] != "Unigram":
+        raise UserError(f"{path} is a {shorten(model['type'])} and no T5 tokenizer; {ADVICE}")
+    vocabulary = [_piece(each, path) for each in model["vocab"]]
+    extra = sum(text.startswith("<extra_id_") for text, _ in vocabulary)
+    charsmap = _charsmap(found.get("normalizer"))
+    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=extra)
+
+
+def _piece(value: object, path: Path) -> tuple[str, float]:
+    fits = type(value) is list and len(value) == 2
+    if not (fits and type(value[0]) is str and type(value[1]) in (int, float)):
+        raise UserError(f"{path} has a piece that is no text and its score; {ADVICE}")
+    return value[0], float(value[1])
+
+
+def _charsmap(normalizer: object) -> bytes | None:
+    """SentencePiece's table of characters, wherever it stands among the normalizers."""
+    if type(normalizer) is not dict:
+        return None
+    if type(text := normalizer.get("precompiled_charsmap")) is str:
+        return b64decode(text)
+    several = normalizer.get("normalizers")
+    found = [_charsmap(each) for each in several] if type(several) is list else []
+    return next((each for each in found if each), None)

@@ -1,0 +1,68 @@
+"""The wording of prompts, to the letter: what a trained model was taught to read.
+
+Everything here follows the release, so that its weights see what they have learned.
+"""
+
+import re
+from collections.abc import Mapping
+
+from mige.method.instruction import MARK
+
+#: What the model does: paint subjects, edit a picture, edit it with a subject.
+TASKS = ("subject", "edit", "subject_edit")
+#: The sentences before a prompt, which a model's config holds.
+PREFIXES = ("subject", "subject_inference", "edit", "subject_edit")
+MOST_WORDS = 88
+_REMOVED = re.compile(r"[.!\"()*#:;~]")
+_BLANKS = re.compile(r"\s{2,}")
+#: What calls the source picture, replaced one after the other.
+_CALLS = (
+    "the image", "this image", "this photo", "the photo", "the picture", "this picture",
+)  # fmt: skip
+_UNSAFE = re.compile(r'[\\*?:"<>|]')
+LONGEST_NAME = 100
+
+
+def clean(text: str) -> str:
+    """Lower case, without some punctuation, blanks joined, at most 88 words.
+
+    Words are what single spaces divide: a single tab or newline stays within a word.
+    """
+    text = _BLANKS.sub(" ", _REMOVED.sub(" ", text.lower())).strip()
+    return " ".join(text.split(" ")[:MOST_WORDS])
+
+
+def name_source(instruction: str, is_global: bool = False) -> str:
+    """An edit's instruction with a mark for the picture, as MIGE was trained to read it.
+
+    "the image" and its like become the mark. Without one, `` in<imagehere>`` is added, or
+    `` of<imagehere>`` where the edit concerns the whole picture.
+    """
+    for call in _CALLS:
+        instruction = re.sub(rf"\s*{call}\s*", f" {MARK} ", instruction, flags=re.IGNORECASE)
+    if MARK in instruction:
+        return instruction
+    return instruction.rstrip(".") + (" of" if is_global else " in") + MARK
+
+
+def prompt_for(
+    task: str, text: str, prefixes: Mapping[str, str], for_training: bool = False
+) -> str:
+    """The prompt that the tokenizer gets: a task's prefix and the cleaned text.
+
+    In training, and for edits, the prefix stays as it is; for subjects and edits with a subject it
+    is cleaned together with the text, and spends some of the 88 words. Subjects have a wording of
+    their own for inference.
+
+    Args:
+        task: one of :data:`TASKS`.
+        prefixes: the sentences, by the names in :data:`PREFIXES`.
+    """
+    if for_training or task == "edit":
+        return prefixes[task] + clean(text)
+    return clean(prefixes["subject_inference" if task == "subject" else task] + text)
+
+
+def safe_name(prompt: str) -> str:
+    """A file name out of a prompt, as the release makes it."""
+    return _UNSAFE.sub("_", prompt.replace("/", " or "))[:LONGEST_NAME]
