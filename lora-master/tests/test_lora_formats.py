@@ -163,6 +163,14 @@ def test_alphas_of_peft_are_read_from_the_metadata():
     assert found[f"{BLOCK}.to_out.0.alpha"] == 5
 
 
+def test_a_layers_own_alpha_goes_before_that_of_the_metadata():
+    file = to_diffusers(make_state(UNET)) | {f"unet.{BLOCK}.to_k.alpha": torch.tensor(6.0)}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 3})}
+    found = from_diffusers(file, make_model(*UNET), "unet", metadata)
+    assert found[f"{BLOCK}.to_k.alpha"] == 6
+    assert found[f"{BLOCK}.to_out.0.alpha"] == 3
+
+
 LONG = f"{BLOCK}.to_k"
 PATTERNS = [
     {"attn2.to_k": 5},

@@ -132,6 +132,20 @@ def test_merged_equals_unmerged_and_unmerging_restores_every_bit(dtype, bias):
     assert torch.equal(layer(x), y)
 
 
+def test_merging_in_half_precision_rounds_the_sum_alone():
+    """Numbers from 1 on are 2⁻¹⁰ apart in fp16: a little more than half of that rounds up.
+
+    The branch alone would be rounded to 2⁻¹¹, which is half of that, and rounds to the even 1.
+    """
+    base = nn.Linear(1, 1, bias=False, dtype=torch.float16)
+    base.weight.data.fill_(1)
+    layer = LoRALinear(base, rank=1, alpha=1)
+    layer.lora_A.data.fill_(1)
+    layer.lora_B.data.fill_(2**-11 + 2**-23)
+    layer.merge()
+    assert layer.weight.item() == 1 + 2**-10
+
+
 def test_merging_happens_in_merge_alone_and_once():
     layer = random_layer()
     weight = layer.weight.clone()

@@ -165,6 +165,20 @@ def test_manifest_travels_in_every_file(exported, models_dir):
             assert json.loads(file.metadata()["mifo"]) == manifest
 
 
+@pytest.mark.parametrize("form", ["kohya", "pipeline"])
+def test_no_export_tells_the_users_folders(form, small_sd, tmp_path):
+    folder = make_learned(tmp_path / "learned" / "toys", small_sd, "lora")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["folder_path"] = str(tmp_path / "photos")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    path = run(folder.parent, tmp_path / "exports", "--format", form) / FILES[form]
+    if form == "kohya":
+        found = json.loads(read_lora(path)[1]["mifo"])
+    else:
+        found = json.loads((path / "manifest.json").read_text())
+    assert found["settings"]["folder_path"] == "photos"
+
+
 def test_default_formats_and_printed_differences(models_dir, tmp_path, capsys):
     folder = run(models_dir, tmp_path)
     assert {path.name for path in folder.iterdir()} == {FILES["kohya"], FILES["embeddings"]}

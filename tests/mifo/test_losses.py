@@ -48,6 +48,13 @@ def test_break_a_scene():
     assert break_a_scene_loss(ATTENTION, MASK).item() == pytest.approx(expected)
 
 
+def test_break_a_scenes_maximum_has_a_gradient():
+    attention = torch.tensor([[0.2, 0.4]], requires_grad=True)
+    break_a_scene_loss(attention, torch.tensor([[1.0, 0.0]])).backward()
+    # ((a / m - 1)² + 1) / 2, as the second is the maximum m: (a / m - 1) · (1 / m, -a / m²)
+    assert attention.grad.flatten().tolist() == pytest.approx([-1.25, 0.625])
+
+
 def test_weights_by_name():
     weights = {name: weight for name, (_, weight) in ATTENTION_LOSSES.items()}
     assert weights == {"reward": 1e-2, "penalty": 2e-2, "break_a_scene": 1e-2}

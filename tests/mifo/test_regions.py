@@ -172,6 +172,13 @@ def test_soft_masks():
     assert soft_masks(map_, regions)[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_each_subjects_soft_mask_reaches_from_0_to_1():
+    """Of subjects of other strength, too: sigmoids of 8 and 0, and of 0 and -2."""
+    map_ = torch.tensor([[1.0, 0.2], [0.2, 0.0]])
+    soft = soft_masks(map_, torch.ones(2, 2).bool())
+    assert soft.flatten().tolist() == pytest.approx([1, 0, 1, 0], abs=1e-6)
+
+
 def test_a_flat_map_makes_an_empty_soft_mask():
     assert soft_masks(torch.full((3, 1), 0.5), torch.ones(1, 3).bool()).tolist() == [[0, 0, 0]]
 
@@ -268,6 +275,32 @@ def test_refiner_starts_from_its_last_centres_with_a_seed_for_image_and_step(mon
     assert seeds == expected
     assert starts[:2] == [("k-means++", 100)] * 2
     assert all(init is last and n == 1 for (init, n), last in zip(starts[2:], centres, strict=True))
+
+
+def test_every_clustering_leaves_its_centres_to_the_next(monkeypatch):
+    import sklearn.cluster
+
+    starts = []
+
+    class KMeans(sklearn.cluster.KMeans):
+        def __init__(self, n_clusters, **options):
+            starts.append(options["init"])
+            super().__init__(n_clusters, **options)
+
+    monkeypatch.setattr(sklearn.cluster, "KMeans", KMeans)
+    refiner = Refiner((1, 6), [Box(0, 0, 0.67, 1)], seeds=[3])
+    cross, self_ = clear_maps()
+    refiner.add("cross", cross)
+    refiner.add("self", self_)
+    refiner.refine(refiner.boxes[None], 15)
+    refiner.add("self", torch.full((1, 6, 6), 0.5))  # the mean: 0.5 within a pair, else 0.25
+    refiner.refine(refiner.boxes[None], 20)
+    refiner.refine(refiner.boxes[None], 25)
+    # each centre is the row of a pair, its columns divided by their maximum of 0.5
+    for start, elsewhere in zip(starts[1:], (0, 0.5), strict=True):
+        pairs = start[start[:, ::2].argmax(1).argsort()]
+        expected = torch.kron(torch.eye(3), torch.ones(1, 2)).clamp_min(elsewhere)
+        assert pairs == pytest.approx(expected.numpy(), abs=1e-4)
 
 
 def test_refiner_means_over_all_that_it_took_in():
