@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from imagelab.boxes import FORMATS
+from imagelab.console import heard_or_not
 from imagelab.errors import FAILURES, cut, memory_errors, sentence, shorten
 from imagelab.models.device import PRECISIONS
 from imagelab.settings import Config
+from imagelab.training.interrupt import signal_of, stop_when_asked
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,17 +104,19 @@ def report_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Itera
     """Within, an expected error ends the command with one sentence in place of a traceback.
 
     Exit codes: 2 for a UserError or OSError, 1 for a FloatingPointError or MemoryError, 130 for
-    Ctrl-C. Any other exception is a fault of the program: it keeps its traceback (exit code 1).
-    ``debug`` keeps all tracebacks.
+    Ctrl-C, 143 and 129 for a process that is asked to end (SIGTERM) or whose terminal is closed
+    (SIGHUP). Any other exception is a fault of the program: it keeps its traceback (exit code 1).
+    ``debug`` keeps all tracebacks. That nobody reads what is printed is no error.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        with memory_errors():
-            yield
-    except FAILURES as error:
-        if debug:
-            raise
-        code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
-        parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"{parser.prog}: {str(stop) or 'stopped'}\n")
+    with heard_or_not():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        try:
+            with stop_when_asked(), memory_errors():
+                yield
+        except FAILURES as error:
+            if debug:
+                raise
+            code = 1 if isinstance(error, FloatingPointError | MemoryError) else 2
+            parser.exit(code, f"{parser.prog}: error: {sentence(error)}\n")
+        except KeyboardInterrupt as stop:
+            parser.exit(128 + signal_of(stop), f"{parser.prog}: {str(stop) or 'stopped'}\n")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from imagelab.evaluation.measures import confusion, diversity, margins
-from imagelab.evaluation.runner import PICTURES, Case
+from imagelab.evaluation.runner import PICTURES, RECORDS, Case, locked
 from imagelab.io.atomic import write_json, written_aside
 from imagelab.io.pictures import Tile, contact_sheet
 
@@ -83,18 +83,22 @@ def total_confusion(records: Sequence[dict], space: str) -> np.ndarray:
 
 
 def write_report(cases: Sequence[Case], records: Sequence[Sequence[dict]], output: Path) -> str:
-    """Write evaluation.json, evaluation.md, sheet.png and confusion.png; returns the table."""
+    """Write evaluation.json, evaluation.md, sheet.png and confusion.png; returns the table.
+
+    Of several processes one writes all four before the next.
+    """
     rows = [summarise(each) for each in records]
     every = [record for each in records for record in each]
     matrices = {name: total_confusion(every, name) for name in every[0]["spaces"]}
     table = markdown(cases, rows)
-    write_json(output / "evaluation.json", as_facts(cases, records, rows, matrices))
-    with written_aside(output / "evaluation.md") as path:
-        path.write_text(table + "\n", encoding="utf-8")
-    with written_aside(output / "sheet.png") as path:
-        sheet(cases, records, output / PICTURES).save(path, "PNG")
-    with written_aside(output / "confusion.png") as path:
-        confusion_figure(path, matrices, max((case.labels for case in cases), key=len))
+    with locked(output / RECORDS):
+        write_json(output / "evaluation.json", as_facts(cases, records, rows, matrices))
+        with written_aside(output / "evaluation.md") as path:
+            path.write_text(table + "\n", encoding="utf-8")
+        with written_aside(output / "sheet.png") as path:
+            sheet(cases, records, output / PICTURES).save(path, "PNG")
+        with written_aside(output / "confusion.png") as path:
+            confusion_figure(path, matrices, max((case.labels for case in cases), key=len))
     return table
 
 

@@ -129,6 +129,22 @@ def measure(
     return found
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """A file of records, opened to append; other processes wait for it until it is closed."""
+    with path.open("a+b", buffering=0) as file:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1 << 40)  # a lock of a byte that nobody reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
 class Records:
     """The records by key, kept in a file of one JSON line each that several processes may share."""
 
@@ -138,36 +154,30 @@ class Records:
         self.found: dict[str, dict] = {}
         self._read = 0  # bytes of the file
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as file:
+        with locked(path) as file:
             self._catch_up(file)
 
     def add(self, record: dict) -> None:
-        """Append a record, unless another process has one of its key; on the disk on return."""
-        with self._locked() as file:
+        """Append a record, unless another process has one of its key; on the disk on return.
+
+        A line that the disk had no room for is dropped by whoever reads on.
+        """
+        with locked(self.path) as file:
             self._catch_up(file)
             if record["key"] in self.found:
                 return
-            self._read += file.write(json.dumps(record).encode() + b"\n")
+            line = json.dumps(record).encode() + b"\n"
+            written = 0
+            while written < len(line):  # a disk that fills takes the beginning without an error
+                written += file.write(line[written:])
             os.fsync(file.fileno())
+            self._read += len(line)
         self.found[record["key"]] = record
-
-    @contextmanager
-    def _locked(self) -> Iterator[BinaryIO]:
-        """The file, opened to append; other processes wait for it until it is closed."""
-        with self.path.open("a+b", buffering=0) as file:
-            if os.name == "nt":
-                import msvcrt
-
-                file.seek(1 << 40)  # a lock of a byte that nobody reads
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
 
     def _catch_up(self, file: BinaryIO) -> None:
         """Read what other processes have added since the last time."""
+        if os.fstat(file.fileno()).st_size < self._read:  # somebody has emptied or removed it
+            self._read = 0
         file.seek(self._read)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

@@ -1,0 +1,79 @@
+"""The file of an evaluation's records, where the disk is full, and under several processes."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from imagelab.evaluation import report
+from imagelab.evaluation.runner import Records
+
+resource = pytest.importorskip("resource", reason="needs limits of files' sizes")
+fcntl = pytest.importorskip("fcntl")
+
+
+@pytest.fixture
+def room():
+    """Sets how large this process may make files, in bytes."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of files' sizes")
+def test_a_record_that_there_is_no_room_for_is_an_error_and_spoils_no_other(tmp_path, room):
+    path = tmp_path / "records.jsonl"
+    records, other = Records(path), Records(path)
+    first, second, third = ({"key": name, "iou": [0.5]} for name in "abc")
+    records.add(first)
+    size = path.stat().st_size
+    room(size + 10)  # the beginning of a record, which the system writes without an error
+    with pytest.raises(OSError, match="File too large"):
+        records.add(second)
+    room(resource.RLIM_INFINITY)
+    assert list(records.found) == ["a"]
+    other.add(third)
+    records.add(second)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [first, third, second]
+    assert Records(path).found == {"a": first, "b": second, "c": third}
+
+
+def test_records_that_somebody_removes_are_begun_anew(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    records.add({"key": "a" * 20})
+    path.unlink()
+    records.add({"key": "b"})
+    other = Records(path)
+    for name in "cd":
+        other.add({"key": name})
+    records.add({"key": "e"})
+    assert path.read_text() == "".join(f'{{"key": "{name}"}}\n' for name in "bcde")
+    assert list(records.found) == ["a" * 20, "b", "c", "d", "e"]
+
+
+def test_a_report_is_written_while_no_other_process_writes_one(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    free = []
+
+    def write(*_) -> Image.Image:
+        with path.open("ab") as file:  # as another process would open it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+        return Image.new("L", (1, 1))
+
+    for name in ("total_confusion", "markdown", "as_facts"):
+        monkeypatch.setattr(report, name, lambda *_: "")
+    monkeypatch.setattr(report, "sheet", write)
+    monkeypatch.setattr(report, "confusion_figure", lambda path, *_: write().save(path, "PNG"))
+    case = type("Case", (), {"labels": ()})
+    monkeypatch.setattr(report, "summarise", lambda _: {})
+    report.write_report([case], [[{"spaces": {}}]], tmp_path)
+    assert free == [False, False]
+    write()
+    assert free[-1]
