@@ -96,3 +96,18 @@ def _fit(name: str, value: object, default: object) -> object:
         return kind(value)
     except OverflowError:  # of a whole number that no float can hold
         raise UserError(f"{name} is {what}; give a smaller number") from None
+
+
+def check_within(settings: Mapping[str, object], bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError for a number out of its bounds; what is open, which is None, is in them.
+
+    Args:
+        bounds: the least and the most of each number, by name; whole ones for a whole number.
+    """
+    for name, (least, most) in bounds.items():
+        value = settings.get(name)
+        if value is not None and not least <= value <= most:  # true of NaN, too
+            kind = "a whole number" if isinstance(least, int) else "a number"
+            raise UserError(
+                f"--{name} is {shown(value)}; give {kind} from {least:.0f} to {most:.0f}"
+            )

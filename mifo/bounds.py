@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from imagelab.errors import UserError, shown
+from imagelab.settings import check_within
 
 #: Least and most of each setting that is a number; two whole ones are of a whole number.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -43,10 +43,4 @@ MOST_POSITION = 1000  # of a token in a prompt; also how many positions an optio
 
 def check_bounds(settings: Mapping[str, object]) -> None:
     """Raises UserError for a number out of its bounds; what is open, which is None, is in them."""
-    for name, (least, most) in BOUNDS.items():
-        value = settings.get(name)
-        if value is not None and not least <= value <= most:  # true of NaN, too
-            kind = "a whole number" if isinstance(least, int) else "a number"
-            raise UserError(
-                f"--{name} is {shown(value)}; give {kind} from {least:.0f} to {most:.0f}"
-            )
+    check_within(settings, BOUNDS)

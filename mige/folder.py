@@ -4,6 +4,7 @@ It is a diffusers folder with ``transformer/``, ``vae/``, ``tokenizer/``, ``text
 ``vision_encoder/``, ``qformer/``, ``fusion/`` and ``scheduler/``.
 """
 
+import hashlib
 import json
 from base64 import b64decode
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.tensors import misfit, read_json
+from imagelab.models.digests import weights_digest
 from imagelab.models.loading import load_module, quiet_libraries, read_part
-from imagelab.models.parts import Part, check_classes, checked_folder, find_weights
+from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from mige.method.wording import PREFIXES
 
@@ -210,3 +212,21 @@ def _charsmap(normalizer: object) -> bytes | None:
     several = normalizer.get("normalizers")
     found = [_charsmap(each) for each in several] if type(several) is list else []
     return next((each for each in found if each), None)
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 over a model folder's weights, and what its configs and its tokenizer say."""
+    weights = {
+        f"{name}/{file.name}": file
+        for name, part in PARTS.items()
+        if part.weights
+        for file in find_weights(folder / name, part)
+    }
+    configs = {
+        name: read_config(folder / name / part.config, part)
+        for name, part in PARTS.items()
+        if name != "tokenizer"
+    }
+    words = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    facts = [weights_digest(weights), configs, read_settings(folder), words]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

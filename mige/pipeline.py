@@ -158,13 +158,7 @@ class MigePipeline(DiffusionPipeline):
             raise UserError(
                 f"there are {count} pictures, and this model takes {slots}; leave some out"
             )
-        prompt = request.prompt(self.config.prefixes)
-        segments = segment_ids(self.tokenizer, prompt)
-        if len(segments) - 1 < count:
-            raise UserError(
-                f"the prompt of {shorten(request.text)!r} is cut before its last <image>; "
-                "shorten it"
-            )
+        segments = segment_ids(self.tokenizer, request.prompt(self.config.prefixes))
         length = length_of(segments, self.fusion.config.queries)
         limit = self.fusion.config.text_length
         if length > limit:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from imagelab.errors import UserError, shorten
 from mige.method.instruction import MARK, WRITTEN, split
-from mige.method.wording import MOST_WORDS, TASKS, clean, name_source, prompt_for
+from mige.method.wording import MOST_WORDS, TASKS, name_source, prompt_for
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,15 @@ class Request:
     is_global: bool = False
 
     def prompt(self, prefixes: Mapping[str, str]) -> str:
-        """What the tokenizer gets."""
-        return prompt_for(self.task, self.instruction, prefixes)
+        """What the tokenizer gets; a UserError where it would be cut."""
+        prompt = prompt_for(self.task, self.instruction, prefixes)
+        whole = prompt_for(self.task, self.instruction, prefixes, most=None)
+        if prompt != whole:
+            raise UserError(
+                f"the instruction {shorten(self.text)!r} has {len(whole.split(' '))} words with "
+                f"those that the model puts before it, and {MOST_WORDS} are read; shorten it"
+            )
+        return prompt
 
     @property
     def instruction(self) -> str:
@@ -110,7 +117,7 @@ def check_request(request: Request) -> None:
     parts = split(request.instruction)
     marks, pictures = len(parts) - 1, len(request.pictures)
     shown = shorten(request.text)
-    if not "".join(parts).strip():
+    if not "".join(split(request.text)).strip():
         raise UserError(f"the instruction {shown!r} has no words; say what is to be painted")
     if marks > pictures:
         raise UserError(
@@ -122,14 +129,6 @@ def check_request(request: Request) -> None:
             f"there {_are(pictures, 'picture')} and the instruction {shown!r} has "
             f"{_count(marks, 'mark')} <image>; write <image> where each picture is meant"
         )
-    words = clean(request.instruction)
-    if len(words.split(" ")) >= MOST_WORDS and words != clean(" ".join(words.split(" ")[:-1])):
-        whole = len(request.instruction.split())
-        if whole > MOST_WORDS:
-            raise UserError(
-                f"the instruction {shown!r} has {whole} words, and the model reads {MOST_WORDS}; "
-                "shorten it"
-            )
 
 
 def _count(number: int, thing: str) -> str:

@@ -33,6 +33,7 @@ class ContinuousDPMSolver(DPMSolverMultistepScheduler):
             solver_type="midpoint",
             final_sigmas_type="sigma_min",
             timestep_spacing="linspace",
+            lambda_min_clipped=-1e9,  # nothing is clipped; JSON has no infinity
         )
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:

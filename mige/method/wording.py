@@ -23,13 +23,13 @@ _UNSAFE = re.compile(r'[\\*?:"<>|]')
 LONGEST_NAME = 100
 
 
-def clean(text: str) -> str:
-    """Lower case, without some punctuation, blanks joined, at most 88 words.
+def clean(text: str, most: int | None = MOST_WORDS) -> str:
+    """Lower case, without some punctuation, blanks joined, at most so many words.
 
     Words are what single spaces divide: a single tab or newline stays within a word.
     """
     text = _BLANKS.sub(" ", _REMOVED.sub(" ", text.lower())).strip()
-    return " ".join(text.split(" ")[:MOST_WORDS])
+    return " ".join(text.split(" ")[:most])
 
 
 def name_source(instruction: str, is_global: bool = False) -> str:
@@ -46,7 +46,11 @@ def name_source(instruction: str, is_global: bool = False) -> str:
 
 
 def prompt_for(
-    task: str, text: str, prefixes: Mapping[str, str], for_training: bool = False
+    task: str,
+    text: str,
+    prefixes: Mapping[str, str],
+    for_training: bool = False,
+    most: int | None = MOST_WORDS,
 ) -> str:
     """The prompt that the tokenizer gets: a task's prefix and the cleaned text.
 
@@ -57,10 +61,11 @@ def prompt_for(
     Args:
         task: one of :data:`TASKS`.
         prefixes: the sentences, by the names in :data:`PREFIXES`.
+        most: words after which a text is cut; None: none.
     """
     if for_training or task == "edit":
-        return prefixes[task] + clean(text)
-    return clean(prefixes["subject_inference" if task == "subject" else task] + text)
+        return prefixes[task] + clean(text, most)
+    return clean(prefixes["subject_inference" if task == "subject" else task] + text, most)
 
 
 def safe_name(prompt: str) -> str:

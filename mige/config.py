@@ -1,0 +1,53 @@
+"""Every setting of painting with MIGE and its default."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from imagelab.settings import Config, check_within
+from mige.request import DEFAULTS, Guidance
+
+BOUNDS = {
+    "num_images": (1, 1_000_000),
+    "steps": (1, 1000),
+    "text_scale": (0.0, 1e6),
+    "image_scale": (0.0, 1e6),
+    "width": (1, 16_384),
+    "height": (1, 16_384),
+    "batch_size": (1, 10_000),
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How pictures are computed; it changes nothing of them but rounding."""
+
+    batch_size: int = 1
+    device: str = "auto"  # auto, cuda, mps, cpu
+    mixed_precision: str = "auto"
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class PaintingConfig(Config):
+    """What fixes the pictures of a request; None: what the task or the model takes."""
+
+    seed: int | None = None  # None: drawn by the command, which prints it
+    num_images: int = 1
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+    width: int | None = None  # pixels
+    height: int | None = None
+    runtime: Runtime = Runtime()
+
+    def guidance(self, task: str) -> Guidance:
+        """The numbers that a task is sampled with."""
+        own = DEFAULTS[task]
+        given = (self.steps, self.text_scale, self.image_scale)
+        usual = (own.steps, own.text_scale, own.image_scale)
+        return Guidance(*(b if a is None else a for a, b in zip(given, usual, strict=True)))
+
+
+def check_numbers(settings: Mapping[str, object]) -> None:
+    """Raises UserError for a number out of its bounds."""
+    check_within(settings, BOUNDS)

@@ -1,0 +1,118 @@
+"""What the commands that paint share: their options, and carrying them out."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imagelab.cli import Parser, add_setting, random_seed_if_none, report_errors, seed_option
+from imagelab.errors import UserError
+from imagelab.io.folders import check_writable
+from imagelab.models.device import PRECISIONS
+from mige.config import PaintingConfig, check_numbers
+
+if TYPE_CHECKING:
+    import torch
+
+    from mige.items import Item
+    from mige.painting import Job
+
+#: Help of the settings, in order.
+HELP = {
+    "num_images": "pictures of each item; each has the next seed",
+    "steps": "of DPM-Solver++; None: 50 for subjects, 60 for edits",
+    "text_scale": "weight of the instruction; None: 7 for subjects, 5 for edits",
+    "image_scale": "weight of the picture to edit; at 1 a branch is saved; None: 1",
+    "width": "pixels; None: the model's own (another is an extension of the paper)",
+    "height": "pixels; None: the model's own",
+}
+
+
+def add_painting_options(parser: Parser) -> None:
+    """The options of both commands."""
+    defaults = PaintingConfig()
+    parser.add_argument("--model", required=True, help="model folder, of `python -m mige.convert`")
+    parser.add_argument("--items", type=Path, help="a JSON list of items; see docs/mige.md")
+    parser.add_argument(
+        "--root", type=Path, help="where the list's paths start; None: the list's folder"
+    )
+    parser.add_argument(
+        "--output_path", type=Path, default=Path("output/mige"), help="where the pictures go"
+    )
+    add_setting(
+        parser, defaults, "seed",
+        "of the first picture; with an item's place it fixes all that is drawn; None: random",
+        type=seed_option,
+    )  # fmt: skip
+    for name, text in HELP.items():
+        add_setting(parser, defaults, name, text)
+    group = parser.add_argument_group("running")
+    add_setting(group, defaults, "batch_size", "pictures painted at a time")
+    add_setting(group, defaults, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
+    group.add_argument(
+        "--mixed_precision", default=defaults.runtime.mixed_precision, choices=PRECISIONS,
+        help="bf16 or no; auto: bf16 where the hardware has it (fp16 overflows in T5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload", action="store_true",
+        help="keep in the GPU's memory only the part that works",
+    )  # fmt: skip
+    group.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def run(parser: Parser, options: argparse.Namespace, read: Callable[[], "list[Item]"]) -> None:
+    """Carry a command out; ``read`` gives the items that its own options ask for."""
+    with report_errors(parser, options.debug):
+        names = PaintingConfig().settings()
+        config = PaintingConfig.from_settings(**{name: getattr(options, name) for name in names})
+        check_numbers(config.settings())
+        check_writable(options.output_path, "output_path")
+        items = read()
+        from imagelab.models.device import choose_device
+        from imagelab.processes import Processes
+        from mige.painting import paint_list, paint_once, prepare
+
+        processes = Processes(choose_device(config.runtime.device))
+        config = replace(config, seed=processes.agree(random_seed_if_none(config.seed)))
+        job = make_job(options.model, items, config, processes.device)
+        if processes.is_first:
+            print(f"seed {config.seed}, {options.model} on {processes.device}", flush=True)
+        prepare(job, processes.device, config.runtime.offload)
+        paint = paint_list if options.items else paint_once
+        for path in paint(job, options.output_path, processes):
+            print(path)
+        processes.end()
+
+
+def make_job(model: str, items: "list[Item]", config: PaintingConfig, device: str) -> "Job":
+    """Load the model and check everything against it, before any picture is painted."""
+    from imagelab.training.seeds import check_seed
+    from mige.folder import find_folder, model_digest
+    from mige.items import check_items
+    from mige.painting import Job
+    from mige.pipeline import MigePipeline
+
+    check_seed(config.seed)
+    if config.runtime.offload and device == "cpu":
+        raise UserError("--offload saves a GPU's memory; leave it out on the CPU")
+    dtype = precision(config.runtime.mixed_precision, device)
+    pipeline = MigePipeline.from_pretrained(model, torch_dtype=dtype)
+    job = Job(pipeline, model, model_digest(find_folder(model)), items, config)
+    pipeline.check_size(job.size)
+    check_items(items, pipeline)
+    return job
+
+
+def precision(name: str, device: str) -> "torch.dtype":
+    """The dtype of all parts but the autoencoder; a UserError for float16."""
+    import torch
+
+    from imagelab.models.device import choose_precision
+
+    if name == "fp16":
+        raise UserError(
+            "--mixed_precision fp16 overflows in T5, whose states go beyond 65504; give bf16 or no"
+        )
+    dtype = choose_precision(name, device)
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -1,0 +1,244 @@
+"""Items painted in batches and saved; a list goes on where it was stopped."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from imagelab.errors import UserError
+from imagelab.io.atomic import folder_lock, write_json, write_new, written_aside
+from imagelab.io.images import read_image
+from imagelab.io.pictures import Tile, contact_sheet, encode_png, next_number, save_picture
+from imagelab.io.tensors import read_json
+from imagelab.processes import Processes
+from mige.config import PaintingConfig
+from mige.items import Item, told_of
+from mige.pipeline import Condition, MigePipeline, Size
+from mige.request import Request
+
+RUN = "run.json"
+SHEET_ITEMS, SHEET_SIDE = 24, 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """Items, and all that their pictures depend on.
+
+    Attributes:
+        model: the model's folder.
+        digest: sha256 of its weights and settings.
+    """
+
+    pipeline: MigePipeline
+    model: str
+    digest: str
+    items: Sequence[Item]
+    config: PaintingConfig
+
+    @property
+    def size(self) -> Size:
+        """Of the pictures."""
+        own, asked = self.pipeline.size, self.config
+        return Size(asked.width or own.width, asked.height or own.height)
+
+    def facts(self, item: Item, index: int) -> dict:
+        """Everything, for JSON, that picture ``index`` of an item depends on."""
+        task = item.task
+        how = self.config.guidance(task)
+        return {
+            "task": task,
+            "text": item.text,
+            "pictures": [str(path) for path in item.paths],
+            "source": item.source,
+            "is_global": item.is_global,
+            "item": item.name,
+            "seed": self.config.seed + index,
+            "first_seed": self.config.seed,
+            **asdict(how),
+            **asdict(self.size),
+            "model": {"folder": self.model, "sha256": self.digest},
+            "precision": str(self.pipeline.transformer.dtype).removeprefix("torch."),
+        }
+
+
+def prepare(job: Job, device: str, offload: bool) -> None:
+    """Put the model where it is to work."""
+    job.pipeline.set_progress_bar_config(disable=True)
+    if offload:
+        job.pipeline.enable_model_cpu_offload(device=device)
+    else:
+        job.pipeline.to(device)
+
+
+def paint_once(job: Job, folder: Path, processes: Processes) -> list[Path]:
+    """Paint the one item of a job; the paths of its pictures, then of its sheet.
+
+    Numbers go on from those in the folder, and no file is ever replaced. Processes share the
+    pictures; the first returns all paths, the others none.
+    """
+    (item,) = job.items
+    folder.mkdir(parents=True, exist_ok=True)
+    first, saved = processes.agree(next_number(folder)), {}
+
+    def save(item: Item, index: int, picture: Image.Image) -> None:
+        facts = job.facts(item, index)
+        saved[index] = save_picture(folder, first + index, picture, facts, words_of(facts))
+
+    mine = processes.share(range(job.config.num_images))
+    _paint(job, [(item, index) for index in mine], save, processes.is_first)
+    everyone = {i: path for part in processes.gather(saved) for i, path in part.items()}
+    if not processes.is_first:
+        return []
+    paths = [everyone[index] for index in sorted(everyone)]
+    sheet = sheet_of([item], [paths])
+    stem = f"sheet_{paths[0].stem}-{paths[-1].stem}"
+    written = write_new(folder, lambda n: f"{stem}{f'_{n}' if n else ''}.png", encode_png(sheet))
+    return [*paths, written]
+
+
+def paint_list(job: Job, folder: Path, processes: Processes) -> list[Path]:
+    """Paint a list into a folder of its own; the paths of its pictures, then of its sheets.
+
+    Picture j of item i has the number i · num_images + j. What is there already is not painted
+    anew. Processes share the items; the first returns all paths, the others none.
+
+    Raises:
+        UserError: the folder holds other work, or another process paints there.
+    """
+    with folder_lock(folder, "output_path") if processes.is_first else nullcontext():
+        with processes.first_alone():
+            if processes.is_first:
+                _claim(job, folder)
+        count = job.config.num_images
+        paths = {
+            (item.name, index): folder / f"{count * place + index:04d}.png"
+            for place, item in enumerate(job.items)
+            for index in range(count)
+        }
+
+        def save(item: Item, index: int, picture: Image.Image) -> None:
+            path, facts = paths[item.name, index], job.facts(item, index)
+            write_json(path.with_suffix(".json"), facts)
+            with written_aside(path) as aside:
+                aside.write_bytes(encode_png(picture, words_of(facts)))
+
+        mine = [(item, index) for item in processes.share(job.items) for index in range(count)]
+        todo = [(item, index) for item, index in mine if not paths[item.name, index].is_file()]
+        _paint(job, todo, save, processes.is_first)
+        processes.gather(None)  # all wait here for each other
+        if not processes.is_first:
+            return []
+        return [*paths.values(), *_write_sheets(job, list(paths.values()), folder)]
+
+
+def _claim(job: Job, folder: Path) -> None:
+    """Make a list's folder its own; a UserError where it holds anything else."""
+    path = folder / RUN
+    facts = [job.facts(item, 0) for item in job.items]
+    text = json.dumps([facts, job.config.num_images], sort_keys=True)
+    run = {"items": len(job.items), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if path.is_file():
+        if (
+            read_json(path, {"sha256": str}, "give another --output_path")["sha256"]
+            == run["sha256"]
+        ):
+            return
+        raise UserError(
+            f"{folder} holds pictures of another list, or of other settings; give those (with the "
+            "--seed that was printed), or another --output_path"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; give another --output_path for a list")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, run)
+
+
+# ----------------------------------------------------------------------------------------------
+# batches
+
+
+def _paint(
+    job: Job,
+    todo: Sequence[tuple[Item, int]],
+    save: Callable[[Item, int, Image.Image], None],
+    is_shown: bool,
+) -> None:
+    """Paint pictures of items in batches; each item is encoded once."""
+    encoded: dict[str | int, tuple[Request, Condition]] = {}
+    batches = list(_batches(job, todo))
+    total = sum(job.config.guidance(batch[0][0].task).steps for batch in batches)
+    with tqdm(total=total, desc="painting", unit="step", disable=not is_shown) as bar:
+        for batch in batches:
+            names = {item.name for item, _ in batch}
+            encoded = {name: each for name, each in encoded.items() if name in names}
+            for item, _ in batch:
+                if item.name not in encoded:
+                    with told_of(item, len(job.items)):
+                        request = item.read()
+                    condition = job.pipeline.encode(request, job.config.seed, job.size)
+                    encoded[item.name] = request, condition
+            asked = [(*encoded[item.name], job.config.seed + index) for item, index in batch]
+            guidance = job.config.guidance(batch[0][0].task)
+            painted = job.pipeline.paint(asked, guidance, job.size, lambda *_: bar.update())
+            for (item, index), picture in zip(batch, painted, strict=True):
+                save(item, index, picture)
+
+
+def _batches(job: Job, todo: Sequence[tuple[Item, int]]) -> Iterator[list[tuple[Item, int]]]:
+    """Parts of at most a batch's size that are sampled in one way."""
+    for _, group in groupby(todo, lambda each: job.config.guidance(each[0].task)):
+        yield from in_parts(group, job.config.runtime.batch_size)
+
+
+def in_parts(values: Iterable, size: int) -> Iterator[list]:
+    """Lists of at most so many of the values, in order."""
+    values = iter(values)
+    while part := list(islice(values, size)):
+        yield part
+
+
+def words_of(facts: dict) -> dict[str, str]:
+    """What a PNG itself says: its facts, without the folders of who made it."""
+    pictures = [Path(path).name for path in facts["pictures"]]
+    model = facts["model"] | {"folder": Path(facts["model"]["folder"]).name}
+    own = facts | {"pictures": pictures, "model": model}
+    return {"mige": json.dumps(own), "prompt": facts["text"]}
+
+
+# ----------------------------------------------------------------------------------------------
+# contact sheets
+
+
+def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image.Image:
+    """A line for each item: its subjects, the picture to edit, and what was painted."""
+    lines = []
+    for item, painted in zip(items, pictures, strict=True):
+        given = [
+            Tile(read_image(path), "to edit" if index == item.source else f"<image> {index + 1}")
+            for index, path in enumerate(item.paths)
+        ]
+        lines.append([*given, *(Tile(path, item.text) for path in painted)])
+    columns = max(map(len, lines))
+    blank = Tile(Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white"))
+    tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
+    return contact_sheet(tiles, columns=columns, side=SHEET_SIDE)
+
+
+def _write_sheets(job: Job, paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Sheets of some items each."""
+    count, sheets = job.config.num_images, []
+    painted = list(in_parts(paths, count))
+    for start in range(0, len(job.items), SHEET_ITEMS):
+        items = job.items[start : start + SHEET_ITEMS]
+        mine = painted[start : start + SHEET_ITEMS]
+        path = folder / f"sheet_{mine[0][0].stem}-{mine[-1][-1].stem}.png"
+        with written_aside(path) as aside:
+            aside.write_bytes(encode_png(sheet_of(items, mine)))
+        sheets.append(path)
+    return sheets
