@@ -236,7 +236,7 @@ GENERATE = [
     (["--prompt", "<image>", "--images", "dog.png"], "has no words; say what is to be painted"),
     (["--prompt", " "], "has no words"),
     (["--prompt", "red " * 30], "and the model reads 24; shorten it"),
-    (["--prompt", "red " * 100], "has 101 words with those that the model puts before it, and 88 are read"),
+    (["--prompt", "red " * 100], "has 101 words with those that the model puts before it"),
     (["--prompt", "a " + "<image>" * 5, "--images", *["dog.png"] * 5], "this model takes 4"),
     ([], "there is nothing to paint; give --prompt, or a list with --items"),
     (["--prompt", "a", "--items", "list.json"], "--items and --prompt are both given"),

@@ -1,0 +1,194 @@
+"""Wording, requests, guidance and instructions, by hand-worked cases."""
+
+import numpy as np
+import pytest
+import torch
+from golden_mige import WordTokenizer, arrays
+from PIL import Image
+
+from imagelab.errors import UserError
+from mige.method.guidance import Branch, branches, guide
+from mige.method.instruction import interleave, length_of, segment_ids
+from mige.method.sampler import ContinuousDPMSolver
+from mige.method.wording import clean, prompt_for
+from mige.request import make_request, written_marks
+
+PREFIXES = {
+    "subject": "Paint the Subjects: \n",
+    "subject_inference": "Paint; these: \n",
+    "edit": "Edit it: \n",
+    "subject_edit": "Put it in: \n",
+}
+RED = Image.new("RGB", (4, 4), "red")
+BLUE = Image.new("RGB", (4, 4), "blue")
+
+
+# ----------------------------------------------------------------------------------------------
+# prompts
+
+
+@pytest.mark.parametrize(
+    ("task", "for_training", "wanted"),
+    [
+        ("subject", True, "Paint the Subjects: \na<imagehere>on the beach"),
+        ("subject", False, "paint; these a<imagehere>on the beach"),
+        ("edit", True, "Edit it: \na<imagehere>on the beach"),
+        ("edit", False, "Edit it: \na<imagehere>on the beach"),
+        ("subject_edit", True, "Put it in: \na<imagehere>on the beach"),
+        ("subject_edit", False, "put it in a<imagehere>on the beach"),
+    ],
+)
+def test_prefixes(task, for_training, wanted):
+    """Only those of inference are cleaned; a semicolon goes, as all cleaning has it."""
+    found = prompt_for(task, "A<imagehere>on the Beach.", PREFIXES, for_training)
+    assert found == wanted.replace("paint;", "paint")
+
+
+def test_a_cleaned_prefix_spends_words():
+    text = " ".join(f"w{number}" for number in range(88))
+    assert clean(text) == text
+    assert prompt_for("edit", text, PREFIXES) == PREFIXES["edit"] + text
+    found = prompt_for("subject", text, PREFIXES)
+    assert found.split(" ")[:3] == ["paint", "these", "w0"] and found.endswith(" w85")
+
+
+def test_a_single_newline_stays_within_a_word():
+    assert clean("a\nb") == "a\nb"
+    assert clean("a \nb") == "a b"
+    assert len(clean("a\nb " * 88).split(" ")) == 88
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a <image> on the beach", "a<imagehere>on the beach"),
+        ("a <Image Here>  and\n< image >.", "a<imagehere>and<imagehere>."),
+        ("a <imagehere> on it", "a <imagehere> on it"),  # in the release's own way
+        ("a dog", "a dog"),
+    ],
+)
+def test_marks(text, wanted):
+    assert written_marks(text) == wanted
+
+
+# ----------------------------------------------------------------------------------------------
+# requests
+
+
+def test_tasks_follow_from_what_is_given():
+    subject = make_request("a <image>", (RED,))
+    assert (subject.task, subject.source) == ("subject", None)
+    edit = make_request("make it snow", source=RED)
+    assert (edit.task, edit.source, edit.pictures) == ("edit", 0, (RED,))
+    assert edit.prompt(PREFIXES) == "Edit it: \nmake it snow in<imagehere>"
+    whole = make_request("make it snow.", source=RED, is_global=True)
+    assert whole.prompt(PREFIXES) == "Edit it: \nmake it snow of<imagehere>"
+    named = make_request("make <image> red", source=RED)
+    assert named.prompt(PREFIXES) == "Edit it: \nmake<imagehere>red"
+    put = make_request("put <image> into <image>", (RED,), BLUE, 1)
+    assert (put.task, put.source, put.pictures) == ("subject_edit", 1, (RED, BLUE))
+    assert put.prompt(PREFIXES) == "put it in put<imagehere>into<imagehere>"
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures", "source", "told"),
+    [
+        ("a <image>", (), None, "has 1 mark <image> and there are no pictures"),
+        ("a <image> <image>", (RED,), None, "has 2 marks <image> and there is 1 picture;"),
+        (
+            "a dog",
+            (RED, BLUE),
+            None,
+            "there are 2 pictures and the instruction 'a dog' has no mark",
+        ),
+        ("put <image> in", (RED,), BLUE, "there are 2 pictures and .* has 1 mark <image>; write"),
+        ("  ", (), RED, "has no words"),
+        ("<image>", (RED,), None, "has no words"),
+    ],
+)
+def test_marks_without_pictures_and_the_reverse(text, pictures, source, told):
+    with pytest.raises(UserError, match=told):
+        make_request(text, pictures, source)
+
+
+def test_what_would_be_cut_is_refused():
+    make_request("w " * 85 + "w", ()).prompt(PREFIXES)
+    with pytest.raises(UserError, match="has 90 words with those .* and 88 are read; shorten it"):
+        make_request("w " * 87 + "w", ()).prompt(PREFIXES)
+
+
+# ----------------------------------------------------------------------------------------------
+# guidance
+
+
+def test_branches_in_their_order():
+    nothing, source, both = Branch(False, False), Branch(False, True), Branch(True, True)
+    assert branches(False) == (nothing, Branch(True, False))
+    assert branches(False, 3.0) == branches(False)
+    assert branches(True, 1.5) == (nothing, source, both)
+    assert branches(True) == (source, both)
+
+
+def test_guidance_in_numbers():
+    """Of 1, 3 and 10: 1 + 1.5 (3 − 1) + 5 (10 − 3) = 39; of 3 and 10: 3 + 5 (10 − 3) = 38."""
+    noise = torch.tensor([1.0, 3.0, 10.0]).reshape(3, 1, 1, 1, 1)
+    assert guide(noise, 5.0, 1.5).item() == 39.0
+    assert guide(noise[1:], 5.0).item() == 38.0
+    assert guide(noise[1:], 5.0, 1.5).item() == 38.0
+
+
+# ----------------------------------------------------------------------------------------------
+# instructions
+
+
+def test_a_sequence_by_hand():
+    """Words are 10 times their id, pictures 1 and 2: [70] 1 1 [80 90] 2 2 [10] and padding."""
+    table = 10 * torch.arange(10.0)[:, None]
+    pictures = torch.tensor([[[1.0]] * 2, [[2.0]] * 2])
+    found = interleave([[7], [8, 9], []], pictures, table, 10, 1, 0)
+    assert found.embeddings[:, 0].tolist() == [70, 1, 1, 80, 90, 2, 2, 10, 0, 0]
+    assert found.mask.tolist() == [1] * 8 + [0] * 2
+    assert length_of([[7], [8, 9], []], 2) == 8
+    cut = interleave([[7], [8, 9], []], pictures, table, 7, 1, 0)
+    assert cut.embeddings[:, 0].tolist() == [70, 1, 1, 80, 90, 2, 2]
+    assert cut.mask.tolist() == [1] * 7
+
+
+def test_surplus_marks_lose_the_words_between_as_in_the_release():
+    table = 10 * torch.arange(10.0)[:, None]
+    pictures = torch.tensor([[[1.0]]])
+    found = interleave([[7], [8], [9]], pictures, table, 5, 1, 0)
+    assert found.embeddings[:, 0].tolist() == [70, 1, 90, 10, 0]
+
+
+def test_empty_segments_have_no_tokens():
+    assert segment_ids(WordTokenizer(), "<imagehere><imagehere>a") == [[], [], [58]][:2] + [
+        segment_ids(WordTokenizer(), "a")[0]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------
+# the sampler
+
+
+def test_solving_again_begins_anew():
+    """A scheduler that was used gives what a new one gives."""
+    given = arrays("sample_analytic_6")
+    used, new = ContinuousDPMSolver(), ContinuousDPMSolver()
+    used.set_timesteps(4)
+    used.step(given["eps"][0], used.timesteps[0], given["z"])
+    found = []
+    for solver in (used, new):
+        solver.set_timesteps(6)
+        latents = given["z"]
+        for step, time in enumerate(solver.timesteps):
+            latents = solver.step(given["eps"][step], time, latents).prev_sample
+        found.append(latents)
+    assert torch.equal(*found)
+
+
+def test_a_solver_is_saved_with_its_betas(tmp_path):
+    ContinuousDPMSolver(beta_start=2e-4, beta_end=0.01).save_pretrained(tmp_path)
+    loaded = ContinuousDPMSolver.from_pretrained(tmp_path)
+    alpha, _ = loaded.schedule(np.array([1e-3]))
+    assert alpha[0] == pytest.approx((1 - 2e-4) ** 0.5)
