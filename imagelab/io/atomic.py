@@ -2,8 +2,10 @@
 
 Whoever writes does so aside, under a unique name in the same folder, and renames at the end. Who
 writes a folder holds its `folder_lock`, which also clears away what a killed writer of that folder
-left. A folder that is being replaced has a moment without its name: `readable` says where to read
-it then. Readers never rename.
+left; what one of a single file left goes with a write to its folder a day later. After a loss of
+power, too, the earlier content is there or the later one: a rename is on the disk before anything
+is removed. A folder that is being replaced has a moment without its name: `readable` says where to
+read it then. Readers never rename.
 """
 
 import errno
@@ -12,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -20,6 +23,7 @@ from pathlib import Path
 from imagelab.errors import UserError
 
 OLD = ".old"  # ends the hidden name of a folder while another takes its place
+DAY = 86400  # seconds; nobody writes one file for so long
 
 
 # ----------------------------------------------------------------------------------------------
@@ -32,13 +36,11 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Several writers of one file do not meet: the last to finish stays.
     """
-    aside = _aside(path, "part")
-    try:
+    with _unfinished(path) as aside:
         yield aside
         _flush(aside)
         os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 def write_json(path: Path, facts: dict) -> None:
@@ -52,17 +54,15 @@ def write_new(folder: Path, name: Callable[[int], str], content: bytes) -> Path:
 
     No file is ever replaced, even where several processes write at once.
     """
-    aside = _aside(folder / "new", "part")
-    try:
+    with _unfinished(folder / "new") as aside:
         aside.write_bytes(content)
         _flush(aside)
         for number in count():
             path = folder / name(number)
             with suppress(FileExistsError):
                 _move_new(aside, path)
+                _flush(folder)
                 return path
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _move_new(source: Path, target: Path) -> None:
@@ -76,15 +76,53 @@ def _move_new(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A path to write a file to, in a hidden folder of its own that is gone in the end.
+
+    A folder, since libraries that write a file may put others of their own beside it.
+    """
+    sweep(path.parent, DAY)
+    folder = _aside(path, "part")
+    folder.mkdir()
+    try:
+        yield folder / "content"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: Path, age: float = 0) -> None:
+    """Remove what killed writers of files left in a folder, if it is older than so many seconds.
+
+    With an age below a day only for who holds a lock without which nobody writes there.
+    """
+    for path in folder.glob(".*.part"):
+        if not re.fullmatch(r"\..+\.[0-9a-f]{12}\.part", path.name):
+            continue
+        with suppress(OSError):  # another process may sweep as well
+            if time.time() - path.stat().st_mtime >= age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _aside(path: Path, kind: str) -> Path:
     """A hidden path beside another that no other writer has, in any process on any machine."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{kind}")
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """Wait until a file is on the disk, or the names in a folder."""
+    if not path.is_dir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    elif os.name != "nt":  # Windows opens no folder
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks
+                raise
+        finally:
+            os.close(file)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -119,12 +157,13 @@ def put(source: Path, target: Path) -> None:
     The caller holds the `folder_lock` of ``target``, or of a folder that it is in.
     """
     for path in (source, *source.rglob("*")):
-        if path.is_file():
+        if path.is_file() or path.is_dir():
             _flush(path)
     try:
         if source.is_dir() and os.path.lexists(target):  # a link that leads nowhere, too
             os.replace(target, _old(target))
         os.replace(source, target)
+        _flush(target.parent)
     finally:
         recover(target)
 
@@ -135,9 +174,13 @@ def recover(target: Path) -> None:
     The caller holds the `folder_lock` of ``target``, which has called this, or of a folder above.
     """
     old = _old(target)
-    if os.path.lexists(old) and not os.path.lexists(target):
+    if not os.path.lexists(old):
+        return
+    if not os.path.lexists(target):
         os.replace(old, target)
-    elif old.is_symlink() or old.is_file():
+        return
+    _flush(target.parent)  # a killed `put` may not have
+    if old.is_symlink() or old.is_file():
         old.unlink()
     else:
         shutil.rmtree(old, ignore_errors=True)
@@ -165,15 +208,6 @@ def folder_names(parent: Path, file: str) -> list[str]:
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}{OLD}")
-
-
-def sweep(folder: Path) -> None:
-    """Remove the unfinished files of killed writers from a folder.
-
-    Only for who holds a lock without which nobody writes there.
-    """
-    for path in folder.glob(".*.part"):
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
