@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shorten
 
 State = dict[str, Tensor]
 
@@ -72,19 +72,23 @@ RENAMED = {
 }
 #: The trunk's positions, which follow from its size and are made anew.
 POSITIONS = "pos_embed"
+#: What may be there and is not needed: the positions, and the numbers of words that have none here.
+UNNEEDED = (POSITIONS, "Qformer.bert.embeddings.position_ids")
+#: How far the positions may be off: as far as bfloat16 rounds numbers up to 1.
+POSITIONS_OFF = 2e-3
 
 
 def split_release(state: Mapping[str, Tensor]) -> dict[str, State]:
     """The tensors of a release by part, under the names of diffusers and transformers.
 
-    The positions of the transformer are left out.
+    Those in :data:`UNNEEDED` are left out.
     """
     parts: dict[str, State] = {name: {} for name in RENAMED}
     for name, tensor in state.items():
-        if name == POSITIONS:
+        if name in UNNEEDED:
             continue
         part, renamed = place_of(name)
-        parts[part][renamed] = tensor
+        _put(parts[part], renamed, tensor)
     for name, finish in _FINISHED.items():
         parts[name] = finish(parts[name])
     return parts
@@ -101,14 +105,19 @@ def place_of(name: str) -> tuple[str, str]:
 
 def _join_biases(state: State) -> State:
     """The vision encoder's keys have no bias: [query's, 0, value's]."""
-    done = dict(state)
-    for name in [name for name in state if name.endswith(".self_attn.q_bias")]:
-        stem = name.removesuffix("q_bias")
-        query, value = done.pop(name), done.pop(f"{stem}v_bias", None)
-        if value is None:
-            raise UserError(f"the release has {name} and no v_bias beside it; fetch it again")
-        done[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    done = {name: tensor for name, tensor in state.items() if not name.endswith(_BIASES)}
+    for stem in sorted({name[: -len(_BIASES[0])] for name in state.keys() - done.keys()}):
+        query, value = (state.get(f"{stem}{end}") for end in _BIASES)
+        if query is None or value is None or query.ndim != 1 or query.shape != value.shape:
+            raise UserError(
+                f"the release's {stem}{_BIASES[0]} and {_BIASES[1]} should both be there, and of "
+                "one length; fetch it again"
+            )
+        _put(done, f"{stem}qkv.bias", torch.cat([query, torch.zeros_like(query), value]))
     return done
+
+
+_BIASES = ("q_bias", "v_bias")
 
 
 def _split_projections(state: State) -> State:
@@ -117,18 +126,35 @@ def _split_projections(state: State) -> State:
     for name, tensor in state.items():
         stem, joint, end = re.fullmatch(r"(.*?)(?:\.(qkv|kv))?(\.[^.]*|[^.]*)", name).groups()
         if not joint:
-            done[name] = tensor
+            _put(done, name, tensor)
             continue
+        if not tensor.ndim or len(tensor) % len(joint) or not len(tensor):
+            raise UserError(
+                f"the release's {name} of transformer is {list(tensor.shape)}, which is not "
+                f"{len(joint)} in one; it is another model's, fetch MIGE's again"
+            )
         for letter, part in zip(joint, tensor.chunk(len(joint)), strict=True):
-            done[f"{stem}.to_{letter}{end}"] = part.contiguous()
+            _put(done, f"{stem}.to_{letter}{end}", part.contiguous())
     return done
+
+
+def _put(state: State, name: str, tensor: Tensor) -> None:
+    if name in state:
+        raise UserError(f"the release has {shorten(name, 100)} under two names; fetch it again")
+    state[name] = tensor
 
 
 def _tie_embeddings(state: State) -> State:
     """The text encoder's embeddings have two names."""
-    if "shared.weight" in state:
-        return {**state, "encoder.embed_tokens.weight": state["shared.weight"]}
-    return state
+    one, other = "shared.weight", "encoder.embed_tokens.weight"
+    if one not in state:
+        return state
+    if other in state and not torch.equal(state[one], state[other]):
+        raise UserError(
+            f"the release's {one} and {other} of text_encoder differ, and are one tensor in T5; "
+            "fetch it again"
+        )
+    return {**state, other: state[one]}
 
 
 _FINISHED: dict[str, Callable[[State], State]] = {
@@ -138,22 +164,54 @@ _FINISHED: dict[str, Callable[[State], State]] = {
 }
 
 
-def load_exactly(module, state: State, name: str) -> None:
-    """Give a part its tensors; a UserError where one is missing, unknown or of another shape."""
+def check_positions(positions: Tensor, transformer: Mapping[str, object]) -> None:
+    """Raises UserError unless a release's positions are those that diffusers makes anew.
+
+    Args:
+        transformer: the config of the part that they belong to.
+    """
+    from diffusers.models.embeddings import PatchEmbed
+
+    size, width = transformer["sample_size"], transformer["cross_attention_dim"]
+    scale = max(size // 64, 1)
+    made = PatchEmbed(
+        size, size, transformer["patch_size"], 1, width, interpolation_scale=scale
+    ).pos_embed
+    fits = made.shape == positions.shape
+    off = (positions.float() - made).abs().max().item() if fits else float("inf")
+    if not off <= POSITIONS_OFF:
+        raise UserError(
+            f"the release's {POSITIONS} is {off:.2g} away from sines and cosines of the places, "
+            "which this program would put there; it is another model's, fetch MIGE's again"
+        )
+
+
+def check_exactly(module: nn.Module, state: State, name: str) -> None:
+    """Raises UserError where a tensor of a part is missing, unknown or of another shape."""
     own = module.state_dict()
     if missing := sorted(own.keys() - state.keys()):
         raise UserError(f"the release lacks {_few(missing)} of {name}; fetch it again")
     if unknown := sorted(state.keys() - own.keys()):
-        raise UserError(f"the release has {_few(unknown)}, which {name} does not know")
-    for key, tensor in state.items():
-        if own[key].shape != tensor.shape:
-            raise UserError(
-                f"the release's {key} of {name} is {list(tensor.shape)} and not "
-                f"{list(own[key].shape)}; it is of another size than the model"
-            )
+        raise UserError(
+            f"the release has {_few(unknown)}, which {name} does not know; it is another model's, "
+            "fetch MIGE's again"
+        )
+    other = [key for key in sorted(state) if own[key].shape != state[key].shape]
+    if other:
+        sizes = ", ".join(f"{list(state[key].shape)}" for key in other[:3])
+        wanted = ", ".join(f"{list(own[key].shape)}" for key in other[:3])
+        raise UserError(
+            f"the release's {_few(other)} of {name}: the shapes are {sizes} and should be "
+            f"{wanted}; it is of another size than the model"
+        )
+
+
+def load_exactly(module: nn.Module, state: State, name: str) -> None:
+    """Give a part its tensors, without a copy; see :func:`check_exactly`."""
+    check_exactly(module, state, name)
     module.load_state_dict(state, assign=True)
 
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(shorten(name, 100) for name in names[:3]) + more

@@ -1,0 +1,199 @@
+"""From the released weights to a model folder, part by part (see `mige.folder`)."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from imagelab.errors import UserError
+from imagelab.io.atomic import folder_lock, replacing
+from imagelab.io.folders import check_writable
+from imagelab.io.tensors import disk_errors, read_json
+from imagelab.models.loading import quiet_libraries, read_part
+from mige.folder import INDEX, LONGEST_PREFIX, PARTS, check_widths
+from mige.method.sampler import ContinuousDPMSolver
+from mige.method.wording import PREFIXES
+from mige.release import (
+    POSITIONS,
+    State,
+    check_exactly,
+    check_positions,
+    load_exactly,
+    split_release,
+)
+from mige.sizes import build, configs_of
+from mige.sources import (
+    Sources,
+    check_text_config,
+    read_state,
+    read_text_tokenizer,
+    read_vae,
+)
+
+log = logging.getLogger(__name__)
+
+SLOTS = 4  # pictures of an instruction, in the release
+MOST_SHARD = "5GB"  # of a file of weights
+ROOM = 64 * 2**20  # bytes of what is written beside the weights, and then some
+PIPELINE = "MigePipeline"
+ADVICE = "fetch the release again"
+
+
+@dataclass
+class Model:
+    """What is to be written: each part's empty module and its tensors, and the tokenizer."""
+
+    modules: dict[str, nn.Module]
+    states: dict[str, State]
+    tokenizer: object
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(_bytes(state) for state in self.states.values())
+
+
+def convert(
+    sources: Sources,
+    output: Path,
+    prefixes: Mapping[str, str] | None = None,
+    heads: Mapping[str, int] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a release as a model folder, which appears when it is whole.
+
+    Args:
+        prefixes: sentences before the instructions; None: empty ones.
+        heads: numbers of heads of parts that are not as wide as the released ones.
+
+    Raises:
+        UserError: the release is not whole, or not MIGE's, or there is no room for the folder.
+    """
+    quiet_libraries()
+    check_output(output, sources, overwrite)
+    model = read_model(sources, heads or {})
+    check_room(output, model.size)
+    settings = {
+        "slots": SLOTS,
+        "round_timesteps": True,
+        "prefixes": dict(prefixes or dict.fromkeys(PREFIXES, "")),
+    }
+    with folder_lock(output, "--output"), replacing(output) as folder, disk_errors(output):
+        write_model(folder, model)
+        write_index(folder, settings)
+
+
+# ----------------------------------------------------------------------------------------------
+# before any long work
+
+
+def read_prefixes(path: Path) -> dict[str, str]:
+    """The sentences before instructions, from a JSON file with the keys `PREFIXES`."""
+    advice = f"write texts for {', '.join(PREFIXES)}"
+    found = read_json(path, dict.fromkeys(PREFIXES, str), advice)
+    for name in PREFIXES:
+        if len(found[name]) > LONGEST_PREFIX:
+            raise UserError(f"{path}: {name} is longer than any prompt; {advice}")
+    return {name: found[name] for name in PREFIXES}
+
+
+def check_output(output: Path, sources: Sources, overwrite: bool) -> None:
+    """Raises UserError where a model folder cannot be written, or something else is."""
+    for source in (sources.weights, sources.vae, sources.text):
+        if source.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--output {output} holds {source}; give another folder")
+    check_writable(output.absolute().parent, "output")
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        if not overwrite:
+            raise UserError(f"{output} is there; give another --output, or --overwrite")
+        if not _is_model(output):
+            raise UserError(
+                f"{output} is no model folder of MIGE, so it is not replaced; give another --output"
+            )
+
+
+def _is_model(folder: Path) -> bool:
+    path = folder / INDEX
+    return path.is_file() and read_json(path, {}, ADVICE).get("_class_name") == PIPELINE
+
+
+def check_room(output: Path, size: int) -> None:
+    """Raises UserError where the disk has no room for weights of so many bytes."""
+    there = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size + ROOM:
+        raise UserError(
+            f"{output} takes {(size + ROOM) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; "
+            "free some, or give an --output on another disk"
+        )
+
+
+def read_model(sources: Sources, heads: Mapping[str, int]) -> Model:
+    """All parts of a release, checked; the weights stay on the disk."""
+    tokenizer = read_text_tokenizer(sources.text)
+    state = read_state(sources.weights)
+    configs = configs_of(state, heads)
+    check_text_config(sources.text, configs["text_encoder"])
+    states = split_release(state)
+    modules = {
+        name: read_part(lambda _, n=name: build(n, configs[n]), sources.weights, "--weights")
+        for name in configs
+    }
+    modules["vae"], states["vae"] = read_vae(sources.vae)
+    for name, module in modules.items():
+        check_exactly(module, states[name], name)
+        if kinds := {t.dtype for t in states[name].values() if not t.is_floating_point()}:
+            raise UserError(f"the release holds {min(map(str, kinds))} in {name}; {ADVICE}")
+    check_positions(state[POSITIONS], configs["transformer"])
+    check_widths(configs | {"vae": dict(modules["vae"].config)}, sources.weights.parent)
+    words = configs["text_encoder"]["vocab_size"]
+    if len(tokenizer) > words:
+        raise UserError(
+            f"the tokenizer in {sources.text} has {len(tokenizer)} pieces, and the trained T5 "
+            f"knows {words}; give another --t5"
+        )
+    return Model(modules, states, tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------
+# writing
+
+
+def write_model(folder: Path, model: Model) -> None:
+    """Write the parts, and let go of each as soon as it is written."""
+    with tqdm(total=model.size, unit="B", unit_scale=True, desc="converting") as bar:
+        for name in sorted(model.states):
+            bar.set_postfix_str(name)
+            module, state = model.modules.pop(name), model.states.pop(name)
+            for key, tensor in state.items():
+                if not tensor.isfinite().all():
+                    raise UserError(
+                        f"the release holds NaN or infinity in {key} of {name}; {ADVICE}"
+                    )
+            load_exactly(module, state, name)
+            module.save_pretrained(folder / name, max_shard_size=MOST_SHARD)
+            bar.update(_bytes(state))
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    ContinuousDPMSolver().save_pretrained(folder / "scheduler")
+
+
+def write_index(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write what a model folder says of itself, as diffusers does."""
+    from diffusers import __version__
+
+    facts = {"_class_name": PIPELINE, "_diffusers_version": __version__, **settings}
+    facts |= {name: [part.library, part.classes[0]] for name, part in PARTS.items()}
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    """Of a part's tensors; one with two names counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
