@@ -373,8 +373,7 @@ class Cell:
 SHORT = (
     ("learning, stage 1", "closed pipe"),
     ("learning, stage 2", "SIGTERM"),
-    ("learning, class images", "closed terminal"),
-    ("synthesis", "SIGHUP"),
+    ("synthesis", "closed terminal"),
     ("evaluation", "full disk"),
     ("export", "read-only"),
     ("visual_box_mask", "full disk"),

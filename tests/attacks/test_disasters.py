@@ -10,11 +10,9 @@ import pytest
 #: A cell, its exit code, what it says and what it keeps.
 ROWS = """
 | learning, stage 1 | closed pipe | 0 |  | all |
-| learning, class images | closed terminal | 129 |  | what was there, stage 1 to step 3, class \
-images |
 | learning, stage 2 | SIGTERM | 143 | stopped after step 2 of stage 2 | what was there, stage 2 to \
 step 2, class images |
-| synthesis | SIGHUP | 129 | stopped | what was there, 1 of 3 pictures |
+| synthesis | closed terminal | 129 |  | what was there, 1 of 3 pictures |
 | evaluation | full disk | 2 | error: the disk is full; nothing that was there before has been \
 changed: free some space | what was there, 1 of 3 records |
 | export | read-only | 2 | error: … | what was there |

@@ -81,8 +81,6 @@ class World:
         example = self.work / "example"
         for name in INSTANCES[1:]:
             shutil.copytree(example / "toys", example / name)
-        self.alone(self.learning("toys", 1, "none"), Path("other"))
-        os.rename("other/out", "others")
 
     def learning(self, instance: str, seed: int, finetune: str = "lora") -> list[str]:
         """The options of a learning run of a few steps."""
@@ -104,6 +102,10 @@ class World:
         ]  # fmt: skip
 
     def exporting(self, models: str) -> list[str]:
+        """The options of an export; ``models``: learned, or others, where toys is another one."""
+        if not (self.work / models).is_dir():
+            self.alone(self.learning("toys", 1, "none"), Path("other"))
+            os.rename(self.work / "other/out", self.work / models)
         return [
             "--models_dir", str(self.work / models), "--model_id", "toys", "--offline",
             "--output_path", "exports", "--format", "embeddings",
@@ -176,7 +178,8 @@ def learning(world: World, rng: random.Random, count: int) -> tuple[list[Start],
     starts = []
     for _ in range(count):
         seed = rng.choice((0, 1))
-        flag = rng.choice(([], ["--overwrite"], ["--resume"]))
+        plain = 3 if begun == "nothing" else 1  # of whom one alone may learn
+        flag = rng.choice([[]] * plain + [["--overwrite"], ["--resume"]])
         starts.append(
             Start("semantic_learning", [*world.learning("toys", seed), *flag], seed, bool(flag))
         )
