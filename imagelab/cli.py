@@ -14,6 +14,9 @@ from imagelab.models.device import PRECISIONS
 from imagelab.settings import Config
 from imagelab.training.interrupt import signal_of, stop_when_asked
 
+# Where bitsandbytes is installed, it tells at each start that an optional kernel of its is not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line: without the usage of all options, long values in short."""
@@ -22,6 +25,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.given = sys.argv[1:] if args is None else list(args)
+        for word in self.given:
+            name, _, value = word.partition("=")
+            if name.startswith("--") and value == "--":  # of which Python 3.11 makes an empty list
+                self.error(f"argument {name}: '--' is no value")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
