@@ -68,7 +68,7 @@ PARTS = {
 }  # fmt: skip
 #: What a model folder says besides its parts, and its form.
 SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
-MOST_SLOTS, LONGEST_PREFIX = 64, 2000
+MOST_SLOTS, LONGEST_PREFIX, MOST_TIMESTEPS = 64, 2000, 100_000
 #: Widths that have to be the same: a part's and its key's, twice.
 SAME = (
     (("qformer", "encoder_hidden_size"), ("vision_encoder", "hidden_size")),
@@ -113,9 +113,14 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict:
         }
     for name in weights:
         parts[name].eval().requires_grad_(False)
-    scheduler = {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
-    parts["scheduler"] = ContinuousDPMSolver(**scheduler)
-    parts["tokenizer"] = read_tokenizer(folder / "tokenizer")
+        check_finite(parts[name], folder / name)
+    parts["scheduler"] = ContinuousDPMSolver(**read_schedule(configs["scheduler"], folder))
+    parts["tokenizer"] = tokenizer = read_tokenizer(folder / "tokenizer")
+    if len(tokenizer) > (known := configs["text_encoder"]["vocab_size"]):
+        raise UserError(
+            f"the parts of {folder} do not fit: tokenizer has {len(tokenizer)} pieces, and "
+            f"text_encoder knows {known}; make or fetch the model again"
+        )
     return parts | settings
 
 
@@ -156,7 +161,15 @@ def read_settings(folder: Path) -> dict:
 def check_widths(configs: dict[str, dict], folder: Path) -> None:
     """Raises UserError for parts that do not fit each other."""
 
-    def agree(one: str, value, other: str, wanted) -> None:
+    def number(part: str, key: str) -> int:
+        value = configs[part].get(key)
+        if type(value) is not int:
+            raise UserError(
+                f"{folder / part}: {key} is {shorten(str(value))} and no whole number; {ADVICE}"
+            )
+        return value
+
+    def agree(one: str, value: int, other: str, wanted: int) -> None:
         if value != wanted:
             raise UserError(
                 f"the parts of {folder} do not fit: {one} is {value}, and {other} is {wanted}; "
@@ -164,18 +177,35 @@ def check_widths(configs: dict[str, dict], folder: Path) -> None:
             )
 
     for (part, key), (other, wanted) in SAME:
-        agree(
-            f"{part}'s {key}", configs[part].get(key),
-            f"{other}'s {wanted}", configs[other].get(wanted),
-        )  # fmt: skip
-    trunk, vae = configs["transformer"], configs["vae"]
-    width = trunk.get("num_attention_heads", 0) * trunk.get("attention_head_dim", 0)
-    agree(
-        "fusion's patch_width", configs["fusion"].get("patch_width"), "transformer's width", width
+        agree(f"{part}'s {key}", number(part, key), f"{other}'s {wanted}", number(other, wanted))
+    width = number("transformer", "num_attention_heads") * number(
+        "transformer", "attention_head_dim"
     )
-    latents = 2 * vae.get("latent_channels", 0)
+    agree("fusion's patch_width", number("fusion", "patch_width"), "transformer's width", width)
+    latents = 2 * number("vae", "latent_channels")
     for key in ("in_channels", "out_channels"):
-        agree(f"transformer's {key}", trunk.get(key), "twice vae's latent_channels", latents)
+        value = number("transformer", key)
+        agree(f"transformer's {key}", value, "twice vae's latent_channels", latents)
+    number("text_encoder", "vocab_size")
+
+
+def check_finite(module, folder: Path) -> None:
+    """Raises UserError for weights that are not finite."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{folder} has weights that are not finite ({name}); {ADVICE}")
+
+
+def read_schedule(config: dict, folder: Path) -> dict:
+    """The numbers of the noise schedule: training steps, and the first and the last beta."""
+    steps, *betas = (config.get(name) for name in PARTS["scheduler"].keys)
+    fits = type(steps) is int and 1 <= steps <= MOST_TIMESTEPS
+    if not fits or {float} != {*map(type, betas)} or not 0 < betas[0] <= betas[1] < 1:
+        raise UserError(
+            f"{folder / 'scheduler'} has {shorten(str(steps))} steps with betas from "
+            f"{shorten(str(betas[0]))} to {shorten(str(betas[1]))}, which is no schedule; {ADVICE}"
+        )
+    return {"num_train_timesteps": steps, "beta_start": betas[0], "beta_end": betas[1]}
 
 
 def read_tokenizer(folder: Path):
@@ -193,7 +223,10 @@ def read_tokenizer(folder: Path):
     vocabulary = [_piece(each, path) for each in model["vocab"]]
     extra = sum(text.startswith("<extra_id_") for text, _ in vocabulary)
     charsmap = _charsmap(found.get("normalizer"))
-    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=extra)
+    try:
+        return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=extra)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"{path} makes no tokenizer ({str(error)[:160]}); {ADVICE}") from error
 
 
 def _piece(value: object, path: Path) -> tuple[str, float]:
@@ -208,7 +241,10 @@ def _charsmap(normalizer: object) -> bytes | None:
     if type(normalizer) is not dict:
         return None
     if type(text := normalizer.get("precompiled_charsmap")) is str:
-        return b64decode(text)
+        try:
+            return b64decode(text, validate=True)
+        except ValueError as error:
+            raise UserError(f"the tokenizer's table of characters is damaged; {ADVICE}") from error
     several = normalizer.get("normalizers")
     found = [_charsmap(each) for each in several] if type(several) is list else []
     return next((each for each in found if each), None)

@@ -114,6 +114,10 @@ def check_request(request: Request) -> None:
         raise UserError(
             f"there is no task {shorten(request.task)!r}; the tasks are {', '.join(TASKS)}"
         )
+    try:
+        request.text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the instruction {shorten(request.text)!r} is not UTF-8 text") from None
     parts = split(request.instruction)
     marks, pictures = len(parts) - 1, len(request.pictures)
     shown = shorten(request.text)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from imagelab.errors import UserError
+from imagelab.errors import UserError, cut
 from imagelab.io.masks import alpha_of, has_alpha, read_inside
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_SIDE = 16_384  # pixels
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 2**30  # of a file
 MAX_ASPECT = 1.5  # long side over short side, beyond which a picture is squeezed
 
 
@@ -106,10 +107,13 @@ def open_picture(path: Path) -> Picture:
     Raises UserError for a file that is missing, damaged, too large or of another format.
     """
     try:
+        _check_file(path)
         data = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UserError:
+        raise
     except Image.DecompressionBombError as error:
         raise _too_large(path, f"over {MAX_PIXELS // 1_000_000} megapixels") from error
     except Exception as error:  # a damaged file makes Pillow raise almost anything
@@ -133,6 +137,14 @@ def open_picture(path: Path) -> Picture:
     return Picture(path, image, is_exact, stored_size, was_turned, sha256)
 
 
+def _check_file(path: Path) -> None:
+    """Raises UserError for what could be read without an end."""
+    if path.exists() and not path.is_file():  # a folder, a device, a pipe
+        raise UserError(f"{path} is no file; give a JPEG, PNG or WebP file")
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise _too_large(path, f"{path.stat().st_size >> 20} MiB")
+
+
 def _too_large(path: Path, size: str) -> UserError:
     return UserError(
         f"{path} is {size}, which is too large; shrink it, and masks together with their picture, "
@@ -145,7 +157,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     return UserError(
-        f"{path} cannot be read as a picture ({reason}); give a JPEG, PNG or WebP file"
+        f"{cut(str(path))} cannot be read as a picture ({reason}); give a JPEG, PNG or WebP file"
     )
 
 

@@ -373,3 +373,26 @@ def test_a_missing_file_and_other_formats(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "TIFF")
     with pytest.raises(UserError, match=r"a.png cannot be read as a picture \(unknown format\)"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "link to a device"])
+def test_what_may_never_end_is_not_read(tmp_path, kind):
+    path = tmp_path / "img.png"
+    if kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is no file; give a JPEG, PNG or WebP file"):
+        open_picture(path)
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "img.png"
+    with path.open("wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(UserError, match="img.png is 3072 MiB, which is too large"):
+        open_picture(path)

@@ -19,6 +19,7 @@ from tiny_mige import tiny_vae
 from transformers import T5EncoderModel
 
 from imagelab.errors import UserError
+from imagelab.io.tensors import UMASK
 from mige.convert import main
 from mige.folder import PARTS, find_weights, read_tokenizer
 from mige.method.prediction import predict
@@ -137,6 +138,11 @@ def test_what_the_model_says_of_itself(converted):
     numbers = [scheduler[key] for key in ("num_train_timesteps", "beta_start", "beta_end")]
     assert numbers == [1000, 1e-4, 0.02]
     assert str(converted.parent) not in "".join(p.read_text() for p in converted.rglob("*.json"))
+
+
+def test_whoever_may_read_the_configs_may_read_the_weights(converted):
+    modes = {path.stat().st_mode & 0o777 for path in converted.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~UMASK}
 
 
 def test_saved_again_it_is_the_same_model(converted, tmp_path):
