@@ -13,7 +13,7 @@ from tqdm import tqdm
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, replacing
 from imagelab.io.folders import check_writable
-from imagelab.io.tensors import disk_errors, read_json
+from imagelab.io.tensors import UMASK, disk_errors, read_json
 from imagelab.models.loading import quiet_libraries, read_part
 from mige.folder import INDEX, LONGEST_PREFIX, PARTS, check_widths
 from mige.method.sampler import ContinuousDPMSolver
@@ -179,6 +179,8 @@ def write_model(folder: Path, model: Model) -> None:
                     )
             load_exactly(module, state, name)
             module.save_pretrained(folder / name, max_shard_size=MOST_SHARD)
+            for file in (folder / name).iterdir():
+                file.chmod(0o666 & ~UMASK)  # safetensors writes what only its owner may read
             bar.update(_bytes(state))
     model.tokenizer.save_pretrained(folder / "tokenizer")
     ContinuousDPMSolver().save_pretrained(folder / "scheduler")

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from imagelab.errors import UserError
 
 Value = int | bytes
@@ -49,7 +51,39 @@ def read_spiece(path: Path) -> tuple[Pieces, bytes | None]:
         )
     if not all(math.isfinite(score) for _, score in vocabulary):
         raise UserError(f"{path} has scores that are no numbers; {ADVICE}")
+    if charsmap is not None and not is_charsmap(charsmap):
+        raise UserError(f"{path} has a table of characters that leads nowhere; {ADVICE}")
     return vocabulary, charsmap
+
+
+def is_charsmap(data: bytes) -> bool:
+    """Whether a table of characters leads nowhere beyond itself: the library would abort there.
+
+    The table is the length of a trie, in bytes; the trie, a double array of 32-bit units; and
+    texts, each with a zero behind it. A unit holds where its children are, in blocks of 256, and
+    whether the first of them holds a text's place, which has the highest bit set.
+    """
+    size = int.from_bytes(data[:4], "little")
+    texts = np.frombuffer(data[4 + size :], np.uint8)
+    if len(data) < 4 + size or not size or size % 1024 or not _is_utf8(data[4 + size :]):
+        return False
+    units = np.frombuffer(data, "<u4", size // 4, offset=4).astype(np.int64)
+    is_text = units >> 31 == 1
+    children = (units >> 10) << ((units & 512) >> 6) ^ np.arange(len(units))
+    places = units[is_text] & 0x7FFFFFFF
+    if (children[~is_text] >= len(units)).any() or (places >= len(texts)).any():
+        return False
+    ends = ~is_text & (units >> 8 & 1 == 1)
+    within = texts[places] >> 6 == 2  # in the middle of a character
+    return bool(is_text[children[ends]].all() and not within.any())
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes | None]:

@@ -25,7 +25,7 @@ from mige.folder import PARTS, find_weights, read_tokenizer
 from mige.method.prediction import predict
 from mige.pipeline import MigePipeline
 from mige.sources import read_text_tokenizer
-from mige.vocabulary import read_spiece
+from mige.vocabulary import is_charsmap, read_spiece
 
 SPIECE = Path(__file__).parents[1] / "golden" / "t5_tokenizer"
 HEADS = ["--heads", "transformer=2", "vision_encoder=2", "qformer=4", "fusion=8"]
@@ -279,7 +279,7 @@ def test_a_tokenizer_in_the_newer_form_will_do(converted, tmp_path):
 
 
 def test_a_damaged_vocabulary_is_told(tmp_path):
-    """Wherever it ends, and whatever byte is another, there is a vocabulary or a sentence."""
+    """Wherever it ends, and whatever byte is another, there is a tokenizer or a sentence."""
     data = (SPIECE / "spiece.model").read_bytes()
     path = tmp_path / "spiece.model"
     refused = 0
@@ -287,8 +287,8 @@ def test_a_damaged_vocabulary_is_told(tmp_path):
         for damaged in (data[:place], data[:place] + b"\xff" + data[place + 1 :]):
             path.write_bytes(damaged)
             try:
-                pieces, _ = read_spiece(path)
-                assert pieces[2][0] == "<unk>"
+                tokenizer = read_text_tokenizer(tmp_path)
+                assert tokenizer("the \u00a0 cafe\u0301 \uff41").input_ids[-1] == 1
             except UserError as error:
                 refused += 1
                 assert str(path) in str(error)
@@ -297,6 +297,34 @@ def test_a_damaged_vocabulary_is_told(tmp_path):
         path.write_bytes(text)
         with pytest.raises(UserError, match="spiece.model"):
             read_spiece(path)
+
+
+ENDS = 1 << 8  # a unit whose first child holds the place of a text
+TEXT = 1 << 31  # such a child
+
+
+@pytest.mark.parametrize(
+    ("units", "texts", "fits"),
+    [
+        ({}, b"", True),
+        ({0: 255 << 10}, b"", True),
+        ({0: 256 << 10}, b"", False),  # children in a second block, and there is one
+        ({3: (1 << 9) | (1 << 10)}, b"", False),  # the same, counted in blocks
+        ({0: (7 << 10) | ENDS, 7: TEXT | 2}, b"ab\0", True),
+        ({0: (7 << 10) | ENDS, 7: TEXT | 3}, b"ab\0", False),
+        ({0: (7 << 10) | ENDS, 7: 2}, b"ab\0", False),
+        ({0: (7 << 10) | ENDS, 7: TEXT | 1}, "aé\0".encode(), True),
+        ({0: (7 << 10) | ENDS, 7: TEXT | 2}, "aé\0".encode(), False),  # in the middle of é
+        ({}, b"\xc3\0", False),
+    ],
+)
+def test_tables_of_characters_that_lead_nowhere(units, texts, fits):
+    """The library would abort at them, when it meets such a character."""
+    trie = b"".join(units.get(place, 0).to_bytes(4, "little") for place in range(256))
+    assert is_charsmap((1024).to_bytes(4, "little") + trie + texts) is fits
+    assert not is_charsmap((1020).to_bytes(4, "little") + trie + texts)
+    assert not is_charsmap((2048).to_bytes(4, "little") + trie + texts)
+    assert not is_charsmap(b"")
 
 
 # ----------------------------------------------------------------------------------------------
