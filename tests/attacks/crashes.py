@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -41,6 +42,7 @@ DAYS = 3 * 86400  # seconds: asides that are older belong to nobody
 def prepare(work: Path, names: Sequence[str]) -> None:
     """What commands need: a model of few layers, a photo, a learned folder, and what is before."""
     from fuzz import prepare as prepare_inputs
+    from tqdm import tqdm
 
     import imagelab.figures
     import mifo.learning.priors
@@ -48,6 +50,7 @@ def prepare(work: Path, names: Sequence[str]) -> None:
     for name in ("plot_losses", "plot_attention"):  # which would take most of the time, as would
         setattr(imagelab.figures, name, lambda path, *args: path.touch())
     mifo.learning.priors.STEPS = 4  # steps of class images
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: a killed one would keep it
     os.chdir(work)
     prepare_inputs(work)  # learns with another seed
     (work / "here").mkdir()
