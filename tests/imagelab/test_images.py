@@ -1,9 +1,11 @@
 """Reading pictures and masks: every way they are stored, sizes worked by hand, damaged files."""
 
 import hashlib
+import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
