@@ -10,6 +10,8 @@ class UserError(ValueError):
     """What a user did wrong: one sentence with the value and what to do. Exit code 2."""
 
 
+#: What files and folders are called while they are written (`imagelab.io.atomic`): of no interest.
+ASIDE = re.compile(r"\.([^/]+)\.[0-9a-f]{12}\.(?:new|part)(?:/.*)?")
 #: What is told in a sentence; anything else is a fault of the program and keeps its traceback.
 FAILURES = (UserError, OSError, FloatingPointError, MemoryError)
 
@@ -46,7 +48,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; nothing that was there before has been changed: free some space"
     if isinstance(error, OSError) and error.errno and error.filename:
-        return f"{error.filename}: {error.strerror}; give another path or change its permissions"
+        where = ASIDE.sub(r"\1", str(error.filename))
+        is_gone = error.errno == errno.ENOENT
+        advice = "give another path" if is_gone else "give another path or change its permissions"
+        return f"{where}: {error.strerror}; {advice}"
     return " ".join(str(error).split())
 
 

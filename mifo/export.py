@@ -49,7 +49,10 @@ def export(
     model_path: str | None = None,
     offline: bool = False,
 ) -> list[Export]:
-    """Write a learned folder in some formats to ``output_path/<its name>``: all of them or none.
+    """Write a learned folder in some formats to ``output_path/<its name>``.
+
+    All are made before the first takes its place; each appears whole. A crash in between leaves
+    some of the new ones beside former ones.
 
     Raises:
         UserError: a format that this folder cannot have, or an export that is there already.

@@ -1,5 +1,7 @@
 """What a message shows of a user's value, and how an error ends a command."""
 
+import errno
+
 import pytest
 
 from imagelab.cli import Parser, report_errors, seed_option
@@ -83,3 +85,24 @@ def test_two_dashes_are_no_value(capsys):
 
 def test_a_seed_may_be_left_to_chance():
     assert [seed_option(text) for text in ("None", "none", "7", "-1")] == [None, None, 7, -1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOENT, "No such file", "out/.toys.0123456789ab.new/x.safetensors"),
+            "out/toys: No such file; give another path",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "out/.0001.png.0123456789ab.part/content"),
+            "out/0001.png: Permission denied; give another path or change its permissions",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "out/.hidden"),
+            "out/.hidden: Permission denied; give another path or change its permissions",
+        ),
+    ],
+)
+def test_what_is_written_is_told_by_its_own_name(error, told):
+    assert sentence(error) == told
