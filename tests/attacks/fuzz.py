@@ -11,6 +11,7 @@ Prints each list that breaks this, and how many there were of each end.
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -22,10 +23,11 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "mige")]
 
 ENDS = (0, 2, 130)
 PATIENCE = 120  # seconds for one list
@@ -52,15 +54,14 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its script, and an argument list that works."""
+    """A command: its script or module, and an argument list that works."""
 
     script: str
     argv: tuple[str, ...]
 
     def main(self, argv: Sequence[str]) -> None:
         """Run it in this process."""
-        module = __import__(self.script)
-        module.main(list(argv))
+        import_module(self.script).main(list(argv))
 
     def actions(self) -> list[argparse.Action]:
         """Its options, as argparse knows them."""
@@ -124,7 +125,26 @@ def prepare(work: Path) -> list[Command]:
              "--format", "kohya", "--offline", "--overwrite"),
         ),
         Command("visual_box_mask", ("--top_left", "8", "8", "--bottom_right", "64", "64")),
+        *prepare_mige(work),
     ]  # fmt: skip
+
+
+def prepare_mige(work: Path) -> list[Command]:
+    """The commands of MIGE, with a model of few layers and a list."""
+    from tiny_mige import save_tiny
+
+    save_tiny(work / "mige_model")
+    record = {"entity_path": ["example/toys/img.jpg"], "multi_prompt": "a<imagehere>on it"}
+    (work / "list.json").write_text(json.dumps([record]))
+    painting = ("--model", "mige_model", "--steps", "1", "--device", "cpu", "--mixed_precision",
+                "no", "--output_path", "pictures")  # fmt: skip
+    photo = "example/toys/img.jpg"
+    one = ("--prompt", "a <image> on it", "--images", photo)
+    return [
+        Command("mige.generate", (*one, *painting)),
+        Command("mige.generate", ("--items", "list.json", *painting)),
+        Command("mige.edit", ("--source", photo, "--instruction", "make it red", *painting)),
+    ]
 
 
 def fuzzed(rng: random.Random, command: Command, actions: Sequence[argparse.Action]) -> list[str]:
@@ -221,11 +241,14 @@ def run_here(command: Command, argv: Sequence[str]) -> Ended:
 
 def run_apart(command: Command, argv: Sequence[str]) -> Ended:
     """Run a command as a process of its own."""
-    script = str(ROOT / f"{command.script}.py")
+    name = command.script
+    script = ["-m", name] if "." in name else [str(ROOT / f"{name}.py")]
+    places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     try:
         done = subprocess.run(
-            [sys.executable, script, *(os.fsencode(word) for word in argv)],
+            [sys.executable, *script, *(os.fsencode(word) for word in argv)],
             capture_output=True, text=True, errors="replace", timeout=PATIENCE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         )  # fmt: skip
     except (subprocess.TimeoutExpired, OSError, ValueError) as error:
         return Ended(None, True, f"Traceback: {error}")

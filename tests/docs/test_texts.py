@@ -31,10 +31,11 @@ COMMANDS = {
     "docs/sharing.md": 4,
     "docs/page.md": 1,
     "docs/faithfulness.md": 1,
+    "docs/mige.md": 4,
     "toybox/stable_diffusion/README.md": 10,
     "benchmarks/README.md": 4,
 }
-OURS = ("mifo_page", "toybox", "benchmarks", "experiments")
+OURS = ("mifo_page", "mige", "toybox", "benchmarks", "experiments")
 
 
 # ----------------------------------------------------------------------------------------------
