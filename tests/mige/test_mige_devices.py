@@ -51,3 +51,20 @@ def test_the_commands_on_a_device(model, place, command, capsys):
             ["--model", str(model), *options, "--steps", "2", "--seed", "3", "--device", "cuda"]
         )
     assert "0000.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_offloaded_parts_come_when_they_work(model, name, monkeypatch):
+    wanted = painted(MigePipeline.from_pretrained(model), name)
+    with pretend("cuda"):
+        pipeline = MigePipeline.from_pretrained(model)
+        pipeline.enable_model_cpu_offload(device="cuda")
+        places = []
+        pipeline.transformer.register_forward_hook(
+            lambda *_: places.append(
+                (pipeline.text_encoder.device.type, pipeline.transformer.device.type)
+            )
+        )
+        found = painted(pipeline, name)
+        assert set(places) == {("cpu", "cuda")}
+    assert abs(found - wanted).max() <= 1
