@@ -71,16 +71,24 @@ def run(parser: Parser, options: argparse.Namespace, read: Callable[[], "list[It
         items = read()
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
-        from mige.painting import paint_list, paint_once, prepare
+        from mige.painting import kept_seed, paint_list, paint_once, prepare
 
         processes = Processes(choose_device(config.runtime.device))
-        config = replace(config, seed=processes.agree(random_seed_if_none(config.seed)))
+        seed = config.seed
+        if seed is None and options.items:  # a stopped list goes on with its own
+            seed = kept_seed(options.output_path)
+        config = replace(config, seed=processes.agree(random_seed_if_none(seed)))
         job = make_job(options.model, items, config, processes.device)
         if processes.is_first:
             print(f"seed {config.seed}, {options.model} on {processes.device}", flush=True)
         prepare(job, processes.device, config.runtime.offload)
         paint = paint_list if options.items else paint_once
-        for path in paint(job, options.output_path, processes):
+        try:
+            paths = paint(job, options.output_path, processes)
+        except KeyboardInterrupt:
+            more = "; the very same command goes on from here" if options.items else ""
+            raise KeyboardInterrupt(f"stopped{more}") from None
+        for path in paths:
             print(path)
         processes.end()
 

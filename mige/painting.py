@@ -23,6 +23,7 @@ from mige.pipeline import Condition, MigePipeline, Size
 from mige.request import Request
 
 RUN = "run.json"
+RUN_FORM, ADVICE = {"seed": int, "sha256": str}, "give another --output_path"
 SHEET_ITEMS, SHEET_SIDE = 24, 256
 
 
@@ -137,26 +138,29 @@ def paint_list(job: Job, folder: Path, processes: Processes) -> list[Path]:
         return [*paths.values(), *_write_sheets(job, list(paths.values()), folder)]
 
 
+def kept_seed(folder: Path) -> int | None:
+    """The seed of the list whose pictures a folder holds; None where there is none."""
+    path = folder / RUN
+    return read_json(path, RUN_FORM, ADVICE)["seed"] if path.is_file() else None
+
+
 def _claim(job: Job, folder: Path) -> None:
     """Make a list's folder its own; a UserError where it holds anything else."""
     path = folder / RUN
     facts = [job.facts(item, 0) for item in job.items]
     text = json.dumps([facts, job.config.num_images], sort_keys=True)
-    run = {"items": len(job.items), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    digest = hashlib.sha256(text.encode()).hexdigest()
     if path.is_file():
-        if (
-            read_json(path, {"sha256": str}, "give another --output_path")["sha256"]
-            == run["sha256"]
-        ):
+        if read_json(path, RUN_FORM, ADVICE)["sha256"] == digest:
             return
         raise UserError(
-            f"{folder} holds pictures of another list, or of other settings; give those (with the "
-            "--seed that was printed), or another --output_path"
+            f"{folder} holds pictures of another list, or of other settings; go on with those, or "
+            "give another --output_path"
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; give another --output_path for a list")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, run)
+    write_json(path, {"items": len(job.items), "seed": job.config.seed, "sha256": digest})
 
 
 # ----------------------------------------------------------------------------------------------

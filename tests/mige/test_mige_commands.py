@@ -159,7 +159,7 @@ def test_neither_order_nor_batches_change_a_list_s_pictures(paint, model):
         assert abs(pixels(alone).astype(int) - pixels(together)).max() <= 1
 
 
-def test_a_stopped_list_goes_on(paint, monkeypatch):
+def test_a_stopped_list_goes_on(paint, monkeypatch, capsys):
     whole = paint(generate, "--items", write_list(SUBJECTS), "--output_path", "whole")
     painted = []
     original = MigePipeline.paint
@@ -175,6 +175,7 @@ def test_a_stopped_list_goes_on(paint, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         paint(generate, "--items", "list.json")
     assert stop.value.code == 130
+    assert "stopped; the very same command goes on from here" in capsys.readouterr().err
     assert sorted(p.name for p in Path("output/mige").glob("*.png")) == ["0000.png"]
     before = Path("output/mige/0000.png").stat().st_mtime_ns
     again = paint(generate, "--items", "list.json")
@@ -183,6 +184,18 @@ def test_a_stopped_list_goes_on(paint, monkeypatch):
     for first, second in zip(whole[:3], again[:3], strict=True):
         assert np.array_equal(pixels(first), pixels(second))
         assert facts_in(first) == facts_in(second)
+
+
+def test_a_list_without_a_seed_goes_on_with_its_own(model, place, capsys):
+    command = ["--model", str(model), "--items", write_list(SUBJECTS[:2]), "--steps", "1"]
+    command += ["--device", "cpu", "--mixed_precision", "no"]
+    generate.main(command)
+    first = pixels(Path("output/mige/0001.png"))
+    Path("output/mige/0001.png").unlink()
+    generate.main(command)
+    assert np.array_equal(pixels(Path("output/mige/0001.png")), first)
+    seeds = {facts_in(Path(f"output/mige/000{n}.png"))["seed"] for n in range(2)}
+    assert len(seeds) == 1
 
 
 def test_a_list_s_folder_takes_no_other_work(paint, fails, model):
