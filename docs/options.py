@@ -13,8 +13,11 @@ sys.path.insert(0, str(ROOT))  # the commands of this checkout, not of an instal
 
 from mifo.cli import boxes, evaluation, export, learning, synthesis  # noqa: E402
 from mifo_page import __main__ as page  # noqa: E402
+from mige import convert, edit, generate  # noqa: E402
 
 PAGE = Path(__file__).with_name("options.md")
+#: What has to be given.
+MODEL, RELEASE = ["--model", ""], ["--release", "", "--output", ""]
 #: The parser of each command, and its short name where an installation gives it one.
 COMMANDS = {
     "semantic_learning.py": ("mifo-learn", lambda: learning.parse_args([])[0]),
@@ -22,6 +25,9 @@ COMMANDS = {
     "visual_box_mask.py": ("mifo-boxes", boxes.build_parser),
     "semantic_evaluation.py": ("mifo-evaluate", lambda: evaluation.parse_args([])[0]),
     "semantic_export.py": ("mifo-export", lambda: export.parse_args([])[0]),
+    "python -m mige.generate": ("mige-generate", lambda: generate.parse_args(MODEL)[0]),
+    "python -m mige.edit": ("mige-edit", lambda: edit.parse_args(MODEL)[0]),
+    "python -m mige.convert": ("mige-convert", lambda: convert.parse_args(RELEASE)[0]),
     "python -m mifo_page": (None, lambda: page.parse_args([])[0]),
 }
 INTRODUCTION = """\
@@ -64,6 +70,8 @@ def row(action: argparse.Action) -> str:
 
 def default_of(action: argparse.Action) -> str:
     """Nothing for a flag and for an empty default."""
+    if action.required:
+        return "has to be given"
     value = "" if action.nargs == 0 else action.default
     text = " ".join(value) if isinstance(value, list | tuple) else str(value)
     return f"`{text}`" if text else ""
