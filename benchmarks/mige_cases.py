@@ -13,11 +13,12 @@ from torch import Tensor
 from benchmarks import mige_plain
 from benchmarks.measure import operations
 from imagelab.models.loading import quiet_libraries
+from mige.config import DEFAULTS, Guidance
 from mige.method.guidance import branches
 from mige.method.instruction import Embedded
 from mige.method.sampler import ContinuousDPMSolver
 from mige.pipeline import MigePipeline
-from mige.request import DEFAULTS, Guidance, Request, make_request
+from mige.request import Request, make_request
 from mige.sizes import build
 
 SEED, SLOTS, PATCH = 0, 4, 2

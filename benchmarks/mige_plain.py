@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from imagelab.training.seeds import generator_for
+from mige.config import Guidance
 from mige.method.encoder import embed_instruction, embed_patches, encode_text, see
 from mige.method.guidance import Branch, guide
 from mige.method.instruction import Embedded
 from mige.method.prediction import predict
 from mige.pictures import crop, letterbox, to_pixels, to_vision
 from mige.pipeline import MigePipeline
-from mige.request import Guidance, Request
+from mige.request import Request
 
 SUBJECT = (Branch(False, False), Branch(True, False))
 EDIT = (Branch(False, False), Branch(False, True), Branch(True, True))

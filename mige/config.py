@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imagelab.settings import Config, check_within
-from mige.request import DEFAULTS, Guidance
 
 BOUNDS = {
     "num_images": (1, 1_000_000),
@@ -14,6 +13,22 @@ BOUNDS = {
     "width": (1, 16_384),
     "height": (1, 16_384),
     "batch_size": (1, 10_000),
+}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a task is sampled: steps, and the weights of text and source (the paper's)."""
+
+    steps: int
+    text_scale: float
+    image_scale: float = 1.0
+
+
+DEFAULTS = {
+    "subject": Guidance(50, 7.0),
+    "edit": Guidance(60, 5.0),
+    "subject_edit": Guidance(60, 5.0),
 }
 
 

@@ -32,7 +32,9 @@ HELP = {
 def add_painting_options(parser: Parser) -> None:
     """The options of both commands."""
     defaults = PaintingConfig()
-    parser.add_argument("--model", required=True, help="model folder; docs/mige.md says how to make one")
+    parser.add_argument(
+        "--model", required=True, help="model folder; docs/mige.md says how to make one"
+    )
     parser.add_argument("--items", type=Path, help="a JSON list of items; see docs/mige.md")
     parser.add_argument(
         "--root", type=Path, help="where the list's paths start; None: the list's folder"

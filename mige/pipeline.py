@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imagelab.errors import UserError, shorten
 from imagelab.training.seeds import generator_for
+from mige.config import DEFAULTS, Guidance
 from mige.folder import load_parts
 from mige.method.encoder import (
     VISION_NORM_EPS,
@@ -30,7 +31,7 @@ from mige.method.instruction import length_of, segment_ids
 from mige.method.prediction import predict
 from mige.method.wording import PREFIXES
 from mige.pictures import crop, letterbox, to_pixels, to_vision
-from mige.request import DEFAULTS, Guidance, Request, make_request
+from mige.request import Request, make_request
 
 #: Stand before the texts where a model's config has no sentences of its own.
 PLAIN_PREFIXES = dict.fromkeys(PREFIXES, "")
@@ -357,7 +358,7 @@ class MigePipeline(DiffusionPipeline):
             seed: of the first picture; every next one has the next seed.
             width, height: pixels; None: the model's own.
             guidance: ``steps``, ``text_scale``, ``image_scale``, in place of the paper's
-                (:data:`~mige.request.DEFAULTS`).
+                (:data:`~mige.config.DEFAULTS`).
 
         Raises:
             UserError: the request makes no sense; see :func:`~mige.request.make_request`.

@@ -6,24 +6,15 @@ from dataclasses import dataclass
 from PIL import Image
 
 from imagelab.errors import UserError, shorten
-from mige.method.instruction import MARK, WRITTEN, split
-from mige.method.wording import MOST_WORDS, TASKS, name_source, prompt_for
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a task is sampled: steps, and the weights of text and source (the paper's)."""
-
-    steps: int
-    text_scale: float
-    image_scale: float = 1.0
-
-
-DEFAULTS = {
-    "subject": Guidance(50, 7.0),
-    "edit": Guidance(60, 5.0),
-    "subject_edit": Guidance(60, 5.0),
-}
+from mige.method.wording import (
+    MARK,
+    MOST_WORDS,
+    TASKS,
+    WRITTEN,
+    name_source,
+    prompt_for,
+    split,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Request:
 
     Attributes:
         task: one of :data:`~mige.method.wording.TASKS`.
-        text: the instruction, with :data:`~mige.method.instruction.MARK` for each picture.
+        text: the instruction, with :data:`~mige.method.wording.MARK` for each picture.
         pictures: RGB, in the order of the marks.
         source: which of the pictures is to be edited; None for the task "subject".
         name: what the item's random draws are called by: no two items of a list share it.

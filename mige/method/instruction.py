@@ -3,7 +3,6 @@
 Axes: k tokens, d their width, q vectors a picture.
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MARK = "<imagehere>"
-#: How people write a mark, with the blanks around it.
-WRITTEN = re.compile(r"\s*<\s*image(?:\s*here)?\s*>\s*", re.IGNORECASE)
+from mige.method.wording import split
 
 
 class Embedded(NamedTuple):
@@ -21,11 +18,6 @@ class Embedded(NamedTuple):
 
     embeddings: Tensor
     mask: Tensor
-
-
-def split(prompt: str) -> list[str]:
-    """The texts before, between and behind a prompt's marks; one more than there are marks."""
-    return prompt.split(MARK)
 
 
 def segment_ids(tokenizer, prompt: str) -> list[list[int]]:

@@ -6,8 +6,9 @@ Everything here follows the release, so that its weights see what they have lear
 import re
 from collections.abc import Mapping
 
-from mige.method.instruction import MARK
-
+MARK = "<imagehere>"  # stands where a picture is meant
+#: How people write a mark, with the blanks around it.
+WRITTEN = re.compile(r"\s*<\s*image(?:\s*here)?\s*>\s*", re.IGNORECASE)
 #: What the model does: paint subjects, edit a picture, edit it with a subject.
 TASKS = ("subject", "edit", "subject_edit")
 #: The sentences before a prompt, which a model's config holds.
@@ -21,6 +22,11 @@ _CALLS = (
 )  # fmt: skip
 _UNSAFE = re.compile(r'[\\*?:"<>|]')
 LONGEST_NAME = 100
+
+
+def split(prompt: str) -> list[str]:
+    """The texts before, between and behind a prompt's marks; one more than there are marks."""
+    return prompt.split(MARK)
 
 
 def clean(text: str, most: int | None = MOST_WORDS) -> str:

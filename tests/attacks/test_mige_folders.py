@@ -13,9 +13,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "mige"))
 from tiny_mige import save_tiny  # noqa: E402
 
+from mige.config import Guidance
 from mige.items import check_items, read_items  # noqa: E402
 from mige.pipeline import MigePipeline  # noqa: E402
-from mige.request import Guidance, make_request  # noqa: E402
+from mige.request import make_request  # noqa: E402
 
 RED = Image.new("RGB", (8, 8), "red")
 TENSORS = "diffusion_pytorch_model.safetensors"

@@ -21,10 +21,11 @@ from benchmarks.mige_cases import (
     make_work,
     request_of,
 )
+from mige.config import Guidance
 from mige.method.instruction import segment_ids
 from mige.method.sampler import ContinuousDPMSolver
 from mige.pipeline import MigePipeline
-from mige.request import Guidance, make_request
+from mige.request import make_request
 
 SUBJECTS, EDIT = [Row("subject", count) for count in (1, 2, 4)], Row("edit", 1)
 STEPS = 3

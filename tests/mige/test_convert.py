@@ -20,11 +20,12 @@ from transformers import T5EncoderModel
 
 from imagelab.errors import UserError
 from imagelab.io.tensors import UMASK
+from mige.conversion import Model
 from mige.convert import main
 from mige.folder import PARTS, find_weights, read_tokenizer
 from mige.method.prediction import predict
 from mige.pipeline import MigePipeline
-from mige.sources import read_text_tokenizer
+from mige.sources import read_state, read_text_tokenizer
 from mige.vocabulary import is_charsmap, read_spiece
 
 SPIECE = Path(__file__).parents[1] / "golden" / "t5_tokenizer"
@@ -498,6 +499,27 @@ def test_prefixes_of_another_form(released, output, fails, content, told):
 def test_heads_of_another_form(released, output, fails, heads):
     told = fails(main, ["--release", str(released), "--output", str(output), "--heads", heads]).err
     assert "transformer=NUMBER" in told
+
+
+def test_the_room_that_a_model_takes():
+    """A tensor with two names is written once."""
+    table, other = torch.zeros(10, 4), torch.zeros(3, dtype=torch.bfloat16)
+    assert Model({}, {"a": {"x": table, "y": table}, "b": {"z": other}}, None).size == 160 + 6
+
+
+def test_weights_stay_on_the_disk_until_they_are_used(released, monkeypatch):
+    """Thirteen gigabytes are more than many machines' memory."""
+    load, asked = torch.load, []
+
+    def watch(*args, **named):
+        asked.append((named["mmap"], named["weights_only"]))
+        return load(*args, **named)
+
+    monkeypatch.setattr(torch, "load", watch)
+    read_state(released / "model.pth")
+    torch.save(release(), released / "old.pth", _use_new_zipfile_serialization=False)
+    read_state(released / "old.pth")  # which torch cannot map
+    assert asked == [(True, True), (False, True)]
 
 
 def test_a_disk_without_room(released, output, fails, monkeypatch):

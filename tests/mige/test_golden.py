@@ -22,6 +22,7 @@ from golden_mige import (
 )
 from PIL import Image
 
+from mige.config import Guidance
 from mige.method.encoder import embed_instruction, embed_patches, encode_text, see
 from mige.method.guidance import branches, guide
 from mige.method.instruction import interleave, segment_ids
@@ -30,7 +31,6 @@ from mige.method.sampler import ContinuousDPMSolver
 from mige.method.wording import clean, name_source, safe_name
 from mige.pictures import letterbox
 from mige.pipeline import Condition, MigePipeline
-from mige.request import Guidance
 
 SLOTS, LENGTH, END, PAD = 4, 24, 1, 0
 

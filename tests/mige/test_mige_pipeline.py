@@ -13,10 +13,11 @@ from tiny_mige import PREFIXES, tiny_pipeline, tiny_tokenizer
 
 from imagelab.errors import UserError
 from imagelab.training.seeds import generator_for
+from mige.config import Guidance
 from mige.folder import model_digest
 from mige.pictures import crop, letterbox, to_pixels, to_vision
 from mige.pipeline import MigePipeline, Size
-from mige.request import Guidance, make_request
+from mige.request import make_request
 
 DOG, CAT, SOURCE = picture(0, 40, 30), picture(1, 20, 50), picture(2, 32, 32)
 FEW = Guidance(3, 5.0, 1.5)

@@ -156,6 +156,19 @@ def test_the_release_s_configs_are_read_off_its_shapes():
     assert configs_of(full_release()) == CONFIGS
 
 
+@pytest.mark.parametrize(("every", "frequency"), [(3, 3), (5, 5), (12, 12)])
+def test_layers_that_look_at_pictures_are_counted(every, frequency):
+    """Of the twelve, those that cross are numbered 0, every, 2 * every, …"""
+    state = full_release()
+    for name in [name for name in state if ".crossattention." in name]:
+        del state[name]
+    stem = "Qformer.bert.encoder.layer"
+    for layer in range(0, 12, every):
+        name = f"{stem}.{layer}.crossattention.self.key.weight"
+        state[name] = torch.empty(MEANING, SEEN, device="meta")
+    assert configs_of(state)["qformer"]["cross_attention_frequency"] == frequency
+
+
 @pytest.mark.parametrize(
     ("part", "inside", "count"),
     [

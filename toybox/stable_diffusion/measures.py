@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from imagelab.attention import Recorder, attention_layers, pixel_grids, processors
-from imagelab.models.sources import check_folder
 from imagelab.models.loading import quiet_libraries
+from imagelab.models.sources import check_folder
 from toybox.classifier.network import (
     SCENE,
     Classifier,
