@@ -11,7 +11,7 @@ from hostile import CANARY, Bomb, join_header, json_changes, outcome, split_head
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mige"))
-from tiny_mige import save_tiny  # noqa: E402
+from tiny_mige import PREFIXES, save_tiny  # noqa: E402
 
 from mige.config import Guidance
 from mige.items import check_items, read_items  # noqa: E402
@@ -96,9 +96,7 @@ INDEXED = {
     "a further part": {"safety_checker": [CANARY, "X"]},
     "a pipeline of one's own": {"_class_name": [f"{CANARY}", "X"]},
     "endless slots": {"slots": 10**9},
-    "a prefix of megabytes": {
-        "prefixes": dict.fromkeys(("subject", "subject_inference", "edit", "subject_edit"), "x" * 2**22)
-    },
+    "a prefix of megabytes": {"prefixes": dict.fromkeys(PREFIXES, "x" * 2**22)},
 }  # fmt: skip
 
 
@@ -203,7 +201,9 @@ LISTS = {
     "not UTF-8": b"\xff\xfe[",
     "a path of a device": '[{"entity_path": ["/dev/zero"], "multi_prompt": "a<imagehere>"}]',
     "a path with a zero byte": '[{"entity_path": ["a\\u0000b"], "multi_prompt": "a<imagehere>"}]',
-    "a path of kilobytes": '[{"entity_path": ["' + "x" * 9000 + '"], "multi_prompt": "a<imagehere>"}]',
+    "a path of kilobytes": '[{"entity_path": ["PATH"], "multi_prompt": "a<imagehere>"}]'.replace(
+        "PATH", "x" * 9000
+    ),
     "a folder": '[{"entity_path": ["."], "multi_prompt": "a<imagehere>"}]',
     "a surrogate": '[{"entity_path": [], "multi_prompt": "a \\ud800"}]',
     "entities that are none": '[{"entity_path": [1], "multi_prompt": "a<imagehere>"}]',
