@@ -33,7 +33,7 @@ COMMANDS = {
     "docs/faithfulness.md": 1,
     "docs/mige.md": 4,
     "toybox/stable_diffusion/README.md": 10,
-    "benchmarks/README.md": 4,
+    "benchmarks/README.md": 9,
 }
 OURS = ("mifo_page", "mige", "toybox", "benchmarks", "experiments")
 
