@@ -19,6 +19,7 @@ from imagelab.io.tensors import read_json
 from imagelab.processes import Processes
 from mige.config import PaintingConfig
 from mige.items import Item, told_of
+from mige.method.wording import MARK
 from mige.pipeline import Condition, MigePipeline, Size
 from mige.request import Request
 
@@ -227,7 +228,8 @@ def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image
             Tile(read_image(path), "to edit" if index == item.source else f"<image> {index + 1}")
             for index, path in enumerate(item.paths)
         ]
-        lines.append([*given, *(Tile(path, item.text) for path in painted)])
+        text = item.text.replace(MARK, " <image> ").strip()
+        lines.append([*given, *(Tile(path, text) for path in painted)])
     columns = max(map(len, lines))
     blank = Tile(Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white"))
     tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
