@@ -11,10 +11,12 @@ In ``entity_path`` the pictures stand in the order of their marks; the one that 
 ``source_path`` as well is edited. Other keys are passed over.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -48,6 +50,11 @@ class Item:
     is_global: bool = False
 
     @property
+    def digests(self) -> list[str]:
+        """sha256 of each picture's file."""
+        return [_digest(path.resolve(), path.stat().st_mtime_ns) for path in self.paths]
+
+    @property
     def task(self) -> str:
         """One of :data:`~mige.method.wording.TASKS`."""
         if self.source is None:
@@ -66,6 +73,12 @@ class Item:
     def read(self) -> Request:
         """What the model is asked for, with its pictures."""
         return self.request([read_image(path) for path in self.paths])
+
+
+@lru_cache(maxsize=100_000)
+def _digest(path: Path, changed: int) -> str:
+    """sha256 of a file, kept until it changes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_items(path: Path, root: Path | None, edits: bool) -> list[Item]:

@@ -57,6 +57,7 @@ class Job:
             "task": task,
             "text": item.text,
             "pictures": [str(path) for path in item.paths],
+            "pictures_sha256": item.digests,
             "source": item.source,
             "is_global": item.is_global,
             "item": item.name,
@@ -148,7 +149,7 @@ def kept_seed(folder: Path) -> int | None:
 def _claim(job: Job, folder: Path) -> None:
     """Make a list's folder its own; a UserError where it holds anything else."""
     path = folder / RUN
-    facts = [job.facts(item, 0) for item in job.items]
+    facts = [job.facts(item, 0) for item in job.items]  # whatever a picture depends on
     text = json.dumps([facts, job.config.num_images], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if path.is_file():

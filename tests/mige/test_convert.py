@@ -300,6 +300,28 @@ def test_a_damaged_vocabulary_is_told(tmp_path):
             read_spiece(path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (b"\x12\x02\x18\x01", None),  # the trainer's settings: the kind of model is unigram
+        (b"\x12\x02\x18\x02", "another kind"),  # byte pairs
+        (b"\x0a\x05\x0a\x01Q\x18\x01", None),  # a piece: Q, of type 1
+        (b"\x0a\x05\x0a\x01Q\x18\x04", "another kind"),  # of type 4, a user's own
+        (b"\x0a\x03\x0a\x01e", "twice"),
+        (b"\x0a\x08\x0a\x01Q\x15\x00\x00\xc0\x7f", "no numbers"),  # its score is NaN
+    ],
+)
+def test_vocabularies_that_are_not_t5_s(tmp_path, fields, told):
+    """A message goes on with what is written behind it."""
+    path = tmp_path / "spiece.model"
+    path.write_bytes((SPIECE / "spiece.model").read_bytes() + fields)
+    if told is None:
+        assert read_spiece(path)[0][51][0] == "l"
+        return
+    with pytest.raises(UserError, match=told):
+        read_spiece(path)
+
+
 ENDS = 1 << 8  # a unit whose first child holds the place of a text
 TEXT = 1 << 31  # such a child
 

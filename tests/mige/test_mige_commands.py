@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,15 @@ def test_a_subject(paint, model, place):
     assert np.array_equal(pixels(first), wanted[0])
     assert np.array_equal(pixels(second), wanted[1])
     facts = json.loads(second.with_suffix(".json").read_text())
+    assert facts.pop("pictures_sha256") == [sha256(Path("dog.png").read_bytes()).hexdigest()]
     assert facts | {"model": None, "pictures": None} == {
         "task": "subject", "text": "a<imagehere>on the beach", "pictures": None, "source": None,
         "is_global": False, "item": 0, "seed": 4, "first_seed": 3, "steps": 2, "text_scale": 7.0,
         "image_scale": 1.0, "width": 32, "height": 32, "model": None, "precision": "float32",
     }  # fmt: skip
-    assert facts_in(second) == facts | {"model": facts["model"] | {"folder": model.name}}
+    shown = facts_in(second)
+    del shown["pictures_sha256"]
+    assert shown == facts | {"model": facts["model"] | {"folder": model.name}}
     assert Image.open(sheet).width > 3 * 256  # the subject, then both pictures
     again = paint(generate, *SUBJECT)
     assert again[0] == Path("output/mige/0002.png")
@@ -207,6 +211,8 @@ def test_a_list_s_folder_takes_no_other_work(paint, fails, model):
     assert "holds pictures of another list" in told.err
     write_list(SUBJECTS[:1])
     assert "of other settings" in fails(generate.main, [*command, "--seed", "4"]).err
+    picture(9).save("dog.png")
+    assert "holds pictures of another list" in fails(generate.main, command).err
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("my own")
     told = fails(generate.main, [*command, "--output_path", "mine"])
