@@ -18,6 +18,7 @@ from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from mige.method.wording import PREFIXES
+from mige.vocabulary import is_charsmap
 
 INDEX = "model_index.json"
 PARTS = {
@@ -223,6 +224,8 @@ def read_tokenizer(folder: Path):
     vocabulary = [_piece(each, path) for each in model["vocab"]]
     extra = sum(text.startswith("<extra_id_") for text, _ in vocabulary)
     charsmap = _charsmap(found.get("normalizer"))
+    if charsmap is not None and not is_charsmap(charsmap):  # at which tokenizers would panic
+        raise UserError(f"{path}: its table of characters is damaged; {ADVICE}")
     try:
         return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=extra)
     except Exception as error:  # tokenizers raises Exception itself

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagelab.errors import UserError, shorten
+from imagelab.io.tensors import UMASK
 from imagelab.training.seeds import generator_for
 from mige.config import DEFAULTS, Guidance
 from mige.folder import load_parts
@@ -122,6 +123,12 @@ class MigePipeline(DiffusionPipeline):
                 "float16 overflows in T5, whose states go beyond 65504; take bfloat16 or float32"
             )
         return cls(**load_parts(folder, torch_dtype))
+
+    def save_pretrained(self, folder: str | Path, **settings) -> None:
+        """Write a model folder, as diffusers does, that others may read as well."""
+        super().save_pretrained(folder, **settings)
+        for file in Path(folder).rglob("*.safetensors"):
+            file.chmod(0o666 & ~UMASK)  # safetensors lets only the owner read
 
     # ------------------------------------------------------------------------------------------
     # what the configs say

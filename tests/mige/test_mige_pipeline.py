@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_mige import PREFIXES, tiny_pipeline, tiny_tokenizer
 
 from imagelab.errors import UserError
+from imagelab.io.tensors import UMASK
 from imagelab.training.seeds import generator_for
 from mige.config import Guidance
 from mige.folder import model_digest
@@ -62,6 +63,8 @@ def test_a_saved_pipeline_is_the_same(pipeline, model, tmp_path):
     first, second = (np.array(each(*arguments, steps=2).images[0]) for each in (pipeline, loaded))
     assert np.array_equal(first, second)
     loaded.save_pretrained(tmp_path / "again")
+    files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
     assert model_digest(tmp_path / "again") == model_digest(model)
 
 
