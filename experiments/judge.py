@@ -1,7 +1,7 @@
 """Which toys a picture shows, as the classifier sees them: right in their boxes, or there at all.
 
-A toy is the right one if its kind is right, its hue is nearest to its own among the hues of the
-photo, and at most CLOSE degrees from it.
+A toy is the right one if its kind is right, and covers at least FILLED of its box, and its hue is
+nearest to its own among the hues of the photo, and at most CLOSE degrees from it.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,22 @@ from toybox.classifier.network import (
 from toybox.scenes.toys import KINDS, Look
 
 CLOSE = 25.0  # degrees
+FILLED = 0.1  # share of a box; thin toys that fill theirs cover 0.13 or more
 WINDOW = 1.25  # side of what is seen of a box, over the box's longer side
 PRESENT = 0.015  # share of a picture that an instance covers at least to be there
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What is in a box. ``error``: degrees from the hue it should have."""
+    """What is in a box.
+
+    Attributes:
+        cover: the share of the box that the kind covers.
+        error: degrees from the hue it should have.
+    """
 
     kind: str
+    cover: float
     hue: float
     error: float
     is_right: bool
@@ -53,16 +60,17 @@ def judge_boxes(
     """
     judged = []
     for box, index in zip(boxes, own, strict=True):
-        kind, hue = read_box(classifier, picture, box)
+        kind, cover, hue = read_box(classifier, picture, box)
         errors = hue_distance(torch.tensor(hue), torch.tensor([look.hue for look in looks]))
         error = errors[index].item()
-        is_right = kind == looks[index].kind and error <= min(errors.min().item(), CLOSE)
-        judged.append(Judged(kind, hue, error, is_right))
+        is_own = kind == looks[index].kind and cover >= FILLED
+        is_right = is_own and error <= min(errors.min().item(), CLOSE)
+        judged.append(Judged(kind, cover, hue, error, is_right))
     return judged
 
 
-def read_box(classifier: Classifier, picture: Image.Image, box: Box) -> tuple[str, float]:
-    """The kind that covers most of a box, and the hue in it, in degrees.
+def read_box(classifier: Classifier, picture: Image.Image, box: Box) -> tuple[str, float, float]:
+    """The kind that covers most of a box, the share that it covers, and the hue in it, in degrees.
 
     The classifier reads a square window that is a little larger than the box, as it was trained to
     see toys; then the cells of the window count as far as they are inside the box.
@@ -78,10 +86,13 @@ def read_box(classifier: Classifier, picture: Image.Image, box: Box) -> tuple[st
     shares = logits[0].softmax(0)[1:]  # k r c, without the background
     across = _covered((x0 - left) / side, (x1 - left) / side, shares.shape[2])
     down = _covered((y0 - top) / side, (y1 - top) / side, shares.shape[1])
-    shares = shares * down[:, None] * across
+    inside = down[:, None] * across  # r c
+    shares = shares * inside
     cosine, sine = (vectors[0] * shares.sum(0)).sum((1, 2))
-    kind = KINDS[shares.sum((1, 2)).argmax()]
-    return kind, torch.atan2(sine, cosine).rad2deg().item() % 360
+    covers = shares.sum((1, 2)) / inside.sum()
+    kind = covers.argmax()
+    hue = torch.atan2(sine, cosine).rad2deg().item() % 360
+    return KINDS[kind], covers[kind].item(), hue
 
 
 def _covered(low: float, high: float, cells: int) -> Tensor:

@@ -142,6 +142,16 @@ def test_a_hue_nearer_to_an_instance_of_another_kind_is_wrong():
     assert judged.is_right
 
 
+@pytest.mark.parametrize(("cells", "is_right"), [(5, False), (6, False), (7, True), (12, True)])
+def test_a_box_that_hardly_shows_its_toy_is_wrong(cells, is_right):
+    """A tenth of 8×8 cells is 6.4 of them; the others are background."""
+    kinds = np.full((8, 8), "", dtype=object)
+    kinds.flat[:cells] = "fox"
+    [judged] = judge_boxes(Told(kinds, np.full((8, 8), 100)), BLANK, [WHOLE], [0], PHOTO)
+    assert judged.cover == pytest.approx(cells / 64, abs=1e-3)
+    assert (judged.kind, judged.is_right) == ("fox", is_right)
+
+
 def test_covered():
     covered = _covered(0.1, 0.8, 8).tolist()  # eighths end at 0.125, …, 0.75, 0.875
     assert covered == pytest.approx([0.2, 1, 1, 1, 1, 1, 0.4, 0], abs=1e-6)
@@ -154,9 +164,10 @@ def test_only_what_is_inside_the_box_counts():
     kinds, hues = np.full((8, 8), "bus", dtype=object), np.full((8, 8), 90)
     kinds[:6, :4], hues[:6, :4] = "car", 0
     kinds[0], hues[0] = "", 180  # background, whose hue says nothing
-    kind, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.5))
+    kind, cover, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.5))
     # car: 5 rows of 4; bus: 5 rows of 2.4 and 0.4 rows of 6.4 (in the window: 20 cells and 36)
     assert kind == "car"
+    assert cover == pytest.approx(20 / 6.4**2, abs=1e-4)
     assert hue == pytest.approx(np.rad2deg(np.arctan2(14.56, 20)), abs=1e-3)
     assert read_box(Told(kinds, hues), BLANK, WHOLE)[0] == "bus"
 
@@ -165,7 +176,7 @@ def test_a_wide_box_covers_columns_of_its_window():
     """64 by 32 pixels of a window of 80: 6.4 columns and 3.2 rows."""
     kinds, hues = np.full((8, 8), "bus", dtype=object), np.full((8, 8), 90)
     kinds[:3], hues[:3] = "car", 0
-    kind, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.25))
+    kind, cover, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.25))
     assert kind == "car"  # 3 rows of 6.4, and 0.2 of them of the bus
     assert hue == pytest.approx(np.rad2deg(np.arctan2(1.28, 19.2)), abs=1e-3)
 

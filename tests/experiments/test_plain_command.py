@@ -153,7 +153,7 @@ def test_sheet_has_a_line_for_each_learning(painted):
 
 def test_what_is_written(painted):
     work, rows = painted
-    config = LearningConfig(instance="x", seed=0)
+    config = LearningConfig(instance="x", model_path="toybox", seed=0)
     task = tasks.Task("two", (0, 1), True, 2)
     looks = (Look("fox", 100), Look("cat", 100))
     jobs = [Job(f"seed{seed}", config, looks, (task,)) for seed in (0, 1)]

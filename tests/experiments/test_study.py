@@ -1,11 +1,15 @@
 """A study: what a row's key depends on, rows written once, failures told; painting by tasks."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hurried import Counter, job_of, rows_by_key
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from experiments import study, tasks
 from experiments.study import Job, rows_of, run_study
@@ -17,9 +21,12 @@ from mifo.learning.config import LearningConfig
 from toybox.classifier.network import load_classifier
 from toybox.scenes.scenes import Placement, Scene, render
 from toybox.scenes.toys import Look
+from toybox.stable_diffusion import FOLDER
 
 WAY = "toybox-random-mifo"
-CONFIG = LearningConfig.from_settings(instance="a", folder_path="f", output_dir="o", seed=3)
+CONFIG = LearningConfig.from_settings(
+    instance="a", folder_path="f", output_dir="o", model_path="toybox", seed=3
+)
 TASK = Task("boxed", (0, 1), True, 2, 7)
 JOB = Job("way", CONFIG, (Look("fox", 100), Look("fox", 130)), (TASK,), {}, {"guidance_steps": 3})
 
@@ -63,6 +70,35 @@ def test_everything_that_a_row_depends_on_is_in_its_key():
     task = {"name": "b", "assets": (1, 0), "has_boxes": False, "images": 3, "seed": 8}
     keys += [JOB.key(replace(TASK, **{name: value})) for name, value in task.items()]
     assert len(set(keys)) == len(keys) == 1 + 13 + 5
+
+
+def test_another_base_or_other_numbers_of_its_own_change_the_key(tmp_path):
+    """A copy elsewhere does not."""
+    copy = shutil.copytree(FOLDER, tmp_path / "copy")
+    keys = {"copy": with_settings(model_path=str(copy)).key(TASK)}
+    changes = {"numbers": _other_numbers, "noise": _other_noise, "weights": _other_weights}
+    for name, spoil in changes.items():
+        other = shutil.copytree(FOLDER, tmp_path / name)
+        spoil(other)
+        keys[name] = with_settings(model_path=str(other)).key(TASK)
+    assert keys.pop("copy") == JOB.key(TASK)
+    assert len({JOB.key(TASK), *keys.values()}) == 4
+
+
+def _other_numbers(folder: Path) -> None:
+    (folder / "mifo_config.json").write_text('{"guidance_scale": 4}')
+
+
+def _other_noise(folder: Path) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.02}))
+
+
+def _other_weights(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + 1}, path)
 
 
 # ----------------------------------------------------------------------------------------------
