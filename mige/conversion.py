@@ -15,7 +15,7 @@ from imagelab.io.atomic import folder_lock, replacing
 from imagelab.io.folders import check_writable
 from imagelab.io.tensors import UMASK, disk_errors, read_json
 from imagelab.models.loading import quiet_libraries, read_part
-from mige.folder import INDEX, LONGEST_PREFIX, PARTS, check_widths
+from mige.folder import INDEX, PARTS, check_prefix, check_widths
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.wording import PREFIXES
 from mige.release import (
@@ -75,6 +75,7 @@ def convert(
         UserError: the release is not whole, or not MIGE's, or there is no room for the folder.
     """
     quiet_libraries()
+    output = output.absolute()
     check_output(output, sources, overwrite)
     model = read_model(sources, heads or {})
     check_room(output, model.size)
@@ -97,8 +98,7 @@ def read_prefixes(path: Path) -> dict[str, str]:
     advice = f"write texts for {', '.join(PREFIXES)}"
     found = read_json(path, dict.fromkeys(PREFIXES, str), advice)
     for name in PREFIXES:
-        if len(found[name]) > LONGEST_PREFIX:
-            raise UserError(f"{path}: {name} is longer than any prompt; {advice}")
+        check_prefix(found[name], f"{path}: {name}", advice)
     return {name: found[name] for name in PREFIXES}
 
 

@@ -44,15 +44,19 @@ def read(options: argparse.Namespace) -> list:
     if options.items:
         if options.instruction is not None or options.source or options.images:
             raise UserError("--items and --source are both given; give one of them")
+        if options.whole or options.order != 1:
+            raise UserError("--order and --whole are for a single edit; leave them out of a list")
         return read_items(options.items, options.root, edits=True)
     if options.instruction is None or options.source is None:
         raise UserError("give --source and --instruction, or a list with --items")
     pictures = list(options.images)
     if not 1 <= options.order <= len(pictures) + 1:
         raise UserError(
-            f"--order is {options.order}, and there are {len(pictures) + 1} pictures with the "
-            f"source; give 1 to {len(pictures) + 1}"
+            f"--order is {options.order}, and with the source there are {len(pictures) + 1}; "
+            f"give a number from 1 to {len(pictures) + 1}"
         )
+    if options.whole and options.images:
+        raise UserError("--whole is for edits without --images; leave it out")
     pictures.insert(options.order - 1, options.source)
     text = written_marks(options.instruction)
     return [Item(0, text, tuple(pictures), options.order - 1, options.whole)]

@@ -17,7 +17,7 @@ from imagelab.models.digests import weights_digest
 from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
-from mige.method.wording import PREFIXES
+from mige.method.wording import MARK, PREFIXES
 from mige.vocabulary import is_charsmap
 
 INDEX = "model_index.json"
@@ -153,10 +153,21 @@ def read_settings(folder: Path) -> dict:
     if wrong := misfit(prefixes, dict.fromkeys(PREFIXES, str), "prefixes"):
         raise UserError(f"{path}: {wrong}; {ADVICE}")
     for name in PREFIXES:
-        if len(prefixes[name]) > LONGEST_PREFIX:
-            raise UserError(f"{path}: the prefix of {name} is longer than any prompt; {ADVICE}")
+        check_prefix(prefixes[name], f"{path}: the prefix of {name}", ADVICE)
     settings = {name: found[name] for name in SETTINGS}
     return settings | {"prefixes": {name: prefixes[name] for name in PREFIXES}}
+
+
+def check_prefix(text: str, name: str, advice: str) -> None:
+    """Raises UserError for what cannot stand before an instruction."""
+    if len(text) > LONGEST_PREFIX:
+        raise UserError(f"{name} is longer than any prompt; {advice}")
+    if MARK in text:
+        raise UserError(f"{name} holds a mark, {MARK}, and no picture belongs there; {advice}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is not UTF-8 text; {advice}") from None
 
 
 def check_widths(configs: dict[str, dict], folder: Path) -> None:

@@ -11,19 +11,17 @@ In ``entity_path`` the pictures stand in the order of their marks; the one that 
 ``source_path`` as well is edited. Other keys are passed over.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.images import read_image
+from imagelab.io.images import open_picture
 from imagelab.io.tensors import misfit
 from mige.method.wording import TASKS
 from mige.request import Request, make_request
@@ -50,11 +48,6 @@ class Item:
     is_global: bool = False
 
     @property
-    def digests(self) -> list[str]:
-        """sha256 of each picture's file."""
-        return [_digest(path.resolve(), path.stat().st_mtime_ns) for path in self.paths]
-
-    @property
     def task(self) -> str:
         """One of :data:`~mige.method.wording.TASKS`."""
         if self.source is None:
@@ -70,15 +63,21 @@ class Item:
             self.text, others, pictures[self.source], self.source, self.name, self.is_global
         )
 
-    def read(self) -> Request:
-        """What the model is asked for, with its pictures."""
-        return self.request([read_image(path) for path in self.paths])
+    def read(self, digests: Mapping[Path, str]) -> Request:
+        """What the model is asked for, with its pictures.
 
+        Raises UserError where one is not any more what it was.
 
-@lru_cache(maxsize=100_000)
-def _digest(path: Path, changed: int) -> str:
-    """sha256 of a file, kept until it changes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        Args:
+            digests: sha256 of the files, as :func:`read_pictures` found them.
+        """
+        pictures = []
+        for path in self.paths:
+            picture = open_picture(path)
+            if picture.sha256 != digests[path]:
+                raise UserError(f"{path} has changed since the work began; run the command again")
+            pictures.append(picture.as_rgb())
+        return self.request(pictures)
 
 
 def read_items(path: Path, root: Path | None, edits: bool) -> list[Item]:
@@ -108,7 +107,7 @@ def _read_list(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"there is no list {path}; give a JSON file with --items")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as that") from error
     except json.JSONDecodeError as error:
@@ -134,7 +133,7 @@ def _item(record: dict, index: int, path: Path, root: Path) -> Item:
         source = root / record["image"]
         return Item(index, record["instruction"], (source,), 0, task == "global")
     entities = record["entity_path"]
-    sources = record.get("source_path") or []
+    sources = record.get("source_path", [])
     if misfit(sources, [str]) or len(sources) > 1:
         raise UserError(f"{path}: item {index}: source_path is no list of one path")
     if sources and sources[0] not in entities:
@@ -143,27 +142,40 @@ def _item(record: dict, index: int, path: Path, root: Path) -> Item:
             "all pictures in the order of their marks"
         )
     place = entities.index(sources[0]) if sources else None
-    if (task := record.get("task", TASKS[0])) not in TASKS:
+    item = Item(index, record["multi_prompt"], tuple(root / each for each in entities), place)
+    if (task := record.get("task", item.task)) != item.task:
+        known = f"its pictures make it one of {item.task}" if task in TASKS else "there is no such"
         raise UserError(
-            f"{path}: item {index}: there is no task {shorten(str(task))!r}; the tasks are "
-            f"{', '.join(TASKS)}"
+            f"{path}: item {index} says the task {shorten(str(task))!r}, and {known}; the tasks "
+            f"are {', '.join(TASKS)}"
         )
-    return Item(index, record["multi_prompt"], tuple(root / each for each in entities), place)
+    return item
+
+
+def read_pictures(items: Sequence[Item]) -> dict[Path, str]:
+    """Read every picture once, before any work; the sha256 of each file.
+
+    Raises UserError with the item's position for the first that cannot be read.
+    """
+    digests: dict[Path, str] = {}
+    for item in tqdm(items, "reading", unit=" items", disable=len(items) < 100):
+        with told_of(item, len(items)):
+            for path in item.paths:
+                if path not in digests:
+                    picture = open_picture(path)
+                    picture.as_rgb()
+                    digests[path] = picture.sha256
+    return digests
 
 
 def check_items(items: Sequence[Item], pipeline) -> None:
-    """Read every picture and every instruction once, before any work.
+    """Read every instruction as a model will.
 
     Raises UserError with the item's position for the first that cannot be carried out.
     """
-    read: set[Path] = set()
     blank = Image.new("RGB", (1, 1))
     for item in tqdm(items, "checking", unit=" items", disable=len(items) < 100):
         with told_of(item, len(items)):
-            for path in item.paths:
-                if path not in read:
-                    read_image(path)
-                    read.add(path)
             pipeline.segments(item.request([blank] * len(item.paths)))
 
 

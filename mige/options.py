@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Help of the settings, in order.
 HELP = {
-    "num_images": "pictures of each item; each has the next seed",
+    "num_images": "pictures of each item; each has noise of the next seed",
     "steps": "of DPM-Solver++; None: 50 for subjects, 60 for edits",
     "text_scale": "weight of the instruction; None: 7 for subjects, 5 for edits",
     "image_scale": "weight of the picture to edit; at 1 a branch is saved; None: 1",
@@ -71,10 +71,13 @@ def run(parser: Parser, options: argparse.Namespace, read: Callable[[], "list[It
         check_numbers(config.settings())
         check_writable(options.output_path, "output_path")
         items = read()
+        if options.root is not None and not options.items:
+            raise UserError("--root is for the paths of a list; give --items as well")
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
-        from mige.painting import kept_seed, paint_list, paint_once, prepare
+        from mige.painting import check_place, kept_seed, paint_list, paint_once, prepare
 
+        check_place(options.output_path, bool(options.items))
         processes = Processes(choose_device(config.runtime.device))
         seed = config.seed
         if seed is None and options.items:  # a stopped list goes on with its own
@@ -99,16 +102,17 @@ def make_job(model: str, items: "list[Item]", config: PaintingConfig, device: st
     """Load the model and check everything against it, before any picture is painted."""
     from imagelab.training.seeds import check_seed
     from mige.folder import find_folder, model_digest
-    from mige.items import check_items
+    from mige.items import check_items, read_pictures
     from mige.painting import Job
     from mige.pipeline import MigePipeline
 
     check_seed(config.seed)
+    pictures = read_pictures(items)
     if config.runtime.offload and device == "cpu":
         raise UserError("--offload saves a GPU's memory; leave it out on the CPU")
     dtype = precision(config.runtime.mixed_precision, device)
     pipeline = MigePipeline.from_pretrained(model, torch_dtype=dtype)
-    job = Job(pipeline, model, model_digest(find_folder(model)), items, config)
+    job = Job(pipeline, model, model_digest(find_folder(model)), items, config, pictures)
     pipeline.check_size(job.size)
     check_items(items, pipeline)
     return job

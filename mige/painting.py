@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imagelab.errors import UserError
-from imagelab.io.atomic import folder_lock, write_json, write_new, written_aside
+from imagelab.io.atomic import folder_lock, sweep, write_json, write_new, written_aside
 from imagelab.io.images import read_image
 from imagelab.io.pictures import Tile, contact_sheet, encode_png, next_number, save_picture
 from imagelab.io.tensors import read_json
@@ -35,6 +35,7 @@ class Job:
     Attributes:
         model: the model's folder.
         digest: sha256 of its weights and settings.
+        pictures: sha256 of the pictures' files.
     """
 
     pipeline: MigePipeline
@@ -42,6 +43,7 @@ class Job:
     digest: str
     items: Sequence[Item]
     config: PaintingConfig
+    pictures: Mapping[Path, str]
 
     @property
     def size(self) -> Size:
@@ -57,7 +59,7 @@ class Job:
             "task": task,
             "text": item.text,
             "pictures": [str(path) for path in item.paths],
-            "pictures_sha256": item.digests,
+            "pictures_sha256": [self.pictures[path] for path in item.paths],
             "source": item.source,
             "is_global": item.is_global,
             "item": item.name,
@@ -114,7 +116,7 @@ def paint_list(job: Job, folder: Path, processes: Processes) -> list[Path]:
     Raises:
         UserError: the folder holds other work, or another process paints there.
     """
-    with folder_lock(folder, "output_path") if processes.is_first else nullcontext():
+    with folder_lock(folder, "--output_path") if processes.is_first else nullcontext():
         with processes.first_alone():
             if processes.is_first:
                 _claim(job, folder)
@@ -132,7 +134,7 @@ def paint_list(job: Job, folder: Path, processes: Processes) -> list[Path]:
                 aside.write_bytes(encode_png(picture, words_of(facts)))
 
         mine = [(item, index) for item in processes.share(job.items) for index in range(count)]
-        todo = [(item, index) for item, index in mine if not paths[item.name, index].is_file()]
+        todo = [(item, index) for item, index in mine if not _is_whole(paths[item.name, index])]
         _paint(job, todo, save, processes.is_first)
         processes.gather(None)  # all wait here for each other
         if not processes.is_first:
@@ -146,10 +148,31 @@ def kept_seed(folder: Path) -> int | None:
     return read_json(path, RUN_FORM, ADVICE)["seed"] if path.is_file() else None
 
 
+def check_place(folder: Path, is_list: bool) -> None:
+    """Raises UserError for a list in a folder of other files, and for anything else in a list's."""
+    has_list = (folder / RUN).is_file()
+    if not is_list and has_list:
+        raise UserError(f"{folder} holds the pictures of a list; give another --output_path")
+    left = [p for p in folder.iterdir() if p.suffix != ".part"] if folder.is_dir() else []
+    if is_list and not has_list and left:
+        raise UserError(f"{folder} holds other files; give another --output_path for a list")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a picture is there, and can be read."""
+    try:
+        with Image.open(path) as file:
+            file.verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
 def _claim(job: Job, folder: Path) -> None:
     """Make a list's folder its own; a UserError where it holds anything else."""
     path = folder / RUN
-    facts = [job.facts(item, 0) for item in job.items]  # whatever a picture depends on
+    # whatever a picture depends on, wherever the files are
+    facts = [job.facts(item, 0) | {"pictures": [], "model": job.digest} for item in job.items]
     text = json.dumps([facts, job.config.num_images], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if path.is_file():
@@ -159,9 +182,9 @@ def _claim(job: Job, folder: Path) -> None:
             f"{folder} holds pictures of another list, or of other settings; go on with those, or "
             "give another --output_path"
         )
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; give another --output_path for a list")
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)  # what a killed writer left; the lock is held
+    check_place(folder, True)
     write_json(path, {"items": len(job.items), "seed": job.config.seed, "sha256": digest})
 
 
@@ -186,7 +209,7 @@ def _paint(
             for item, _ in batch:
                 if item.name not in encoded:
                     with told_of(item, len(job.items)):
-                        request = item.read()
+                        request = item.read(job.pictures)
                     condition = job.pipeline.encode(request, job.config.seed, job.size)
                     encoded[item.name] = request, condition
             asked = [(*encoded[item.name], job.config.seed + index) for item, index in batch]
@@ -226,7 +249,7 @@ def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image
     lines = []
     for item, painted in zip(items, pictures, strict=True):
         given = [
-            Tile(read_image(path), "to edit" if index == item.source else f"<image> {index + 1}")
+            Tile(_small(path), "to edit" if index == item.source else f"<image> {index + 1}")
             for index, path in enumerate(item.paths)
         ]
         text = item.text.replace(MARK, " <image> ").strip()
@@ -235,6 +258,13 @@ def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image
     blank = Tile(Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white"))
     tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
     return contact_sheet(tiles, columns=columns, side=SHEET_SIDE)
+
+
+def _small(path: Path) -> Image.Image:
+    """A picture as large as a sheet shows it."""
+    picture = read_image(path)
+    picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    return picture
 
 
 def _write_sheets(job: Job, paths: Sequence[Path], folder: Path) -> list[Path]:

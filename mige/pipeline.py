@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from imagelab.errors import UserError, shorten
+from imagelab.io.images import as_rgb
 from imagelab.io.tensors import UMASK
-from imagelab.training.seeds import generator_for
-from mige.config import DEFAULTS, Guidance
+from imagelab.training.seeds import check_seed, generator_for
+from mige.config import DEFAULTS, Guidance, check_numbers
 from mige.folder import load_parts
 from mige.method.encoder import (
     VISION_NORM_EPS,
@@ -118,6 +119,8 @@ class MigePipeline(DiffusionPipeline):
         Raises:
             UserError: a part is missing, damaged, or does not fit the others.
         """
+        if not isinstance(torch_dtype, torch.dtype):
+            raise UserError(f"torch_dtype is {torch_dtype!r}; give torch.bfloat16 or torch.float32")
         if torch_dtype == torch.float16:
             raise UserError(
                 "float16 overflows in T5, whose states go beyond 65504; take bfloat16 or float32"
@@ -347,33 +350,41 @@ class MigePipeline(DiffusionPipeline):
     def __call__(
         self,
         instruction: str,
-        images: Sequence[Image.Image] = (),
+        images: Image.Image | Sequence[Image.Image] = (),
         source: Image.Image | None = None,
         source_place: int = 0,
         num_images: int = 1,
         seed: int = 0,
         width: int | None = None,
         height: int | None = None,
+        is_global: bool = False,
         **guidance,
     ) -> ImagePipelineOutput:
         """Carry out one instruction.
 
         Args:
             instruction: with ``<image>`` where a picture is meant.
-            images: RGB subjects, in the order of their marks.
+            images: subjects, in the order of their marks, or a single one.
             source: the picture to edit; None paints a new one. Its mark is number ``source_place``.
             seed: of the first picture; every next one has the next seed.
             width, height: pixels; None: the model's own.
+            is_global: whether an edit concerns the whole picture.
             guidance: ``steps``, ``text_scale``, ``image_scale``, in place of the paper's
                 (:data:`~mige.config.DEFAULTS`).
 
         Raises:
             UserError: the request makes no sense; see :func:`~mige.request.make_request`.
         """
+        given = {name: value for name, value in guidance.items() if value is not None}
+        check_numbers({"num_images": num_images, "width": width, "height": height} | given)
+        check_seed(seed)
         size = Size(width or self.size.width, height or self.size.height)
         self.check_size(size)
-        request = make_request(instruction, tuple(images), source, source_place)
-        given = {name: value for name, value in guidance.items() if value is not None}
+        images = [images] if isinstance(images, Image.Image) else images
+        source = None if source is None else as_rgb(source)
+        request = make_request(
+            instruction, tuple(map(as_rgb, images)), source, source_place, is_global=is_global
+        )
         how = replace(DEFAULTS[request.task], **given)
         condition = self.encode(request, seed, size)
         pictures = []

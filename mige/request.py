@@ -9,12 +9,16 @@ from imagelab.errors import UserError, shorten
 from mige.method.wording import (
     MARK,
     MOST_WORDS,
+    SHORT,
     TASKS,
     WRITTEN,
+    clean,
     name_source,
     prompt_for,
     split,
 )
+
+LONGEST = 4000  # letters of an instruction
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ def make_request(
         request = Request("edit", text, (source,), 0, name, is_global)
     else:
         together = list(pictures)
+        if not 0 <= source_place <= len(together):
+            raise UserError(
+                f"the source's place is {source_place}; give a number from 0 to {len(together)}"
+            )
         together.insert(source_place, source)
         request = Request("subject_edit", text, tuple(together), source_place, name)
     check_request(request)
@@ -91,12 +99,16 @@ def make_request(
 def written_marks(text: str) -> str:
     """An instruction with marks as the model knows them.
 
-    ``<image>`` becomes ``<imagehere>``, without the blanks beside it. Blanks beside a mark that is
-    written ``<imagehere>`` are meant, and stay.
+    ``<image>`` becomes ``<imagehere>``, without the blanks beside it. Where a text has a mark that
+    is written ``<imagehere>``, the blanks beside it are meant, and stay.
+
+    Raises UserError for a text that is longer than any prompt.
     """
-    if MARK in text:
-        return text
-    return WRITTEN.sub(MARK, text)
+    if len(text) > LONGEST:
+        raise UserError(
+            f"the instruction {shorten(text)!r} has {len(text)} letters; give at most {LONGEST}"
+        )
+    return (SHORT if MARK in text else WRITTEN).sub(MARK, text)
 
 
 def check_request(request: Request) -> None:
@@ -108,15 +120,18 @@ def check_request(request: Request) -> None:
     try:
         request.text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"the instruction {shorten(request.text)!r} is not UTF-8 text") from None
+        raise UserError(
+            f"the instruction {shorten(request.text)!r} is not UTF-8 text; write it so"
+        ) from None
     parts = split(request.instruction)
     marks, pictures = len(parts) - 1, len(request.pictures)
-    shown = shorten(request.text)
-    if not "".join(split(request.text)).strip():
+    shown = shorten(request.instruction if marks > pictures else request.text)
+    added = request.instruction.removesuffix(f" in{MARK}").removesuffix(f" of{MARK}")
+    if not all(clean("".join(split(text))) for text in (request.text, added)):
         raise UserError(f"the instruction {shown!r} has no words; say what is to be painted")
     if marks > pictures:
         raise UserError(
-            f"the instruction {shown!r} has {_count(marks, 'mark')} <image> and there "
+            f"the instruction, read as {shown!r}, has {_count(marks, 'mark')} <image> and there "
             f"{_are(pictures, 'picture')}; give a picture for each mark"
         )
     if marks < pictures:

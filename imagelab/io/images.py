@@ -96,6 +96,12 @@ def read_image(path: Path) -> Image.Image:
     return Image.fromarray(np.array(open_picture(path).as_rgb()))
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture that was opened elsewhere, as `read_image` would have read it."""
+    upright = ImageOps.exif_transpose(image)
+    return Picture(Path("a picture"), upright, False, image.size, False, "").as_rgb()
+
+
 def read_mask(path: Path, label: str | None = None) -> np.ndarray:
     """True [h, w] inside, at the size of the file; see `Picture.as_mask`."""
     return open_picture(path).as_mask(label)

@@ -7,8 +7,12 @@ import re
 from collections.abc import Mapping
 
 MARK = "<imagehere>"  # stands where a picture is meant
-#: How people write a mark, with the blanks around it.
-WRITTEN = re.compile(r"\s*<\s*image(?:\s*here)?\s*>\s*", re.IGNORECASE)
+#: Blanks before something, if there are any. Without looking back, a long run of them would be
+#: tried from each of its places.
+_BEFORE = r"(?:(?<!\s)\s+)?"
+#: How people write a mark, with the blanks around it; the second is not the model's own way.
+WRITTEN = re.compile(rf"{_BEFORE}<\s*image(?:\s*here)?\s*>\s*", re.IGNORECASE)
+SHORT = re.compile(rf"{_BEFORE}<\s*image\s*>\s*", re.IGNORECASE)
 #: What the model does: paint subjects, edit a picture, edit it with a subject.
 TASKS = ("subject", "edit", "subject_edit")
 #: The sentences before a prompt, which a model's config holds.
@@ -45,7 +49,8 @@ def name_source(instruction: str, is_global: bool = False) -> str:
     `` of<imagehere>`` where the edit concerns the whole picture.
     """
     for call in _CALLS:
-        instruction = re.sub(rf"\s*{call}\s*", f" {MARK} ", instruction, flags=re.IGNORECASE)
+        pattern = rf"{_BEFORE}{call}\s*"
+        instruction = re.sub(pattern, f" {MARK} ", instruction, flags=re.IGNORECASE)
     if MARK in instruction:
         return instruction
     return instruction.rstrip(".") + (" of" if is_global else " in") + MARK

@@ -220,6 +220,48 @@ def test_a_list_s_folder_takes_no_other_work(paint, fails, model):
     assert {p: p.read_bytes() for p in Path("output/mige").iterdir()} == before
 
 
+def test_a_list_s_folder_takes_no_single_picture(paint, fails, model):
+    """It would have a number of the list's."""
+    paint(generate, "--items", write_list(SUBJECTS[:1]))
+    told = fails(generate.main, ["--model", str(model), *SUBJECT, *QUICK])
+    assert "output/mige holds the pictures of a list; give another --output_path" in told.err
+
+
+def test_a_list_goes_on_from_its_first_moment_and_past_damaged_pictures(paint):
+    aside = Path("output/mige/.run.json.0123456789ab.part")
+    aside.mkdir(parents=True)
+    first, *_ = paint(generate, "--items", write_list(SUBJECTS[:2]))
+    whole = pixels(first)
+    first.write_bytes(first.read_bytes()[:100])
+    Path("output/mige/0001.png").write_bytes(b"")
+    again = paint(generate, "--items", "list.json")
+    assert np.array_equal(pixels(again[0]), whole)
+    assert Image.open(again[1]).size == (32, 32)
+
+
+def test_a_list_is_the_same_by_any_path(paint, model, place):
+    first, *_ = paint(generate, "--items", write_list(SUBJECTS[:1]))
+    before = first.stat().st_mtime_ns
+    shutil.copytree(model, place / "moved")
+    argv = ["--model", str(place / "moved"), "--items", str(place / "list.json"), *QUICK]
+    generate.main(argv)
+    assert first.stat().st_mtime_ns == before
+
+
+def test_a_picture_that_changes_during_the_work_is_told(paint, fails, model, monkeypatch):
+    original = MigePipeline.paint
+
+    def change(self, *args):
+        picture(9).save("cat.png")
+        return original(self, *args)
+
+    monkeypatch.setattr(MigePipeline, "paint", change)
+    write_list(SUBJECTS[:2])
+    told = fails(generate.main, ["--model", str(model), "--items", "list.json", *QUICK])
+    assert "item 1: cat.png has changed since the work began; run the command again" in told.err
+    assert Path("output/mige/0000.png").is_file()
+
+
 def test_sheets_of_long_lists(paint, monkeypatch):
     monkeypatch.setattr(painting, "SHEET_ITEMS", 2)
     paths = paint(generate, "--items", write_list(SUBJECTS))
@@ -254,6 +296,9 @@ GENERATE = [
     (["--prompt", "a dog", "--images", "dog.png"], "there is 1 picture and the instruction"),
     (["--prompt", "<image>", "--images", "dog.png"], "has no words; say what is to be painted"),
     (["--prompt", " "], "has no words"),
+    (["--prompt", "..!"], "has no words"),
+    (["--prompt", "a" + " " * 5000], "has 5001 letters; give at most 4000"),
+    (["--prompt", "a", "--root", "here"], "--root is for the paths of a list; give --items"),
     (["--prompt", "red " * 30], "and the model reads 24; shorten it"),
     (["--prompt", "red " * 100], "has 101 words with those that the model puts before it"),
     (["--prompt", "a " + "<image>" * 5, "--images", *["dog.png"] * 5], "this model takes 4"),
@@ -269,7 +314,7 @@ GENERATE = [
     (["--items", "empty.json"], "empty.json has 0 items"),
     (["--items", "keys.json"], "keys.json: item 1: it has no 'multi_prompt'"),
     (["--items", "gone.json"], "item 1: "),
-    (["--items", "task.json"], "task.json: item 0: there is no task 'dance'; the tasks are"),
+    (["--items", "task.json"], "task.json: item 0 says the task 'dance', and there is no such"),
     (["--items", "mixed.json"], "mixed.json: item 1 edits a picture: use mige.edit"),
     (["--items", "lost.json"], "item 0: entity_path lacks the source in.png"),
     (["--items", "marks.json"], "item 1: there is 1 picture and the instruction 'a dog' has"),
@@ -291,10 +336,20 @@ EDITING = [
     ([*EDIT, "--items", "list.json"], "--items and --source are both given"),
     (
         [*EDIT, "--order", "2"],
-        "--order is 2, and there are 1 pictures with the source; give 1 to 1",
+        "--order is 2, and with the source there are 1; give a number from 1 to 1",
     ),
     ([*EDIT, "--images", "cat.png"], "there are 2 pictures and the instruction 'make it snow'"),
     (["--instruction", "", "--source", "in.png"], "has no words"),
+    (["--instruction", "the image", "--source", "in.png"], "has no words"),
+    (["--items", "list.json", "--whole"], "--order and --whole are for a single edit"),
+    (
+        [*EDIT, "--images", "cat.png", "--whole"],
+        "--whole is for edits without --images; leave it out",
+    ),
+    (
+        ["--instruction", "make the image like the photo", "--source", "in.png"],
+        "read as 'make <imagehere> like <imagehere> ', has 2 marks",
+    ),
     (["--items", "list.json"], "list.json: item 0 edits none: use mige.generate"),
 ]
 

@@ -10,7 +10,7 @@ from imagelab.errors import UserError
 from mige.method.guidance import Branch, branches, guide
 from mige.method.instruction import interleave, length_of, segment_ids
 from mige.method.sampler import ContinuousDPMSolver
-from mige.method.wording import clean, prompt_for
+from mige.method.wording import WRITTEN, clean, name_source, prompt_for
 from mige.request import make_request, written_marks
 
 PREFIXES = {
@@ -64,11 +64,21 @@ def test_a_single_newline_stays_within_a_word():
         ("a <image> on the beach", "a<imagehere>on the beach"),
         ("a <Image Here>  and\n< image >.", "a<imagehere>and<imagehere>."),
         ("a <imagehere> on it", "a <imagehere> on it"),  # in the release's own way
+        ("a <image> and <imagehere>.", "a<imagehere>and <imagehere>."),
+        ("x \n <image>  <image> y", "x<imagehere><imagehere>y"),
         ("a dog", "a dog"),
     ],
 )
 def test_marks(text, wanted):
     assert written_marks(text) == wanted
+
+
+def test_long_runs_of_blanks_are_read_at_once():
+    """Tried from each of their places, these would take minutes."""
+    blanks = " " * 100_000
+    assert name_source(f"make{blanks}it") == f"make{blanks}it in<imagehere>"
+    assert name_source(f"make{blanks}the image{blanks}red") == "make <imagehere> red"
+    assert WRITTEN.sub("-", f"a{blanks}b{blanks}<image>{blanks}c") == f"a{blanks}b-c"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The pipeline: saved and loaded, alone and in batches, seeds, sizes, precisions."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from tiny_mige import PREFIXES, tiny_pipeline, tiny_tokenizer
 
 from imagelab.errors import UserError
+from imagelab.io.images import read_image
 from imagelab.io.tensors import UMASK
 from imagelab.training.seeds import generator_for
 from mige.config import Guidance
@@ -107,6 +109,14 @@ BAD_FOLDERS = {
     ),
     "no slots": (lambda m: edit(m / "model_index.json", slots=0), "slots is 0, and may be 1 to"),
     "slots in words": (lambda m: edit(m / "model_index.json", slots="4"), "slots is '4' and not"),
+    "a mark in a prefix": (
+        lambda m: edit(m / "model_index.json", prefixes=PREFIXES | {"edit": "an <imagehere>"}),
+        "the prefix of edit holds a mark, <imagehere>",
+    ),
+    "half a letter": (
+        lambda m: edit(m / "model_index.json", prefixes=PREFIXES | {"edit": "\ud800"}),
+        "the prefix of edit is not UTF-8 text",
+    ),
     "no prefixes": (lambda m: edit(m / "model_index.json", prefixes={}), "has no 'subject'"),
     "another width": (
         lambda m: edit(m / "fusion/config.json", text_width=44),
@@ -287,6 +297,49 @@ def test_bfloat16_is_finite(model):
 def test_float16_is_refused_with_the_reason(model):
     with pytest.raises(UserError, match="float16 overflows in T5"):
         MigePipeline.from_pretrained(model, torch_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["turned", "transparent", "palette", "grey"])
+def test_photos_are_read_as_the_commands_read_them(pipeline, tmp_path, kind):
+    photo, path = picture(5, 30, 20), tmp_path / "photo.png"
+    if kind == "turned":
+        path = tmp_path / "photo.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo.save(path, exif=exif)
+    elif kind == "transparent":
+        photo.putalpha(picture(6, 30, 20).convert("L"))
+        photo.save(path)
+    else:
+        photo.convert("P" if kind == "palette" else "L").save(path)
+    with Image.open(path) as opened:
+        found = pipeline("make it snow", source=opened, steps=1).images[0]
+    wanted = pipeline("make it snow", source=read_image(path), steps=1).images[0]
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"steps": 0}, "--steps is 0; give a whole number from 1"),
+        ({"text_scale": -1.0}, "--text_scale is -1.0"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"seed": None}, "the seed is None"),
+        ({"num_images": -1}, "--num_images is -1"),
+        (
+            {"images": [DOG], "source_place": 5},
+            "the source's place is 5; give a number from 0 to 1",
+        ),
+    ],
+)
+def test_settings_from_python_are_checked(pipeline, settings, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        pipeline("make it snow", **({"images": (), "source": SOURCE} | settings))
+
+
+def test_a_single_picture_needs_no_list(pipeline):
+    one, two = (pipeline("a <image>", each, steps=1).images[0] for each in (DOG, [DOG]))
+    assert np.array_equal(one, two)
 
 
 def test_encoders_run_once_an_item(pipeline, monkeypatch):
