@@ -154,12 +154,13 @@ def test_an_earlier_output_is_replaced_and_nothing_else_is_left(folder):
 
 
 def test_the_output_is_on_the_disk_before_it_takes_its_name(monkeypatch):
+    """And then its name."""
     order = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, real=real: (order.append(n), real(*a)))
     run("--size", 32)
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]
 
 
 @pytest.mark.parametrize("owner, name", [(Image.Image, "save"), (os, "replace")])
@@ -182,7 +183,7 @@ def test_a_failed_write_leaves_the_earlier_output(folder, monkeypatch, capsys, o
     "argv, message",
     [
         ("--image none.jpg", r"none.jpg cannot be read as a picture \(No such file"),
-        ("--image folder", "folder cannot be read as a picture"),
+        ("--image folder", "folder is no file; give a JPEG, PNG or WebP file"),
         ("--image text.png", "text.png cannot be read .* give a JPEG, PNG or WebP file"),
         ("--image cut.png", "cut.png cannot be read as a picture"),
         ("--image wide.png", "wide.png is 16385 x 1 pixels, which is too large; shrink it"),
