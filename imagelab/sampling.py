@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imagelab.errors import UserError
@@ -107,3 +108,14 @@ def denoise(
         if on_step:
             on_step(Step(step, start, predicted, latents))
     return latents
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """An RGB picture of decoded pixels [3, H, W], about [-1, 1].
+
+    Raises FloatingPointError for pixels that are not finite.
+    """
+    if not pixels.isfinite().all():
+        raise FloatingPointError("the decoded picture is not finite; try --mixed_precision no")
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

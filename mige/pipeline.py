@@ -18,6 +18,7 @@ from torch import Tensor
 from imagelab.errors import UserError, shorten
 from imagelab.io.images import as_rgb
 from imagelab.io.tensors import UMASK
+from imagelab.sampling import to_picture
 from imagelab.training.seeds import check_seed, generator_for
 from mige.config import DEFAULTS, Guidance, check_numbers
 from mige.folder import load_parts
@@ -152,6 +153,11 @@ class MigePipeline(DiffusionPipeline):
         """What a picture's sides must be divisible by, in pixels."""
         return self.vae_factor * self.transformer.config.patch_size
 
+    def _latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(c, h, w) of a picture's latents."""
+        factor = self.vae_factor
+        return self.vae.config.latent_channels, size.height // factor, size.width // factor
+
     def check_size(self, size: Size) -> None:
         """Raises UserError for a size that the model cannot paint."""
         for name, value in (("width", size.width), ("height", size.height)):
@@ -230,10 +236,7 @@ class MigePipeline(DiffusionPipeline):
         The source of a plain edit is drawn once, for both; that of an edit with a subject twice.
         """
         own, references = self.size, []
-        source = torch.zeros(
-            self.vae.config.latent_channels, size.height // self.vae_factor,
-            size.width // self.vae_factor, device=self._execution_device,
-        )  # fmt: skip
+        source = torch.zeros(self._latent_shape(size), device=self._execution_device)
         for index, picture in enumerate(request.pictures):
             if request.task == "subject":
                 fitted = letterbox(picture, own.width, own.height)
@@ -260,12 +263,7 @@ class MigePipeline(DiffusionPipeline):
 
     def noise(self, request: Request, seed: int, size: Size | None = None) -> Tensor:
         """Standard normal latents [c, h, w] of a picture, from the CPU's generator alone."""
-        size = size or self.size
-        shape = (
-            self.vae.config.latent_channels,
-            size.height // self.vae_factor,
-            size.width // self.vae_factor,
-        )
+        shape = self._latent_shape(size or self.size)
         return torch.randn(shape, generator=generator_for(seed, "noise", request.name))
 
     @torch.no_grad()
@@ -326,11 +324,7 @@ class MigePipeline(DiffusionPipeline):
         pictures = []
         for sample in latents:
             scaled = (sample[None] / self.vae.config.scaling_factor).to(self.vae.dtype)
-            pixels = self.vae.decode(scaled).sample[0].float()
-            if not pixels.isfinite().all():
-                raise FloatingPointError("the decoded picture is not finite")
-            pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-            pictures.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+            pictures.append(to_picture(self.vae.decode(scaled).sample[0].float()))
         return pictures
 
     def paint(

@@ -17,9 +17,8 @@ from imagelab.io.tensors import DTYPES, read_json, read_tensors
 from imagelab.models.loading import read_part
 from imagelab.models.parts import read_config
 from mige.folder import PARTS, read_tokenizer
+from mige.release import State
 from mige.vocabulary import read_spiece
-
-State = dict[str, Tensor]
 
 PRETRAINED = "pretrained_models"
 WEIGHTS = ("model.pth", "model.safetensors")

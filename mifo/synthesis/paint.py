@@ -12,7 +12,7 @@ from tqdm import tqdm
 from imagelab.io.pictures import next_number, save_picture, save_sheet
 from imagelab.models.base import DiffusionModel
 from imagelab.processes import Processes
-from imagelab.sampling import denoise, initial_noise
+from imagelab.sampling import denoise, initial_noise, to_picture
 from mifo.learned import merge_lora, portable
 from mifo.method.control import BoxControl
 from mifo.method.sampling import BoxSampling
@@ -55,14 +55,7 @@ def paint(scene: Scene, indices: Sequence[int], text: Tensor, bar=None) -> list[
 @torch.no_grad()
 def decode(base: DiffusionModel, latents: Tensor) -> list[Image.Image]:
     """Latents [b, c, h, w] as RGB pictures, decoded one by one to save memory."""
-    pictures = []
-    for sample in latents:
-        pixels = base.decode(sample[None])[0]  # 3 H W
-        if not pixels.isfinite().all():
-            raise FloatingPointError("the decoded picture is not finite; try --mixed_precision no")
-        pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-        pictures.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
-    return pictures
+    return [to_picture(base.decode(sample[None])[0]) for sample in latents]
 
 
 def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
