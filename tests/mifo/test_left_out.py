@@ -18,7 +18,7 @@ PAINTING = [
     (nn.Module, "to", "prepare"),
     (Tensor, "to", "StableDiffusion.encode_text"),
     (Tensor, "to", "paint"),
-    (Tensor, "cpu", "decode"),
+    (Tensor, "cpu", "to_picture"),
     (Tensor, "cpu", "Refiner.refine"),
     (Tensor, "to", "RegionSet.at.<locals>.make"),
     (Tensor, "to", "BoxControl.__init__"),
