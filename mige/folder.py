@@ -7,6 +7,7 @@ It is a diffusers folder with ``transformer/``, ``vae/``, ``tokenizer/``, ``text
 import hashlib
 import json
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -266,17 +267,20 @@ def _charsmap(normalizer: object) -> bytes | None:
 
 def model_digest(folder: Path) -> str:
     """sha256 over a model folder's weights, and what its configs and its tokenizer say."""
+    words = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    parts = [name for name in PARTS if name != "tokenizer"]
+    facts = [parts_digest(folder, parts), read_settings(folder), words]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def parts_digest(folder: Path, names: Sequence[str]) -> str:
+    """sha256 over the weights of some parts, and what their configs say."""
     weights = {
         f"{name}/{file.name}": file
-        for name, part in PARTS.items()
-        if part.weights
-        for file in find_weights(folder / name, part)
+        for name in names
+        if PARTS[name].weights
+        for file in find_weights(folder / name, PARTS[name])
     }
-    configs = {
-        name: read_config(folder / name / part.config, part)
-        for name, part in PARTS.items()
-        if name != "tokenizer"
-    }
-    words = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-    facts = [weights_digest(weights), configs, read_settings(folder), words]
+    configs = {name: read_config(folder / name / PARTS[name].config, PARTS[name]) for name in names}
+    facts = [weights_digest(weights), configs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

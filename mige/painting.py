@@ -19,8 +19,9 @@ from imagelab.io.tensors import read_json
 from imagelab.processes import Processes
 from mige.config import PaintingConfig
 from mige.items import Item, told_of
+from mige.latents import Size
 from mige.method.wording import MARK
-from mige.pipeline import Condition, MigePipeline, Size
+from mige.pipeline import Condition, MigePipeline
 from mige.request import Request
 
 RUN = "run.json"

@@ -5,7 +5,7 @@ tokens, d width of the text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from imagelab.sampling import to_picture
 from imagelab.training.seeds import check_seed, generator_for
 from mige.config import DEFAULTS, Guidance, check_numbers
 from mige.folder import load_parts
+from mige.latents import Posterior, Size
 from mige.method.encoder import (
     VISION_NORM_EPS,
     embed_instruction,
@@ -50,26 +51,6 @@ class Condition(NamedTuple):
     mask: Tensor
     source: Tensor
     has_source: bool
-
-
-class Posterior(NamedTuple):
-    """An autoencoder's posterior over unscaled latents, float32 [c, h, w] each."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """One draw, on the posterior's device, from noise of the CPU."""
-        noise = torch.randn(self.mean.shape, generator=generator)
-        return self.mean + self.deviation * noise.to(self.mean)
-
-
-@dataclass(frozen=True)
-class Size:
-    """A picture's width and height, in pixels."""
-
-    width: int
-    height: int
 
 
 class MigePipeline(DiffusionPipeline):

@@ -18,8 +18,9 @@ from imagelab.io.tensors import UMASK
 from imagelab.training.seeds import generator_for
 from mige.config import Guidance
 from mige.folder import model_digest
+from mige.latents import Size
 from mige.pictures import crop, letterbox, to_pixels, to_vision
-from mige.pipeline import MigePipeline, Size
+from mige.pipeline import MigePipeline
 from mige.request import make_request
 
 DOG, CAT, SOURCE = picture(0, 40, 30), picture(1, 20, 50), picture(2, 32, 32)
