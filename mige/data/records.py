@@ -8,13 +8,15 @@ A list is a JSON array of objects:
      "multi_prompt": "replace the cup in<imagehere>with<imagehere>"}
 
 ``entity_path`` names the pictures in the order of their marks. The task follows from the target's
-path, or from a key "task".
+path, or from a key "task". A list is checked as a whole before any work: `check_records`.
 """
 
 import json
+import logging
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,13 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.tensors import misfit
+from imagelab.models.parts import read_config
 from imagelab.training.seeds import seed_for
-from mige.method.wording import TASKS, split
+from mige.folder import ADVICE, PARTS, find_folder, read_settings, read_tokenizer
+from mige.method.instruction import length_of, segment_ids
+from mige.method.wording import MOST_WORDS, TASKS, clean, prompt_for, split
+
+log = logging.getLogger(__name__)
 
 #: Parts of a target's path that tell its task, the first that is in it.
 PATHS = {
@@ -32,6 +39,15 @@ PATHS = {
     "replace": "subject_edit",
     "add": "subject_edit",
 }
+#: By the same parts, the release's folders of features.
+FEATURE_FOLDERS = {
+    "Subjects200K": "vae_subject200k",
+    "instructpix2pix": "vae_instructpix",
+    "replace": "vae_replace",
+    "add": "vae_add",
+}
+MOST_TOLD = 100  # problems that are listed; of more there is a count
+KEPT_PATHS = 1 << 16  # paths of which it is remembered whether they are there
 FORM = {"image": str, "multi_prompt": str, "entity_path": [str]}
 MOST_ASPECT = 4.0  # width over height, beyond which the release leaves a record out
 BLOCK = 1 << 24  # bytes that are looked through at a time
@@ -73,7 +89,7 @@ class RecordList(Sequence[Record]):
     """The records of a list, of which only the places in the file are kept in memory.
 
     Raises UserError for a file that is no JSON array of objects; records are checked as they are
-    read, see :func:`problems`.
+    read, see :func:`check_records`.
     """
 
     def __init__(self, path: Path):
@@ -108,8 +124,10 @@ def parse_record(facts: dict) -> Record:
     if misfit(sources, [str]) or len(sources) > 1:
         raise UserError("source_path is no list of one path")
     task, target = facts.get("task"), facts["image"]
+    if not all(map(_is_utf8, (target, *facts["entity_path"], *sources, facts["multi_prompt"]))):
+        raise UserError("it holds text that is not UTF-8")
     if task is None:
-        task = next((task for part, task in PATHS.items() if part in target), None)
+        task = PATHS.get(part_of(target))
         if task is None:
             raise UserError(
                 f'the path {shorten(target)!r} tells no task; write "task", which is one of '
@@ -127,6 +145,19 @@ def parse_record(facts: dict) -> Record:
         task, target, tuple(facts["entity_path"]), sources[0] if sources else None,
         facts["multi_prompt"], *(sizes if known else (None, None)),
     )  # fmt: skip
+
+
+def part_of(target: str) -> str | None:
+    """The first of PATHS that is in a target's path."""
+    return next((part for part in PATHS if part in target), None)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _find_objects(path: Path) -> np.ndarray:
@@ -194,33 +225,128 @@ def _broken(data: mmap.mmap, at: int, path: Path) -> UserError:
 # checking, and the order of training
 
 
-def problems(records: RecordList, root: Path, slots: int) -> Iterator[str]:
-    """A sentence for each record that cannot be trained on, with its position.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read.
+
+    Attributes:
+        slots: pictures that an instruction may have.
+        prefixes: the sentences before instructions.
+        queries: positions that a picture takes among the tokens.
+        text_length: tokens of an instruction, with its pictures and its end.
+    """
+
+    slots: int
+    prefixes: Mapping[str, str]
+    tokenizer: object
+    queries: int
+    text_length: int
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "Limits":
+        """Those of a model folder, of which no weights are read."""
+        folder = find_folder(str(folder))
+        settings = read_settings(folder)
+        path = folder / "fusion" / PARTS["fusion"].config
+        config = read_config(path, PARTS["fusion"])
+        if wrong := misfit(config, {"queries": int, "text_length": int}):
+            raise UserError(f"{path}: {wrong}; {ADVICE}")
+        return cls(
+            settings["slots"], settings["prefixes"], read_tokenizer(folder / "tokenizer"),
+            config["queries"], config["text_length"],
+        )  # fmt: skip
+
+    def prompt_of(self, record: Record, most: int | None = MOST_WORDS) -> str:
+        """What the tokenizer gets in training; ``most``: words after which a text is cut."""
+        return prompt_for(record.task, record.prompt, self.prefixes, True, most)
+
+    def problems(self, record: Record) -> Iterator[str]:
+        """What of a record cannot be read, in words that follow its name."""
+        prompt = self.prompt_of(record, most=None)
+        parts = split(prompt)  # of what is read: cleaning makes <ImageHere> a mark
+        marks, pictures = len(parts) - 1, len(record.entities)
+        if marks != pictures:
+            yield f" has {marks} marks and {pictures} pictures"
+        if pictures > self.slots:
+            yield f" has {pictures} pictures, and the model takes {self.slots}"
+        if not clean("".join(split(record.prompt.lower()))):
+            yield " has no words"
+        elif prompt != self.prompt_of(record):
+            words = len(clean(record.prompt, most=None).split(" "))
+            yield f" has {words} words, and the model reads {MOST_WORDS}"
+        elif self._may_be_long(parts):
+            length = length_of(segment_ids(self.tokenizer, prompt), self.queries)
+            if length > self.text_length:
+                yield (
+                    f" takes {length} tokens with its pictures, and the model reads "
+                    f"{self.text_length}"
+                )
+
+    def _may_be_long(self, parts: Sequence[str]) -> bool:
+        """Whether texts have to be tokenised to know that they are short enough.
+
+        A token is one letter or more, and a blank may come before each text.
+        """
+        most = length_of([range(len(text) + 1) for text in parts], self.queries)
+        return most > self.text_length or not all(map(str.isascii, parts))
+
+
+class BadRecords(UserError):
+    """A list has records that cannot be trained on; ``lines`` tell of the first of them."""
+
+    def __init__(self, message: str, lines: Sequence[str]):
+        super().__init__(message)
+        self.lines = list(lines)
+
+
+def check_records(records: RecordList, root: Path, limits: Limits) -> np.ndarray:
+    """The indices of the records to train on, int64 [n], once all are found to be right.
+
+    Those that are too wide are left out, as in the release. Pictures are looked for, not opened.
 
     Args:
-        root: what its paths start from.
-        slots: pictures that an instruction may have.
+        root: what their paths start from.
+
+    Raises:
+        BadRecords: some cannot be trained on; the first MOST_TOLD problems are logged.
     """
-    there: dict[str, bool] = {}
-    for index in tqdm(
-        range(len(records)), "checking", unit=" records", disable=len(records) < 1000
-    ):
+    is_there = lru_cache(KEPT_PATHS)(lambda path: (root / path).is_file())
+    kept = np.ones(len(records), dtype=bool)
+    lines, count = [], 0
+    hidden = len(records) < 1000
+    for index in tqdm(range(len(records)), "checking", unit=" records", disable=hidden):
         try:
             record = records[index]
+            if record.is_wide:
+                kept[index] = False
+                continue
+            where = f"{records.path}: record {index}"
+            told = [where + problem for problem in limits.problems(record)]
+            told += [f"{where}: there is no {root / p}" for p in record.paths if not is_there(p)]
         except UserError as error:
-            yield str(error)
-            continue
-        marks = len(split(record.prompt)) - 1
-        where = f"{records.path}: record {index}"
-        if marks != len(record.entities):
-            yield f"{where} has {marks} marks and {len(record.entities)} pictures"
-        if len(record.entities) > slots:
-            yield f"{where} has {len(record.entities)} pictures, and the model takes {slots}"
-        for path in record.paths:
-            if path not in there:
-                there[path] = (root / path).is_file()
-            if not there[path]:
-                yield f"{where}: there is no {root / path}"
+            told = [str(error)]
+        count += len(told)
+        lines += told[: MOST_TOLD - len(lines)]
+    if wide := len(kept) - np.count_nonzero(kept):
+        log.info("%s: %d records are wider than 4 : 1 and left out", records.path, wide)
+    if count:
+        tell(lines, count)
+        raise BadRecords(
+            f"{records.path} has {count} problem{'s' * (count > 1)}, listed above; mend these "
+            "records, or leave them out",
+            lines,
+        )
+    if not kept.any():
+        raise UserError(f"{records.path} has no records that are not too wide; give another list")
+    return np.flatnonzero(kept)
+
+
+def tell(lines: Sequence[str], count: int) -> None:
+    """Log lines, a problem each, and how many there are beside the first of them."""
+    for line in lines[:MOST_TOLD]:
+        log.warning("%s", " ".join(line.split()))
+    if count > (told := min(len(lines), MOST_TOLD)):
+        log.warning("and %d more", count - told)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

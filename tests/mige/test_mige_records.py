@@ -1,14 +1,23 @@
 """Training records: read lazily out of a list, checked, and put in order."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from imagelab.errors import UserError
 from mige.data import records
-from mige.data.records import RecordList, parse_record, problems, shuffled
+from mige.data.records import (
+    BadRecords,
+    Limits,
+    RecordList,
+    check_records,
+    parse_record,
+    shuffled,
+)
 
 SUBJECT = {
     "image": "x/Subjects200K/t/7.jpg", "width": 800, "height": 600, "source_path": [],
@@ -29,6 +38,19 @@ ADD = {
     "entity_path": ["x/add/e/3.jpg", "x/add/s/3.jpg"], "multi_prompt": "<imagehere>into<imagehere>",
 }  # fmt: skip
 ALL = [SUBJECT, EDIT, REPLACE, ADD]
+
+
+PREFIXES = {"subject": "1 \n", "subject_inference": "2", "edit": "3 \n", "subject_edit": "4 \n"}
+
+
+def letters(text: str, add_special_tokens: bool) -> SimpleNamespace:
+    """A tokenizer: a token a letter."""
+    assert not add_special_tokens and text
+    return SimpleNamespace(input_ids=list(map(ord, text)))
+
+
+#: A picture takes two positions.
+LIMITS = Limits(slots=4, prefixes=PREFIXES, tokenizer=letters, queries=2, text_length=600)
 
 
 def write(path: Path, content) -> Path:
@@ -109,21 +131,105 @@ def test_a_path_s_first_part_decides():
     assert parse_record(SUBJECT | {"image": "add/Subjects200K/1.jpg"}).task == "subject"
 
 
-def test_all_problems_are_told(tmp_path):
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with a file for each picture of the release's records."""
     for name in {path for each in ALL for path in parse_record(each).paths}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "x/replace/e/2.jpg").unlink()
-    many = SUBJECT | {"entity_path": ["x/add/e/3.jpg"] * 5, "multi_prompt": "<imagehere>" * 5}
+    return tmp_path
+
+
+def told(folder: Path, content, limits=LIMITS) -> list[str]:
+    """What is said of a list's records."""
+    path = write(folder / "d.json", content)
+    with pytest.raises(BadRecords) as error:
+        check_records(RecordList(path), folder, limits)
+    return [line.removeprefix(f"{path}: ") for line in error.value.lines]
+
+
+def test_all_problems_are_told(pictures, caplog):
+    (pictures / "x/replace/e/2.jpg").unlink()
+    many = SUBJECT | {"entity_path": ["x/add/e/3.jpg"] * 5, "multi_prompt": "a<imagehere>" * 5}
     few = EDIT | {"multi_prompt": "make it blue"}
-    path = write(tmp_path / "d.json", [*ALL, many, few, {"image": "x"}])
-    told = list(problems(RecordList(path), tmp_path, slots=4))
-    assert told == [
-        f"{path}: record 2: there is no {tmp_path / 'x/replace/e/2.jpg'}",
+    path = write(pictures / "d.json", [*ALL, many, few, {"image": "x"}])
+    with pytest.raises(BadRecords, match="has 4 problems, listed above") as error:
+        check_records(RecordList(path), pictures, LIMITS)
+    assert error.value.lines == caplog.messages
+    assert caplog.messages == [
+        f"{path}: record 2: there is no {pictures / 'x/replace/e/2.jpg'}",
         f"{path}: record 4 has 5 pictures, and the model takes 4",
         f"{path}: record 5 has 0 marks and 1 pictures",
         f"{path}: record 6: it has no 'multi_prompt'",
     ]
+
+
+def test_of_many_problems_the_first_are_listed(pictures, caplog):
+    few = EDIT | {"multi_prompt": "make it blue"}
+    path = write(pictures / "d.json", [few] * 103)
+    with pytest.raises(BadRecords, match="has 103 problems"):
+        check_records(RecordList(path), pictures, LIMITS)
+    assert len(caplog.messages) == 101
+    assert "record 99 has 0 marks" in caplog.messages[99]
+    assert caplog.messages[100] == "and 3 more"
+
+
+@pytest.mark.parametrize("letter", ["a", "ä"])  # of texts in ASCII some need not be tokenised
+def test_prompts_that_would_be_cut(pictures, letter):
+    """The prefix has three letters, and a picture takes two positions, the end one."""
+    limits = Limits(4, PREFIXES, letters, queries=2, text_length=24)
+    fits = f"make <imagehere> {letter * 12}"  # 3 + 5 + 2 + 13 + 1 = 24
+    found = told(pictures, [EDIT | {"multi_prompt": text} for text in (fits, fits + "b")], limits)
+    assert found == ["record 1 takes 25 tokens with its pictures, and the model reads 24"]
+
+
+def test_prompts_of_too_many_words(pictures):
+    """88 words are read, without the prefix, of which some may be behind the last mark."""
+    texts = ["b " * count + "<imagehere> c" for count in (86, 87)]
+    found = told(pictures, [EDIT | {"multi_prompt": text} for text in texts])
+    assert found == ["record 1 has 89 words, and the model reads 88"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "<imagehere>", " <imagehere>. !", "(<ImageHere>)"])
+def test_prompts_without_words(pictures, text):
+    record = SUBJECT | {
+        "multi_prompt": text,
+        "entity_path": ["x/add/e/3.jpg"] * ("i" in text.lower()),
+    }
+    assert told(pictures, [record]) == ["record 0 has no words"]
+
+
+def test_marks_are_counted_as_the_model_reads_them(pictures):
+    """What the cleaning makes a mark is one."""
+    record = EDIT | {"multi_prompt": "make it blue in <ImageHere>"}
+    path = write(pictures / "d.json", [record])
+    assert check_records(RecordList(path), pictures, LIMITS).tolist() == [0]
+
+
+def test_text_that_no_file_can_hold(pictures):
+    record = EDIT | {"multi_prompt": "blue \ud800 <imagehere>"}
+    assert told(pictures, [record]) == ["record 0: it holds text that is not UTF-8"]
+
+
+def test_records_to_train_on(pictures, caplog):
+    """Too wide ones are left out, whatever else is wrong with them, and counted."""
+    wide = SUBJECT | {"width": 2401, "multi_prompt": ""}
+    path = write(pictures / "d.json", [wide, SUBJECT, EDIT, wide, ADD])
+    with caplog.at_level(logging.INFO):
+        found = check_records(RecordList(path), pictures, LIMITS)
+    assert found.tolist() == [1, 2, 4]
+    assert caplog.messages == [f"{path}: 2 records are wider than 4 : 1 and left out"]
+    path = write(pictures / "d.json", [wide])
+    with pytest.raises(UserError, match="no records that are not too wide"):
+        check_records(RecordList(path), pictures, LIMITS)
+
+
+def test_the_limits_of_a_model_folder(model):
+    limits = Limits.of_folder(model)
+    assert (limits.slots, limits.queries, limits.text_length) == (4, 4, 24)
+    assert limits.prompt_of(parse_record(EDIT)) == "edit: \nmake the car in<imagehere>blue"
+    # "▁a ▁red ▁dog", by the tokenizer of the folder
+    assert len(limits.tokenizer("a red dog", add_special_tokens=False).input_ids) == 3
 
 
 def test_what_is_too_wide():
