@@ -1,0 +1,59 @@
+"""Write exact triplets of toy scenes for MIGE: python -m toybox.triplets.
+
+    python -m toybox.triplets --output DIR --count 9000 --seed 1
+    python -m toybox.triplets --output DIR --count 512 --bench
+
+A list for training is DIR/triplets.json, in the format that mige.features reads. --bench writes
+add_bench.json and replace_bench.json in MIGEBench's format, subjects.json and edits.json, all of
+the split test. Each triplet depends on seed, split and place alone. The same command goes on where
+it was stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+from imagelab.cli import HelpFormatter, Parser, report_errors
+from toybox.scenes.wording import SPLITS, TASKS
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = Parser(
+        prog="python -m toybox.triplets", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a folder of its own, new or to go on with"
+    )
+    parser.add_argument(
+        "--count", type=int, default=512, help="triplets; with --bench, items of each list"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="fixes all that is drawn")
+    parser.add_argument(
+        "--split", choices=SPLITS,
+        help="which share no draw (default: train, with --bench test)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], choices=TASKS, metavar="TASK",
+        help=f"some of {', '.join(TASKS)}; several take turns (default: all, each as often)",
+    )  # fmt: skip
+    parser.add_argument("--bench", action="store_true", help="lists to measure a model with")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    with report_errors(parser, args.debug):
+        from toybox.scenes.triplet_files import Job, write
+
+        split = args.split or ("test" if args.bench else "train")
+        job = Job(args.seed, split, args.count, tuple(args.tasks), args.bench)
+        try:
+            paths = write(job, args.output)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
+        for path in paths:
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
