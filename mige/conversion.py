@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,17 +76,10 @@ def convert(
     """
     quiet_libraries()
     output = output.absolute()
-    check_output(output, sources, overwrite)
+    check_output(output, (sources.weights, sources.vae, sources.text), overwrite)
     model = read_model(sources, heads or {})
     check_room(output, model.size)
-    settings = {
-        "slots": SLOTS,
-        "round_timesteps": True,
-        "prefixes": dict(prefixes or dict.fromkeys(PREFIXES, "")),
-    }
-    with folder_lock(output, "--output"), replacing(output) as folder, disk_errors(output):
-        write_model(folder, model)
-        write_index(folder, settings)
+    write_folder(output, model, prefixes)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -102,9 +95,13 @@ def read_prefixes(path: Path) -> dict[str, str]:
     return {name: found[name] for name in PREFIXES}
 
 
-def check_output(output: Path, sources: Sources, overwrite: bool) -> None:
-    """Raises UserError where a model folder cannot be written, or something else is."""
-    for source in (sources.weights, sources.vae, sources.text):
+def check_output(output: Path, sources: Iterable[Path], overwrite: bool) -> None:
+    """Raises UserError where a model folder cannot be written, or something else is.
+
+    Args:
+        sources: what it is made from, and must not replace.
+    """
+    for source in sources:
         if source.resolve().is_relative_to(output.resolve()):
             raise UserError(f"--output {output} holds {source}; give another folder")
     check_writable(output.absolute().parent, "output")
@@ -166,9 +163,30 @@ def read_model(sources: Sources, heads: Mapping[str, int]) -> Model:
 # writing
 
 
+def write_folder(
+    output: Path,
+    model: Model,
+    prefixes: Mapping[str, str] | None = None,
+    round_timesteps: bool = True,
+) -> None:
+    """Write a model folder, which appears when it is whole.
+
+    Args:
+        prefixes: sentences before the instructions; None: empty ones.
+    """
+    settings = {
+        "slots": SLOTS,
+        "round_timesteps": round_timesteps,
+        "prefixes": dict(prefixes or dict.fromkeys(PREFIXES, "")),
+    }
+    with folder_lock(output, "--output"), replacing(output) as folder, disk_errors(output):
+        write_model(folder, model)
+        write_index(folder, settings)
+
+
 def write_model(folder: Path, model: Model) -> None:
     """Write the parts, and let go of each as soon as it is written."""
-    with tqdm(total=model.size, unit="B", unit_scale=True, desc="converting") as bar:
+    with tqdm(total=model.size, unit="B", unit_scale=True, desc="writing") as bar:
         for name in sorted(model.states):
             bar.set_postfix_str(name)
             module, state = model.modules.pop(name), model.states.pop(name)
