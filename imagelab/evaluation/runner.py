@@ -148,9 +148,12 @@ def locked(path: Path) -> Iterator[BinaryIO]:
 class Records:
     """The records by key, kept in a file of one JSON line each that several processes may share."""
 
-    def __init__(self, path: Path):
-        """Read the file; a last line that was cut off is dropped."""
-        self.path = path
+    def __init__(self, path: Path, option: str = "--output_path"):
+        """Read the file; a last line that was cut off is dropped.
+
+        option: what to give another of, in the message about a file of other kind.
+        """
+        self.path, self._option = path, option
         self.found: dict[str, dict] = {}
         self._read = 0  # bytes of the file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +193,7 @@ class Records:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is no record of an evaluation; move it away or give another "
-                "--output_path"
+                f"{self._option}"
             ) from error
         self._read += len(whole)
         if cut_off:

@@ -1,0 +1,1 @@
+"""Measuring what was painted: benches, outputs, measures, models, the report."""
