@@ -7,7 +7,7 @@ It is a diffusers folder with ``transformer/``, ``vae/``, ``tokenizer/``, ``text
 import hashlib
 import json
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -80,10 +80,17 @@ SAME = (
 )
 
 
-def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict:
+def load_parts(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    kept_whole: Collection[str] = ("vae",),
+    left_out: Collection[str] = (),
+) -> dict:
     """The parts and settings of a model folder, by the names of the pipeline's arguments.
 
-    The autoencoder stays in float32.
+    Args:
+        kept_whole: parts that stay in float32.
+        left_out: parts whose weights are not read.
 
     Raises:
         UserError: something is missing, damaged, of another kind or of another width.
@@ -97,6 +104,7 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict:
     weights = {
         name: find_weights(folder / name, part) for name, part in PARTS.items() if part.weights
     }
+    read = [name for name in weights if name not in left_out]
     own = {name: part for name, part in PARTS.items() if name != "tokenizer"}
     with checked_folder(folder, own, weights) as ours:
         configs = {
@@ -106,14 +114,14 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict:
         parts = {
             name: read_part(
                 lambda _, n=name: load_module(
-                    PARTS[n], ours / n, torch.float32 if n == "vae" else dtype
+                    PARTS[n], ours / n, torch.float32 if n in kept_whole else dtype
                 ),
                 folder / name,
                 "model",
             )
-            for name in weights
+            for name in read
         }
-    for name in weights:
+    for name in read:
         parts[name].eval().requires_grad_(False)
         check_finite(parts[name], folder / name)
     parts["scheduler"] = ContinuousDPMSolver(**read_schedule(configs["scheduler"], folder))

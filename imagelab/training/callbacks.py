@@ -17,6 +17,7 @@ from imagelab.io.atomic import write_json
 from imagelab.processes import Processes
 from imagelab.training.interrupt import Interrupt
 from imagelab.training.loop import Callback, Stage, Tensors, Trainer
+from imagelab.training.sharding import split_as
 
 
 class Ema(Callback):
@@ -53,7 +54,7 @@ class Ema(Callback):
 
     def load_state(self, tensors: Tensors) -> None:
         for index, average in enumerate(self.average):
-            average.copy_(tensors[str(index)])
+            average.copy_(split_as(tensors[str(index)], average))
 
 
 class Stopwatch(Callback):
@@ -81,10 +82,15 @@ class SharedGradients(Callback):
     Gradients and losses become their means over the processes, so each process's loss is to be
     such that the mean is the loss of the whole batch. All stop after the same step when Ctrl-C was
     pressed in any of them.
+
+    Args:
+        are_shared: the gradients are means already, as those of sharded weights are.
     """
 
-    def __init__(self, processes: Processes):
-        self.processes = processes
+    BUCKET = 1 << 25  # numbers that are exchanged at a time
+
+    def __init__(self, processes: Processes, are_shared: bool = False):
+        self.processes, self.are_shared = processes, are_shared
         self._agreed = Interrupt()
 
     def before_stage(self, trainer: Trainer, stage: Stage, first: int) -> None:
@@ -95,13 +101,25 @@ class SharedGradients(Callback):
         if self.processes.count == 1:
             return
         asked = losses["loss"].new_full((), float(trainer.interrupt.asked))
+        self._asked, *means = self._means([asked, *losses.values()])
+        losses.update(zip(losses, means, strict=True))
+        if self.are_shared:
+            return
         gradients = [p.grad for p in stage.parameters if p.grad is not None]
-        parts = [asked, *losses.values(), *gradients]
-        means = self._means(parts)
-        self._asked = means[0]
-        losses.update(zip(losses, means[1:], strict=False))
-        for gradient, mean in zip(gradients, means[1 + len(losses) :], strict=True):
-            gradient.copy_(mean)
+        for bucket in self._buckets(gradients):
+            for gradient, mean in zip(bucket, self._means(bucket), strict=True):
+                gradient.copy_(mean)
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Tensors that are exchanged together, so that copies of a few are needed at a time."""
+        bucket: list[Tensor] = []
+        for tensor in tensors:
+            if bucket and sum(map(torch.numel, [*bucket, tensor])) > self.BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        if bucket:
+            yield bucket
 
     def _means(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Means of tensors over the processes, in one exchange."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imagelab.io.tensors import parse_json, read_metadata, read_tensors, write_tensors
+from imagelab.training.sharding import split_as
 
 ADVICE = "start anew with --overwrite, without --resume"
 #: What a checkpoint says of itself.
@@ -73,7 +74,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             parameter = parameters[int(index)]
-            if value.ndim or (counts_there and value.is_floating_point()):
+            if value.ndim:
+                value = split_as(value.to(parameter.device), parameter)
+            elif counts_there and value.is_floating_point():
                 value = value.to(parameter.device)
             elif not value.is_floating_point():  # a count of steps, which was a plain number
                 value = value.item()

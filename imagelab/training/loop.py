@@ -18,6 +18,7 @@ from imagelab.training.checkpoint import (
     write_checkpoint,
 )
 from imagelab.training.interrupt import Interrupt, finish_step_on_interrupt
+from imagelab.training.sharding import whole
 
 Tensors = dict[str, Tensor]
 
@@ -200,7 +201,7 @@ class Trainer:
         self.scaler.unscale_(stage.optimizer)
         for callback in self.callbacks:
             callback.before_update(self, stage, losses)
-        return losses, torch.nn.utils.clip_grad_norm_(stage.parameters, self.max_grad_norm)
+        return losses, whole(torch.nn.utils.clip_grad_norm_(stage.parameters, self.max_grad_norm))
 
     def _is_overflow(self, loss: Tensor, norm: Tensor) -> bool:
         """Whether a smaller scale of fp16 may make the gradients finite."""
@@ -236,8 +237,6 @@ class Trainer:
         """Write the checkpoint: ``done`` steps of a stage have been made."""
         self._read(stage)
         self._saved_at = time.monotonic()
-        if not self.is_writer:
-            return
         tensors = {f"trained.{name}": value for name, value in stage.state().items()}
         for name, values in self.curves.items():
             tensors[f"curves.{name}"] = torch.tensor(values, dtype=torch.float64)
@@ -245,11 +244,23 @@ class Trainer:
             found = callback.state().items()
             tensors |= {f"callbacks.{index}.{name}": value for name, value in found}
         tensors |= pack_optimizer(stage.optimizer)
+        tensors = self._whole(tensors)
+        if not self.is_writer:
+            return
         schedule = {k: v for k, v in stage.schedule.state_dict().items() if k != "lr_lambdas"}
         facts = self.facts | {"schedule": schedule, "scaler": self.scaler.state_dict()}
         facts["curves"] = list(self.curves)  # in their order, which tensors of a file do not keep
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(self.path, Checkpoint(stage.name, done, tensors, facts))
+
+    def _whole(self, tensors: Tensors) -> Tensors:
+        """Tensors with all processes' parts, for the writer; what was split is on the CPU then."""
+        joined = {}
+        for name, value in tensors.items():
+            full = whole(value)
+            if self.is_writer:
+                joined[name] = full if full is value else full.cpu()
+        return joined
 
     def _restore(self, stage: Stage, saved: Checkpoint) -> int:
         """Put a checkpoint of this stage in place; the number of its steps that are done."""

@@ -1,7 +1,7 @@
 """The multimodal encoder: one sequence of states for words and pictures (MIGE, section 3.2).
 
-Axes: r pictures, q queries, n patches, k tokens, d width of the text, c latent channels, h and w
-latent rows and columns.
+Axes: b instructions, r pictures, q queries, n patches, k tokens, d width of the text, c latent
+channels, h and w latent rows and columns.
 """
 
 from collections.abc import Sequence
@@ -64,9 +64,12 @@ def embed_instruction(
 
 
 def encode_text(text_encoder, embedded: Embedded) -> Tensor:
-    """The text encoder's states [k, d] of an instruction."""
+    """The text encoder's states of an instruction, [k, d], or of several, [b, k, d]."""
+    is_single = embedded.embeddings.ndim == 2
+    if is_single:
+        embedded = Embedded(*(each[None] for each in embedded))
     states = text_encoder(
-        inputs_embeds=embedded.embeddings[None].to(text_encoder.device),
-        attention_mask=embedded.mask[None].to(text_encoder.device),
-    )
-    return states.last_hidden_state[0]
+        inputs_embeds=embedded.embeddings.to(text_encoder.device),
+        attention_mask=embedded.mask.to(text_encoder.device),
+    ).last_hidden_state
+    return states[0] if is_single else states

@@ -38,8 +38,8 @@ class Diffusion:
         """x_t = √ᾱ x₀ + √(1 − ᾱ) n, for latents [b, c, h, w] and timesteps int [b]."""
         table = _table(self)
         return (
-            _at(table["alpha_bar"].sqrt(), timesteps) * clean
-            + _at((1 - table["alpha_bar"]).sqrt(), timesteps) * noise
+            _at(table["alpha_bar"].sqrt(), timesteps, clean) * clean
+            + _at((1 - table["alpha_bar"]).sqrt(), timesteps, clean) * noise
         )
 
     def loss(
@@ -74,7 +74,7 @@ class Diffusion:
         table = _table(self)
 
         def at(name: str) -> Tensor:
-            return _at(table[name], timesteps)
+            return _at(table[name], timesteps, clean)
 
         restored = at("restore_noised") * noised - at("restore_noise") * predicted
         mean = at("mean_clean") * restored + at("mean_noised") * noised
@@ -83,7 +83,8 @@ class Diffusion:
         log_variance = share * at("log_beta") + (1 - share) * at("log_posterior")
         divergence = gaussian_divergence(true_mean, at("log_posterior"), mean, log_variance)
         likelihood = discretised_likelihood(clean, mean, log_variance / 2)
-        bits = torch.where(timesteps == 0, -_mean(likelihood), _mean(divergence))
+        is_last = (timesteps == 0).to(clean.device)
+        bits = torch.where(is_last, -_mean(likelihood), _mean(divergence))
         return bits / math.log(2)
 
 
@@ -138,9 +139,9 @@ def _table(diffusion: Diffusion) -> dict[str, Tensor]:
     }
 
 
-def _at(table: Tensor, timesteps: Tensor) -> Tensor:
-    """Float32 [b, 1, 1, 1] values of a table at timesteps [b]."""
-    return table.to(timesteps.device)[timesteps].float()[:, None, None, None]
+def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+    """Float32 [b, 1, 1, 1] values of a table at timesteps [b], where another tensor is."""
+    return table[timesteps.cpu()].float().to(like.device)[:, None, None, None]
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Every setting of training and its default."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from imagelab.errors import UserError
+from imagelab.settings import Config, check_within
+
+#: What may be trained. The release trains all of it; vision encoder and autoencoder stay frozen.
+PARTS = ("transformer", "fusion", "qformer", "text_encoder", "vision_norm")
+#: Of these a LoRA may be trained in place of all weights.
+LORA_PARTS = ("transformer", "text_encoder")
+#: Rates where none is given: the release's 1e-5 · √(32 / 256), and a usual one for a LoRA.
+RATE, LORA_RATE = 3.54e-6, 1e-4
+RULE_BATCH = 256  # the batch for which a rate is given, by the release's rule
+BOUNDS = {
+    "batch_size": (1, 1_000_000),
+    "micro_batch_size": (1, 100_000),
+    "epochs": (1, 1_000_000),
+    "steps": (1, 100_000_000),
+    "learning_rate": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+    "warmup_steps": (0, 100_000_000),
+    "max_grad_norm": (1e-12, 1e12),
+    "lora_rank": (0, 4096),
+    "ema": (0.0, 0.999999),
+    "dropout": (0.0, 0.9),
+    "checkpoint_steps": (1, 100_000_000),
+    "sample_steps": (0, 100_000_000),
+    "sample_items": (1, 64),
+    "workers": (0, 256),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of the method (MIGE, section 4.1, and the release's configs)."""
+
+    batch_size: int = 32  # samples of an update, over all processes
+    epochs: int = 20
+    steps: int | None = None  # updates, in place of epochs
+    learning_rate: float | None = None  # None: RATE, or LORA_RATE
+    scale_rate: bool = False  # multiply it by √(batch_size / 256), the release's rule
+    weight_decay: float = 0.03  # of every weight
+    warmup_steps: int = 1000  # updates
+    max_grad_norm: float = 0.01
+    parts: tuple[str, ...] = PARTS
+    lora_rank: int = 0  # of transformer and text encoder; 0: they train whole
+    ema: float = 0.0  # decay of an average of the weights, which is then the result; 0: none
+    dropout: float | None = None  # within Q-Former and text encoder; None: as their configs say
+
+    @property
+    def rate(self) -> float:
+        """The learning rate after the warm-up."""
+        rate = self.learning_rate
+        if rate is None:
+            rate = LORA_RATE if self.lora_rank else RATE
+        return rate * (self.batch_size / RULE_BATCH) ** 0.5 if self.scale_rate else rate
+
+
+@dataclass(frozen=True)
+class Running:
+    """How training is carried out; it changes nothing of what is learned but rounding."""
+
+    micro_batch_size: int = 8  # samples that a process computes at a time
+    gradient_checkpointing: bool = False
+    shard: bool = False  # split weights, gradients and moments over the processes
+    device: str = "auto"  # auto, cuda, mps, cpu
+    mixed_precision: str = "auto"
+    checkpoint_steps: int = 1000
+    sample_steps: int = 1000  # 0: none are painted
+    sample_items: int = 2  # of each task
+    workers: int = 2  # processes that read ahead
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """What a run is told: files, the method's numbers, and how it is carried out."""
+
+    data: str = ""
+    root: str = ""
+    features: str = ""
+    model: str = ""
+    output: str = ""
+    seed: int = 43
+    recipe: Recipe = Recipe()
+    running: Running = Running()
+
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-10
+#: Settings that may differ between a run and its resumption.
+FREE_SETTINGS = {
+    "data", "root", "features", "model", "output", *Running.__dataclass_fields__,
+}  # fmt: skip
+
+
+def check_settings(config: TrainingConfig) -> None:
+    """Raises UserError for settings that make no sense."""
+    settings: Mapping[str, object] = config.settings()
+    check_within(settings, BOUNDS)
+    recipe = config.recipe
+    if not recipe.parts or (unknown := set(recipe.parts) - set(PARTS)):
+        what = f"names {min(unknown)!r}" if recipe.parts else "names nothing"
+        raise UserError(f"--parts {what}; give some of {', '.join(PARTS)}")
+    if recipe.lora_rank and not set(recipe.parts) & set(LORA_PARTS):
+        raise UserError(
+            f"--lora_rank is for {' and '.join(LORA_PARTS)}, and --parts names neither; leave it "
+            "out"
+        )
+    if recipe.rate <= 0:
+        raise UserError("--learning_rate is 0, with which nothing is learned; give a positive one")

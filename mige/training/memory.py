@@ -1,0 +1,157 @@
+"""How much memory a training takes, before anything is loaded.
+
+Weights, gradients and moments are counted on the meta device, where tensors have shapes alone.
+Activations are what a batch of one sample leaves behind for the backward pass, counted there, too.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from imagelab.models.parts import read_config
+from mige.folder import PARTS
+from mige.method.loss import Diffusion
+from mige.sizes import build
+from mige.training.config import Recipe, TrainingConfig
+from mige.training.model import MODULES, TrainedModel, choose_trained, trained_parameters
+from mige.training.samples import Batch, Facts
+
+FLOAT = 4  # bytes
+MOMENTS = 2  # numbers that AdamW keeps of each weight
+PICTURES = 2  # references of the sample whose activations are counted
+NAMES = ("_class_name", "model_type")  # in configs, of what is built
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of weights, and bytes of a process."""
+
+    trained: int
+    frozen: int
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.average + self.activations
+
+    def __str__(self) -> str:
+        def gib(value: int) -> str:
+            return f"{value / 2**30:.2f} GiB"
+
+        parts = ["weights", "gradients", "moments", "average", "activations"]
+        told = ", ".join(f"{name} {gib(size)}" for name in parts if (size := getattr(self, name)))
+        return (
+            f"{self.trained:,} of {self.trained + self.frozen:,} weights learn; a process takes "
+            f"about {gib(self.total)}: {told}"
+        )
+
+
+def estimate(folder: Path, config: TrainingConfig, processes: int, dtype: torch.dtype) -> Estimate:
+    """What a process of a training takes.
+
+    Args:
+        folder: of the model, of which no weights are read.
+        processes: that share the batch.
+        dtype: that is computed in.
+    """
+    recipe, running = config.recipe, config.running
+    model = empty_model(folder, recipe)
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    computed = torch.empty((), dtype=dtype).element_size()
+    width = FLOAT if running.shard else computed
+    kept = sample_bytes(model, folder, running.gradient_checkpointing) * computed // FLOAT
+    share = processes if running.shard else 1
+    samples = min(running.micro_batch_size, max(1, recipe.batch_size // processes))
+    return Estimate(
+        trained,
+        frozen,
+        weights=(trained * FLOAT + frozen * width) // share,
+        gradients=trained * FLOAT // share,
+        moments=trained * FLOAT * MOMENTS // share,
+        average=trained * FLOAT // share if recipe.ema else 0,
+        activations=samples * kept,
+    )
+
+
+def empty_model(folder: Path, recipe: Recipe) -> TrainedModel:
+    """A model on the meta device with the sizes of a folder's, of which the same parts learn."""
+    configs = {
+        name: read_config(folder / name / PARTS[name].config, PARTS[name]) for name in MODULES
+    }
+    parts = {
+        name: build(name, {k: v for k, v in config.items() if k not in NAMES})
+        for name, config in configs.items()
+    }
+    model = TrainedModel(parts, Diffusion(), slots=1, end=0, round_timesteps=False)
+    choose_trained(model, recipe, 0)
+    return model
+
+
+def sample_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> int:
+    """Bytes of activations in float32 of one sample with PICTURES references.
+
+    With checkpoints, the inputs of the transformer's and of the text encoder's blocks, and all of
+    one block, are kept.
+    """
+    nothing = torch.zeros(1, 1, 1, 1)
+    model.process.noised(nothing, nothing, torch.zeros(1, dtype=torch.long))  # makes its tables
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kept = activation_bytes(model, blank_batch(folder))
+    if not is_checkpointed:
+        return kept
+    trunk, text = model.parts["transformer"], model.parts["text_encoder"]
+    size, patch = trunk.config.sample_size, trunk.config.patch_size
+    tokens = (size // patch) ** 2 * trunk.config.num_attention_heads
+    inputs = len(trunk.transformer_blocks) * tokens * trunk.config.attention_head_dim
+    length = model.parts["fusion"].config.text_length
+    inputs += len(text.encoder.block) * length * text.config.d_model
+    blocks = len(trunk.transformer_blocks) + len(text.encoder.block)
+    return FLOAT * inputs + kept // blocks
+
+
+def blank_batch(folder: Path) -> Batch:
+    """A sample with PICTURES references, whose tensors are on the meta device."""
+    facts = Facts.of(folder)
+    side, shape = facts.vision_side, facts.latent_shape
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.zeros(*sizes, device="meta")
+
+    count = min(PICTURES, facts.limits.slots)
+    return Batch(
+        tasks=("subject",),
+        segments=([[0]] * (count + 1),),
+        counts=(count,),
+        clean=empty(1, *shape),
+        noise=empty(1, *shape),
+        source=empty(1, *shape),
+        timesteps=torch.zeros(1, dtype=torch.long),
+        draws=empty(1),
+        vision=empty(count, 3, side, side),
+        latents=empty(count, *shape),
+    )
+
+
+def activation_bytes(model: TrainedModel, batch: Batch) -> int:
+    """Bytes that a forward pass keeps for the backward pass, but for weights; each storage once."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept = []  # while they are, no other storage takes their place
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept.append(storage)
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(batch)
+    return sum(sizes.values())

@@ -1,0 +1,101 @@
+"""What a model in training paints of some of its records, beside their pictures."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from imagelab.errors import shorten
+from imagelab.io.atomic import written_aside
+from imagelab.io.images import open_picture
+from imagelab.io.pictures import Tile, contact_sheet, encode_png
+from mige.config import DEFAULTS
+from mige.data.records import Record
+from mige.method.wording import MARK, TASKS
+from mige.pictures import crop
+from mige.pipeline import MigePipeline
+from mige.request import Request
+from mige.training.model import MODULES, TrainedModel
+from mige.training.samples import Samples
+
+SIDE = 192  # pixels of a picture on the sheet
+LOOKED_AT = 10_000  # records, among which some of each task are looked for
+
+
+class SamplePainter:
+    """Paints the same records each time: references, source, target, and what the model makes.
+
+    Args:
+        parts: of a pipeline, by the names of its arguments; those that learn are the model's own.
+        count: records of each task.
+    """
+
+    def __init__(self, parts: dict, samples: Samples, count: int, output: Path):
+        self.parts, self.samples, self.output = parts, samples, output
+        self.records = list(_some_of_each_task(samples, count))
+
+    def paint(self, model: TrainedModel, done: int) -> Path:
+        """Write the sheet of a model that has made ``done`` updates; its path."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{done:07d}.png"
+        parts = self.parts | {name: model.parts[name] for name in MODULES}
+        with _at_rest(model):
+            pipeline = MigePipeline(**parts)
+            pipeline.vae.to(pipeline.device)
+            with torch.autocast(
+                pipeline.device.type, model.autocast, model.autocast != torch.float32
+            ):
+                lines = [self._line(pipeline, record) for record in self.records]
+        columns = max(map(len, lines))
+        blank = Tile(Image.new("RGB", (SIDE, SIDE), "white"))
+        tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
+        with written_aside(path) as aside:
+            aside.write_bytes(encode_png(contact_sheet(tiles, columns=columns, side=SIDE)))
+        return path
+
+    def _line(self, pipeline: MigePipeline, record: Record) -> list[Tile]:
+        root, size = self.samples.root, pipeline.size
+        read = {path: open_picture(root / path).as_rgb() for path in record.paths}
+        given = tuple(read[path] for path in record.entities)
+        place = record.entities.index(record.source) if record.source in record.entities else None
+        request = Request(record.task, record.prompt, given, place, record.target)
+        condition = pipeline.encode(request, self.samples.seed)
+        asked = [(request, condition, self.samples.seed)]
+        (painted,) = pipeline.paint(asked, DEFAULTS[record.task])
+        text = shorten(record.prompt.replace(MARK, " <image> ").strip(), 80)
+        tiles = [
+            Tile(_fitted(picture, size), "to edit" if index == place else f"<image> {index + 1}")
+            for index, picture in enumerate(given)
+        ]
+        return [Tile(painted, text), Tile(_fitted(read[record.target], size), "target"), *tiles]
+
+
+def _fitted(picture: Image.Image, size) -> Image.Image:
+    return crop(picture, size.width, size.height)
+
+
+def _some_of_each_task(samples: Samples, count: int) -> Iterator[Record]:
+    """The first records of each task, in the order of the first epoch."""
+    left = dict.fromkeys(TASKS, count)
+    for place in range(min(len(samples.which), LOOKED_AT)):
+        record = samples.record(place)
+        if left[record.task]:
+            left[record.task] -= 1
+            yield record
+        if not any(left.values()):
+            return
+
+
+@contextmanager
+def _at_rest(model: TrainedModel) -> Iterator[None]:
+    """Within, nothing is dropped; the model and torch's random numbers are then as before."""
+    was_training = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, value in was_training.items():
+                module.training = value
