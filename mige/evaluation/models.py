@@ -173,7 +173,7 @@ def load(weights: Weights, device: str, **more):
             link_weights(find_weights(weights.folder, _part(weights.option)), ours)
         (ours / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
-            model = read_part(read, ours, weights.option)
+            model = read_part(read, ours, f"--{weights.option}")
         except UserError as error:
             raise UserError(str(error).replace(str(ours), str(weights.folder))) from error
     with _naming(weights.option):
@@ -208,7 +208,7 @@ class Clip:
             self.tokenizer = read_part(
                 lambda _: CLIPTokenizer.from_pretrained(name, local_files_only=True),
                 weights.folder,
-                weights.option,
+                f"--{weights.option}",
             )
         self.protocol = (
             f"{weights}: shorter side {self.side} bicubic, middle {self.side}×{self.side}"

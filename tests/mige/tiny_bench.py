@@ -31,7 +31,7 @@ def save_bench(folder: Path) -> Path:
         (folder / task).mkdir(parents=True)
         for idx in (3, 7):
             names = {kind: f"{task}/{idx}_{kind}.png" for kind in ("source", "target", "entity")}
-            for at, (kind, name) in enumerate(names.items()):
+            for at, name in enumerate(names.values()):
                 noise(10 * idx + at + 100 * (task == "add")).save(folder / name)
             mask = f"{task}/{idx}_mask.png"
             save_mask(folder / mask, 40, 30, (5, 6, 25, 20))
