@@ -38,6 +38,7 @@ PLACES = {
     "in the bottom left corner": (0.23, 0.77),
     "in the bottom right corner": (0.77, 0.77),
 }
+ADDED_TO = (0.28, 0.44)  # sides of toys to which one is added
 FAR = 0.25  # least way that a toy is moved
 GROWTH = 1.5  # of a toy that becomes bigger; its inverse where it becomes smaller
 SMALLEST, LARGEST = 0.22, 0.85  # sides of toys after that
@@ -72,11 +73,14 @@ def draw_change(rng: np.random.Generator, make: Callable[[np.random.Generator], 
 
 
 def _scene(
-    rng: np.random.Generator, odds: tuple[int, ...], sizes: tuple[float, float] | None = None
+    rng: np.random.Generator,
+    odds: tuple[int, ...],
+    sizes: tuple[float, float] | None = None,
+    taken: tuple[Placement, ...] = (),
 ) -> Scene:
     """A scene to change; ``odds`` of one toy, two, …"""
     count = 1 + int(rng.choice(len(odds), p=np.divide(odds, sum(odds))))
-    return on_ground(rng, place_toys(rng, draw_looks(rng, count), sizes), GROUNDED)
+    return on_ground(rng, place_toys(rng, draw_looks(rng, count), sizes, taken), GROUNDED)
 
 
 def _with_toy(scene: Scene, index: int, toy: Placement) -> Scene:
@@ -159,20 +163,20 @@ def add_toy(rng: np.random.Generator) -> Change:
 
 def _room(rng: np.random.Generator) -> tuple[Scene, str, tuple[float, float]]:
     """A scene with room for another toy, the words for the place (half of the time none), where."""
+    if rng.random() < 0.5:
+        place = list(PLACES)[rng.integers(len(PLACES))]
+        scene = _scene(rng, (5, 5), ADDED_TO, (_new_at(PLACES[place]),))
+        return scene, place, PLACES[place]
     while True:
-        scene = _scene(rng, (5, 5), (0.28, 0.44))
-        rooms = {name: _room_at(scene, at) for name, at in PLACES.items()}
-        free = [name for name, room in rooms.items() if room >= EDGE]
-        if not free:
-            continue
-        if rng.random() < 0.5:
-            place = free[rng.integers(len(free))]
-            return scene, place, PLACES[place]
-        return scene, "", PLACES[max(rooms, key=rooms.get)]
+        scene = _scene(rng, (5, 5), ADDED_TO)
+        freest = max(PLACES.values(), key=lambda at: clearance(_new_at(at), scene.toys))
+        if fits(_new_at(freest), scene.toys):
+            return scene, "", freest
 
 
-def _room_at(scene: Scene, at: tuple[float, float]) -> float:
-    return clearance(Placement(scene.toys[0].look, *at, NEW), scene.toys)
+def _new_at(place: tuple[float, float]) -> Placement:
+    """A toy to be added, whatever it looks like."""
+    return Placement(Look("", 0), *place, NEW)
 
 
 def remove(rng: np.random.Generator) -> Change:

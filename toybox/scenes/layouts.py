@@ -91,7 +91,7 @@ def clearance(toy: Placement, others: Sequence[Placement]) -> float:
 
 def fits(toy: Placement, others: Sequence[Placement]) -> bool:
     """Whether a toy is in the picture and away from others."""
-    return is_inside(toy) and clearance(toy, others) >= GAP
+    return is_inside(toy) and clearance(toy, others) >= GAP - 1e-9
 
 
 def place_toys(

@@ -126,7 +126,7 @@ def _write_part(
         record: writes the pictures of one and returns its record.
     """
     folder.parent.mkdir(exist_ok=True)
-    with replacing(folder) as aside:
+    with folder_lock(folder, "--output"), replacing(folder) as aside:  # clears what was left
         records = []
         for index, triplet in triplets:
             records.append(record(aside, name, index, triplet))

@@ -225,14 +225,16 @@ def _edit(
     if change.old is not None:
         gone = Shown(change.before.toys[change.old].look, box_of(before[change.old]))
     mask = (np.asarray(source) != np.asarray(target)).any(-1)
-    for index, masks in ((change.old, before), (change.new, after)):
-        if index is not None:
-            mask |= masks[index]
     if change.old is change.new is None:  # the ground: all but the toys
         mask |= ~after.any(0)
+    else:
+        for index, masks in ((change.old, before), (change.new, after)):
+            if index is not None:
+                mask |= masks[index]
+        mask = _closed(mask)
     return Triplet(
         task, op, worded.prompt, target, tuple(pictures[each] for each in worded.order),
-        worded.order.index("source"), _closed(mask), shown, gone, change.after.ground, worded.plain,
+        worded.order.index("source"), mask, shown, gone, change.after.ground, worded.plain,
         (describe(change.before), describe(change.after)),
     )  # fmt: skip
 
