@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add(
         "--format",
         choices=FORMATS,
-        help="of the bench; None: migebench for a folder, items for a list",
+        help="of the bench; None: migebench where it is called so, else items",
     )
     add("--root", type=Path, help="where the bench's paths start; None: the list's folder")
     add("--task", nargs="+", default=[], metavar="TASK", help="measure these tasks alone")

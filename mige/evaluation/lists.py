@@ -22,14 +22,15 @@ def read_bench(
     """The items of a bench in their order, and what the report is to say of them.
 
     Args:
-        form: one of :data:`FORMATS`; None: MIGEBench for a folder, items for a list.
+        form: one of :data:`FORMATS`; None: MIGEBench for a folder or a list of its names, else items.
         tasks: of a folder of MIGEBench, the lists that are read; none: all that are there.
         split: of Emu Edit, that its items are to be of; "any".
 
     Raises:
         UserError: something is missing, or not as it should be; with the item.
     """
-    form = form or ("migebench" if path.is_dir() else "items")
+    is_mige_bench = path.is_dir() or path.name in MIGE_BENCH.values()
+    form = form or ("migebench" if is_mige_bench else "items")
     if not path.exists():
         raise UserError(f"there is no bench {path}; {ADVICE}")
     lists = {path.stem.removesuffix("_bench"): path}

@@ -207,7 +207,13 @@ def markdown(found: Findings) -> str:
         measured = found.of(task)
         items = len({output.place for output, _ in measured})
         title = "all tasks" if task is None else _plain(task)
-        lines += ["", f"## {title}", "", f"{items} items, {len(measured)} pictures.", ""]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"{_count(items, 'item')}, {_count(len(measured), 'picture')}.",
+            "",
+        ]
         lines += ["| measure | mean ± 95% interval | items | protocol |", "|---|---:|---:|---|"]
         for name, (mean, n) in summarise(measured).items():
             half = "" if mean.half is None else f" ± {mean.half:.4f}"
@@ -216,6 +222,10 @@ def markdown(found: Findings) -> str:
         lines += [line for each in notes(found, task) for line in ("", each)]
     shown = f"The sheets show the first {SHEET_ITEMS} items of each task."
     return "\n".join([*lines, "", shown, ""])
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _plain(text: str) -> str:
