@@ -22,7 +22,7 @@ def read_bench(
     """The items of a bench in their order, and what the report is to say of them.
 
     Args:
-        form: one of :data:`FORMATS`; None: MIGEBench for a folder or a list of its names, else items.
+        form: one of :data:`FORMATS`; None: MIGEBench by its names, else items.
         tasks: of a folder of MIGEBench, the lists that are read; none: all that are there.
         split: of Emu Edit, that its items are to be of; "any".
 
