@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
         from mige.training.memory import estimate
-        from mige.training.run import check_output, make_plan, train
+        from mige.training.plan import check_output, make_plan
+        from mige.training.run import train
 
         names = TrainingConfig().settings()
         settings = {name: getattr(options, name) for name in names}

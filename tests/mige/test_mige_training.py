@@ -8,17 +8,13 @@ import torch
 from golden_mige import PROMPTS, WordTokenizer, arrays, build_parts, close, facts, release
 
 from mige.method.dropout import choose_dropped, drop
-from mige.method.encoder import (
-    VISION_NORM_EPS,
-    embed_instruction,
-    embed_patches,
-    encode_text,
-    see,
-)
 from mige.method.instruction import segment_ids
 from mige.method.loss import Diffusion, discretised_likelihood, gaussian_divergence
 from mige.method.prediction import predict
 from mige.release import load_exactly, place_of, split_release
+from mige.training.config import Recipe
+from mige.training.model import TrainedModel, choose_trained
+from mige.training.samples import Batch
 
 PROCESS = Diffusion()
 
@@ -49,33 +45,41 @@ def test_terms_of_the_loss():
 def test_the_whole_model_s_loss_and_gradients():
     """ViT frozen but for its last norm, no dropout; every norm of a gradient is compared."""
     given = arrays("loss_model")
-    parts = build_parts()
-    for name, state in split_release(release()).items():
-        load_exactly(parts[name], state, name)
-        parts[name].eval()
-    vision = parts["vision_encoder"]
-    vision.post_layernorm.eps = VISION_NORM_EPS
-    vision.requires_grad_(False)
-    vision.post_layernorm.requires_grad_(True)
-    found = []
-    for index, prompt in enumerate(PROMPTS):
-        meaning = see(vision, parts["qformer"], parts["fusion"], given["ref_clip"][index])
-        patches = embed_patches(parts["transformer"], given["ref_vae"][index])
-        embedded = embed_instruction(
-            parts["fusion"], parts["text_encoder"], segment_ids(WordTokenizer(), prompt),
-            parts["fusion"](meaning, patches), 4, 1,
-        )  # fmt: skip
-        found.append((encode_text(parts["text_encoder"], embedded), embedded.mask))
-    text, mask = (torch.stack(each) for each in zip(*found, strict=True))
-    noised = PROCESS.noised(given["x_start"], given["noise"], given["t"])
-    predicted, variance = predict(
-        parts["transformer"], noised, given["source"], given["t"].float(), text, mask
+    model = golden_model()
+    choose_trained(model, Recipe(dropout=0.0), 0)
+    segments = [segment_ids(WordTokenizer(), prompt) for prompt in PROMPTS]
+    counts = [len(each) - 1 for each in segments]
+    terms = model(
+        Batch(
+            tasks=("edit",) * len(segments),
+            segments=tuple(segments),
+            counts=tuple(counts),
+            clean=given["x_start"],
+            noise=given["noise"],
+            source=given["source"],
+            timesteps=given["t"],
+            draws=torch.ones(len(segments)),
+            vision=first_of_each(given["ref_clip"], counts),
+            latents=first_of_each(given["ref_vae"], counts),
+        )
     )
-    terms = PROCESS.loss(given["x_start"], given["noise"], given["t"], predicted, variance)
     for term, name in zip(terms, ("mse", "vb", "loss"), strict=True):
         close(term, given[name], 3e-6, 1e-6)
     terms.loss.mean().backward()
-    check_gradients(parts)
+    check_gradients(dict(model.parts))
+
+
+def first_of_each(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The pictures of all marks; slots without a mark are left out."""
+    return torch.cat([each[:count] for each, count in zip(values, counts, strict=True)])
+
+
+def golden_model(**settings) -> TrainedModel:
+    """All parts with the golden weights."""
+    parts = build_parts()
+    for name, state in split_release(release()).items():
+        load_exactly(parts[name], state, name)
+    return TrainedModel(parts, PROCESS, slots=4, end=1, round_timesteps=False, **settings)
 
 
 def check_gradients(parts: dict) -> None:

@@ -1,0 +1,168 @@
+"""A training, checked whole before any weights are read.
+
+The output folder holds
+
+    checkpoint.safetensors   weights that learn, moments, curves: what --resume goes on from
+    curves.png               losses, by task
+    samples/                 what the model painted on the way
+    model/                   the trained model, once training is done
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from imagelab.errors import UserError
+from imagelab.io.folders import check_writable
+from imagelab.models.device import choose_precision
+from imagelab.processes import Processes
+from imagelab.training.checkpoint import read_facts
+from imagelab.training.seeds import check_seed
+from mige.data.features import Features, open_features
+from mige.data.records import Limits, RecordList, check_records
+from mige.folder import find_folder, model_digest
+from mige.training.config import FREE_SETTINGS, TrainingConfig, check_settings
+
+CHECKPOINT, CURVES, SAMPLES, MODEL = "checkpoint.safetensors", "curves.png", "samples", "model"
+MOST_TOLD = 20  # pictures without features
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, on what, and where; all of it checked.
+
+    Attributes:
+        folder: of the model that is begun with; ``digest``: of its weights and settings.
+        which: records to train on, by their position in the list.
+    """
+
+    config: TrainingConfig
+    processes: Processes
+    dtype: torch.dtype
+    folder: Path
+    digest: str
+    records: RecordList
+    which: np.ndarray
+    features: Features
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    @property
+    def share(self) -> int:
+        """Samples of a process in a step."""
+        return self.config.recipe.batch_size // self.processes.count
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        recipe = self.config.recipe
+        return recipe.steps or max(1, recipe.epochs * len(self.which) // recipe.batch_size)
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what is trained, and on what."""
+        with self.records.path.open("rb") as file:
+            data = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"--model": self.digest, "--data": data}
+
+
+def make_plan(config: TrainingConfig, processes: Processes) -> Plan:
+    """Check all that a training needs, but for its weights.
+
+    Raises UserError for the first thing that would not work; records are checked all together.
+    """
+    check_settings(config)
+    check_seed(config.seed)
+    recipe, running = config.recipe, config.running
+    if recipe.batch_size % processes.count:
+        raise UserError(
+            f"--batch_size {recipe.batch_size} cannot be shared over {processes.count} processes; "
+            f"give a multiple of {processes.count}"
+        )
+    if running.shard and processes.count == 1:
+        raise UserError("--shard needs several processes: start them with `accelerate launch`")
+    if running.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 overflows in T5; give bf16 or no")
+    check_writable(Path(config.output), "output")
+    folder = find_folder(config.model)
+    records = RecordList(Path(config.data))
+    which = check_records(records, Path(config.root), Limits.of_folder(folder))
+    features = open_features(Path(config.features), folder)
+    report_missing(features, records, which)
+    dtype = choose_precision(running.mixed_precision, processes.device)
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return Plan(config, processes, dtype, folder, model_digest(folder), records, which, features)
+
+
+def report_missing(features: Features, records: RecordList, which: np.ndarray) -> None:
+    """Raises UserError with what has no features, and how to make them."""
+    lines, count = [], 0
+    for line in features.missing(records, which):
+        count += 1
+        if len(lines) < MOST_TOLD:
+            lines.append(line)
+    if count:
+        more = f"\n… and {count - MOST_TOLD} more" if count > MOST_TOLD else ""
+        raise UserError(
+            "\n".join(lines) + f"{more}\nmake the features that are missing: "
+            "python -m mige.features with the same --data, --root and --model"
+        )
+
+
+def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
+    """Raises UserError where a folder holds what was not asked to go on with, or to replace."""
+    output = Path(config.output)
+    is_begun = (output / CHECKPOINT).is_file()
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite are both given; give one of them")
+    if resume and not is_begun:
+        raise UserError(f"{output} holds no checkpoint to go on from; leave out --resume")
+    if is_begun and not (resume or overwrite):
+        raise UserError(
+            f"{output} holds a training; go on with --resume, start anew with --overwrite, or "
+            "give another --output"
+        )
+    if not is_begun and output.is_dir():
+        known = {CHECKPOINT, CURVES, SAMPLES, MODEL}
+        others = [p.name for p in output.iterdir() if p.name not in known and p.name[0] != "."]
+        if others:
+            raise UserError(f"{output} holds other files ({others[0]}); give another --output")
+
+
+def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
+    """Raises UserError unless an unfinished training had these settings and inputs."""
+    facts = read_facts(Path(config.output) / CHECKPOINT)
+    now, then = kept_settings(config), facts.get("settings", {})
+    changed = [name for name in now if then.get(name) != now[name]]
+    if changed:
+        shown = ", ".join(f"--{name} {then.get(name)}" for name in changed)
+        raise UserError(
+            f"the training in {config.output} had other settings ({shown}); go on with those, or "
+            "start anew with --overwrite in place of --resume"
+        )
+    changed = [name for name in inputs if facts.get("inputs", {}).get(name) != inputs[name]]
+    if changed:
+        raise UserError(
+            f"{changed[0]} is not what the training in {config.output} had; put that back, or "
+            "start anew with --overwrite in place of --resume"
+        )
+
+
+def kept_settings(config: TrainingConfig) -> dict:
+    """The settings that a resumed run has to share, in JSON's types."""
+    free = FREE_SETTINGS | {"epochs", "steps"}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.settings().items()
+        if name not in free
+    }
