@@ -289,6 +289,13 @@ def parts_digest(folder: Path, names: Sequence[str]) -> str:
         if PARTS[name].weights
         for file in find_weights(folder / name, PARTS[name])
     }
-    configs = {name: read_config(folder / name / PARTS[name].config, PARTS[name]) for name in names}
+    configs = {name: config_of(folder, name) for name in names}
     facts = [weights_digest(weights), configs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def config_of(folder: Path, name: str) -> dict:
+    """What is known of a part's config, checked against the sizes of its weights."""
+    part = PARTS[name]
+    files = find_weights(folder / name, part) if part.weights else []
+    return read_config(folder / name / part.config, part, *files)

@@ -26,11 +26,10 @@ from torch import Tensor
 
 from imagelab.errors import UserError, cut, shorten
 from imagelab.io.tensors import misfit, read_json, tensor_names
-from imagelab.models.parts import read_config
 from mige.data.records import FEATURE_FOLDERS, Record, RecordList, part_of
 from mige.data.references import References, key_of, parts_of
 from mige.folder import ADVICE as MODEL_ADVICE
-from mige.folder import PARTS, find_folder, parts_digest
+from mige.folder import PARTS, config_of, find_folder, parts_digest
 from mige.latents import Posterior
 
 FACTS, VERSION = "features.json", 1
@@ -107,10 +106,9 @@ class Kind:
 
 
 def _config(folder: Path, name: str, form: dict) -> dict:
-    path = folder / name / PARTS[name].config
-    found = read_config(path, PARTS[name])
+    found = config_of(folder, name)
     if wrong := misfit(found, form):
-        raise UserError(f"{path}: {wrong}; {MODEL_ADVICE}")
+        raise UserError(f"{folder / name / PARTS[name].config}: {wrong}; {MODEL_ADVICE}")
     return found
 
 

@@ -24,9 +24,15 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.tensors import misfit
-from imagelab.models.parts import read_config
 from imagelab.training.seeds import seed_for
-from mige.folder import ADVICE, PARTS, find_folder, read_settings, read_tokenizer
+from mige.folder import (
+    ADVICE,
+    PARTS,
+    config_of,
+    find_folder,
+    read_settings,
+    read_tokenizer,
+)
 from mige.method.instruction import length_of, segment_ids
 from mige.method.wording import MOST_WORDS, TASKS, clean, prompt_for, split
 
@@ -247,8 +253,7 @@ class Limits:
         """Those of a model folder, of which no weights are read."""
         folder = find_folder(str(folder))
         settings = read_settings(folder)
-        path = folder / "fusion" / PARTS["fusion"].config
-        config = read_config(path, PARTS["fusion"])
+        path, config = folder / "fusion" / PARTS["fusion"].config, config_of(folder, "fusion")
         if wrong := misfit(config, {"queries": int, "text_length": int}):
             raise UserError(f"{path}: {wrong}; {ADVICE}")
         return cls(

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch._subclasses import FakeTensorMode
 
-from imagelab.models.parts import read_config
-from mige.folder import PARTS
+from mige.folder import config_of
 from mige.method.loss import Diffusion
 from mige.sizes import build
 from mige.training.config import Recipe, TrainingConfig
@@ -82,9 +81,7 @@ def estimate(folder: Path, config: TrainingConfig, processes: int, dtype: torch.
 
 def empty_model(folder: Path, recipe: Recipe) -> TrainedModel:
     """A model on the meta device with the sizes of a folder's, of which the same parts learn."""
-    configs = {
-        name: read_config(folder / name / PARTS[name].config, PARTS[name]) for name in MODULES
-    }
+    configs = {name: config_of(folder, name) for name in MODULES}
     parts = {
         name: build(name, {k: v for k, v in config.items() if k not in NAMES})
         for name, config in configs.items()

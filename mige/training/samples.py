@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from imagelab.errors import FAILURES
 from imagelab.io.images import open_picture
-from imagelab.models.parts import read_config
 from imagelab.training.seeds import generator_for, seed_for
 from mige.data.features import Features, Kind
 from mige.data.records import Limits, Record, RecordList, shuffled
-from mige.folder import PARTS, read_schedule
+from mige.folder import config_of, read_schedule
 from mige.method.instruction import segment_ids
 from mige.pictures import to_vision
 
@@ -85,10 +84,7 @@ class Facts:
     @classmethod
     def of(cls, folder: Path) -> "Facts":
         """Those of a model folder, of which no weights are read."""
-        configs = {
-            name: read_config(folder / name / PARTS[name].config, PARTS[name])
-            for name in ("vae", "vision_encoder", "scheduler")
-        }
+        configs = {name: config_of(folder, name) for name in ("vae", "vision_encoder", "scheduler")}
         return cls(
             Limits.of_folder(folder),
             configs["vision_encoder"]["image_size"],

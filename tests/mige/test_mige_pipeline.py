@@ -71,6 +71,16 @@ def test_a_saved_pipeline_is_the_same(pipeline, model, tmp_path):
     assert model_digest(tmp_path / "again") == model_digest(model)
 
 
+def test_a_model_whose_vocabulary_is_that_of_t5(model, tmp_path):
+    """32,128 pieces are more than any width of these parts."""
+    folder = shutil.copytree(model, tmp_path / "large")
+    pipeline = MigePipeline.from_pretrained(model)
+    pipeline.text_encoder.resize_token_embeddings(32_128, mean_resizing=False)
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    assert MigePipeline.from_pretrained(folder).text_encoder.config.vocab_size == 32_128
+    assert model_digest(folder) != model_digest(model)
+
+
 def test_a_saved_model_in_shards(model, tmp_path):
     pipeline = MigePipeline.from_pretrained(model)
     pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
