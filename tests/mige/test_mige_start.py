@@ -29,6 +29,7 @@ from transformers import (
 from imagelab.models.parts import find_weights
 from mige.folder import PARTS
 from mige.method.encoder import see
+from mige.method.fusion import FeatureFusion
 from mige.pipeline import MigePipeline
 from mige.start import main
 from mige.starting import draw_features, draw_null_text
@@ -242,24 +243,30 @@ def test_options_of_the_model(sources, output, tmp_path, capsys):
 # what is drawn
 
 
+def stream(label: bytes) -> int:
+    """The seed of a labelled draw, as imagelab.training.seeds says it."""
+    return int.from_bytes(hashlib.sha256(label).digest()[:8], "big") // 2
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(sources, started, output):
     torch.manual_seed(123)
     start(sources, output, "--seed", 7)
-    other = weights(output / "fusion", "diffusion_pytorch_model")
+    found = weights(output / "fusion", "diffusion_pytorch_model")
+    torch.manual_seed(stream(b"7\x1fstr:start\x1fstr:features"))
+    check_same(below(found, "features."), FeatureFusion(32, 8, 48).state_dict())
     torch.manual_seed(5)
-    start(sources, output, "--seed", 7, "--overwrite")
-    check_same(weights(output / "fusion", "diffusion_pytorch_model"), other)
-    first = weights(started / "fusion", "diffusion_pytorch_model")
-    same = {name for name, tensor in first.items() if torch.equal(tensor, other[name])}
+    check_same(below(found, "features."), below(draw_features(32, 8, 48, 7), "features."))
+
+    other = weights(started / "fusion", "diffusion_pytorch_model")
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, other[name])}
     drawn = {"null_text", "features.query.weight", "features.attention.in_proj_weight"}
     drawn |= {"features.attention.out_proj.weight"}
     drawn |= {f"features.{name}.{i}.weight" for name in ("key", "value") for i in (0, 2)}
-    assert first.keys() - same == drawn
+    assert changed == drawn
 
 
 def test_the_null_text_has_a_stream_of_its_own():
-    label = b"7\x1fstr:start\x1fstr:null text"
-    seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "big") // 2
+    seed = stream(b"7\x1fstr:start\x1fstr:null text")
     drawn = torch.randn(24, 40, generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(draw_null_text(24, 40, 7), drawn / math.sqrt(40), atol=1e-7)
     squares = draw_null_text(256, 400, 0).square().sum(1)
@@ -326,6 +333,15 @@ def test_folders_of_an_older_diffusers(own, output, started):
     check_same(trunk_weights(output), trunk_weights(started))
     index = json.loads((output / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "PixArtTransformer2DModel"]
+
+
+def test_a_qformer_whose_config_tells_no_width_of_pictures(own, output):
+    """BLIP-2 takes the vision encoder's, whatever it says."""
+    config = make_blip2().config.qformer_config.to_dict()
+    change_config(own / "blip2/config.json", qformer_config=config | {"encoder_hidden_size": 1408})
+    assert Blip2Config.from_pretrained(own / "blip2").qformer_config.encoder_hidden_size == 24
+    found = MigePipeline.from_pretrained(start(own, output)).qformer
+    assert found.config.encoder_hidden_size == 24
 
 
 def test_precisions_stay_but_the_fusion_s(own, output):
