@@ -337,8 +337,7 @@ def test_folders_of_an_older_diffusers(own, output, started):
 
 def test_a_qformer_whose_config_tells_no_width_of_pictures(own, output):
     """BLIP-2 takes the vision encoder's, whatever it says."""
-    config = make_blip2().config.qformer_config.to_dict()
-    change_config(own / "blip2/config.json", qformer_config=config | {"encoder_hidden_size": 1408})
+    change_qformer(own, encoder_hidden_size=1408)
     assert Blip2Config.from_pretrained(own / "blip2").qformer_config.encoder_hidden_size == 24
     found = MigePipeline.from_pretrained(start(own, output)).qformer
     assert found.config.encoder_hidden_size == 24
@@ -346,15 +345,14 @@ def test_a_qformer_whose_config_tells_no_width_of_pictures(own, output):
 
 def test_precisions_stay_but_the_fusion_s(own, output):
     make_trunk().bfloat16().save_pretrained(own / "pixart/transformer")
-    shutil.rmtree(own / "blip2")
-    halves = make_blip2().half()
-    halves.save_pretrained(own / "blip2")
+    halves = {name: tensor.half() for name, tensor in weights(own / "blip2").items()}
+    save_file(halves, own / "blip2/model.safetensors")
     start(own, output)
     assert {each.dtype for each in trunk_weights(output).values()} == {torch.bfloat16}
     assert {each.dtype for each in weights(output / "qformer").values()} == {torch.float16}
     fusion = weights(output / "fusion", "diffusion_pytorch_model")
     assert {each.dtype for each in fusion.values()} == {torch.float32}
-    assert torch.equal(fusion["projection.weight"], halves.language_projection.weight.float())
+    assert torch.equal(fusion["projection.weight"], halves[PROJECTION].float())
     assert MigePipeline.from_pretrained(output).transformer.dtype == torch.float32
 
 
@@ -381,8 +379,8 @@ def test_the_language_model_beside_the_rest_is_not_read(own, output, started):
     state["language_model.shared.weight"] = torch.zeros(2).to(torch.float8_e4m3fn)
     state["language_model.lm_head.weight"] = torch.full((2,), float("nan"))
     state["qformer.embeddings.position_ids"] = torch.arange(4)[None]  # in older files
-    shutil.rmtree(own / "blip2")
-    make_blip2().config.save_pretrained(own / "blip2")
+    for file in (own / "blip2").glob("model*"):
+        file.unlink()
     save_file(state, own / "blip2/model.safetensors")
     start(own, output)
     check_same(weights(output / "qformer"), weights(started / "qformer"))
@@ -434,6 +432,11 @@ def test_a_hub_that_is_not_there(sources, output, fails, monkeypatch, more, told
 
 def change_config(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_qformer(folder: Path, **changes) -> None:
+    path = folder / "blip2/config.json"
+    change_config(path, qformer_config=json.loads(path.read_text())["qformer_config"] | changes)
 
 
 def change(file: Path, **tensors: torch.Tensor | None) -> None:
@@ -574,10 +577,7 @@ BROKEN = {
         "num_hidden_layers of vision_encoder is 1000000000",
     ),
     "a Q-Former of no such width": (
-        lambda f: change_config(
-            f / "blip2/config.json",
-            qformer_config=make_blip2().config.qformer_config.to_dict() | {"hidden_size": 64},
-        ),
+        lambda f: change_qformer(f, hidden_size=64),
         "has in another shape qformer.encoder.layer.0",
     ),
     "another kind of T5": (
