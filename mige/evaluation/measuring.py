@@ -82,7 +82,8 @@ def read_bench_pictures(items: Sequence[BenchItem], use_masks: bool, erased: boo
                 if path in masks:
                     read_mask(picture, erased)
             except UserError as error:
-                raise UserError(f"item {place}: {error}") from error
+                more = ", or leave all masks out with --no_mask" if path in masks else ""
+                raise UserError(f"item {place}: {error}{more}") from error
             digests[path] = picture.sha256
     return Bench(items, digests, use_masks, erased)
 

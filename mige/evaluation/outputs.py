@@ -23,6 +23,7 @@ FACTS = {
     "item": int, "text": str, "source": (None, int), "is_global": bool, "pictures_sha256": [str],
     "seed": int, "first_seed": int,
 }  # fmt: skip
+FOLDER = re.compile(r"\w[\w .-]*")  # a task by which a folder may be called
 MOST_PICTURES = 10_000  # of an item
 Digests = Mapping[Path, str]
 
@@ -59,7 +60,7 @@ def find_outputs(items: Sequence[BenchItem], folder: Path, digests: Digests) -> 
         raise UserError(f"there is no folder {folder}; {ADVICE}")
     places = {task: [at for at, each in enumerate(items) if each.task == task] for task in
               dict.fromkeys(each.task for each in items)}  # fmt: skip
-    apart = [task for task in places if task == Path(task).name and (folder / task).is_dir()]
+    apart = [task for task in places if FOLDER.fullmatch(task) and (folder / task).is_dir()]
     if apart and not (folder / RUN).is_file():
         if missing := [task for task in places if task not in apart]:
             raise UserError(

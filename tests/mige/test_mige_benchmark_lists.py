@@ -210,7 +210,7 @@ def test_a_picture_that_is_missing_is_told_with_its_item(bench):
         read_bench_pictures(items, True, False)
     noise(1).save(bench / "replace/3_target.png")
     Image.new("L", (40, 30)).save(bench / "replace/7_mask.png")
-    with pytest.raises(UserError, match="item 3: bench/replace/7_mask.png is empty"):
+    with pytest.raises(UserError, match="item 3: .*7_mask.png is empty .* with --no_mask"):
         read_bench_pictures(items, True, False)
     assert len(read_bench_pictures(items, False, False).digests) == 12
 
@@ -256,6 +256,14 @@ def test_numbers_of_two_tasks_collide(bench):
     save("half/add/3.jpg")
     with pytest.raises(UserError, match="a folder add and none for the task replace"):
         found(items, "half")
+
+
+def test_a_task_of_a_stranger_names_no_folder_above(bench):
+    items, _ = read([EMU | {"task": ".."}], "emu")
+    noise(1).save("in.jpg")
+    save("out/5.jpg", "5.jpg")
+    (output,) = find_outputs(items, Path("out"), read_bench_pictures(items, True, False).digests)
+    assert output.path == Path("out/5.jpg")
 
 
 def test_release_names_of_subjects(bench):

@@ -314,6 +314,36 @@ def test_other_numbers_in_a_config_or_in_weights_are_another_model(judges, tmp_p
     assert len({judges["dino"].digest, first, find("dino", str(folder), True).digest}) == 3
 
 
+def test_shards_are_the_same_model(judges, tmp_path):
+    model = load(judges["dino"], "cpu", add_pooling_layer=False)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    whole, parts = Dino(judges["dino"], "cpu"), Dino(find("dino", str(tmp_path), True), "cpu")
+    assert torch.equal(whole.images([noise(1)]), parts.images([noise(1)]))
+
+
+def test_the_hub_is_asked_for_what_is_not_there(judges, tmp_path, monkeypatch):
+    """Local files come first; half a model is none; offline nobody is asked."""
+    asked = []
+    (tmp_path / "config.json").write_text("{}")
+
+    def snapshot_download(source, allow_patterns, local_files_only):
+        asked.append((source, local_files_only))
+        assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
+        return str(tmp_path if local_files_only else judges["dino"].folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find("dino", "a/b", offline=False).digest == judges["dino"].digest
+    assert asked == [("a/b", True), ("a/b", False)]
+    with pytest.raises(UserError, match="a/b is not in the local cache"):
+        find("dino", "a/b", offline=True)
+    assert asked[2:] == [("a/b", True)]
+    shutil.copy(judges["dino"].folder / "model.safetensors", tmp_path)
+    shutil.copy(judges["dino"].folder / "config.json", tmp_path)
+    assert find("dino", "a/b", offline=False).folder == tmp_path
+    assert asked[3:] == [("a/b", True)]
+
+
 def test_models_that_cannot_be_used(judges, tmp_path):
     with pytest.raises(UserError, match="there is no model folder nowhere; give --clip a folder"):
         find("clip", "nowhere", True)
