@@ -72,7 +72,7 @@ class Extraction:
         """Mean and deviation [b, 2c, h, w] of pictures [3, height, width], on the CPU."""
         pixels = torch.stack(list(pictures)).to(self.device)
         # not in TF32, which a GPU otherwise computes convolutions in
-        with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self.vae.encode(pixels).latent_dist
         values = torch.cat([found.mean, found.std], dim=1).float().cpu()
         if not values.isfinite().all():

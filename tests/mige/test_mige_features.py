@@ -155,6 +155,22 @@ def test_pictures_are_read_as_viewers_show_them(make, vae):
         torch.testing.assert_close(tensors()[path], encoded(vae, image), atol=1e-5, rtol=1e-5)
 
 
+def test_a_gpu_does_not_work_in_tf32(work, model, vae):
+    """What torch is told while the autoencoder works; with cuDNN, without which it is slow."""
+    seen, backend = [], torch.backends.cudnn
+    hook = vae.encoder.register_forward_pre_hook(
+        lambda *_: seen.append((backend.enabled, backend.allow_tf32))
+    )
+    job = Extraction(vae, Kind.of_model(model), RecordList(Path("d.json")), work, 2, "cpu")
+    before = backend.enabled, backend.allow_tf32
+    try:
+        found = job.encode([job.read(PATHS[0])])
+    finally:
+        hook.remove()
+    assert seen == [(True, False)] and (backend.enabled, backend.allow_tf32) == before
+    assert found.shape == (1, 8, 8, 8)
+
+
 def test_where_a_picture_s_features_are(make):
     make()
     facts = json.loads(Path("F/features.json").read_text())
@@ -190,10 +206,10 @@ def test_each_picture_is_decoded_once(make, counted):
     assert sorted(counted) == sorted(parse_record(REPLACE).paths)
 
 
-def test_the_autoencoder_alone_is_read(make, model, tmp_path):
+def test_neither_t5_nor_the_vision_encoder_is_read(make, model, tmp_path):
     thin = shutil.copytree(model, tmp_path / "thin")
-    for path in thin.rglob("*.safetensors"):
-        if path.parent.name != "vae":
+    for part in ("text_encoder", "vision_encoder", "qformer"):
+        for path in (thin / part).glob("*.safetensors"):
             path.unlink()
     make(of=thin)
     assert len(tensors()) == 8
@@ -440,6 +456,8 @@ def test_a_folder_of_other_files(fails, model, work):
     Path("F/notes.txt").touch()
     options = usual(model)
     assert "F holds other files (notes.txt)" in fails(command.main, options).err
+    with pytest.raises(UserError, match="F holds other files"):  # made since the command began
+        claim(Path("F"), Kind.of_model(model), 8)
     assert [path.name for path in Path("F").iterdir()] == ["notes.txt"]
 
 
