@@ -60,7 +60,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Running:
-    """How training is carried out; it changes nothing of what is learned but rounding."""
+    """How training is carried out; it changes nothing of what is learned but rounding.
+
+    And, with the batches of a process, which numbers the dropout within Q-Former and text encoder
+    leaves out.
+    """
 
     micro_batch_size: int = 8  # samples that a process computes at a time
     gradient_checkpointing: bool = False

@@ -1,7 +1,8 @@
 """How much memory a training takes, before anything is loaded.
 
 Weights, gradients and moments are counted on the meta device, where tensors have shapes alone.
-Activations are what a batch of one sample leaves behind for the backward pass, counted there, too.
+Activations are what a batch of one sample leaves behind for the backward pass. They are counted on
+torch's fake tensors, for which the kernels are chosen that real ones would have.
 """
 
 from dataclasses import dataclass
@@ -95,11 +96,13 @@ def sample_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> in
     """Bytes of activations in float32 of one sample with PICTURES references.
 
     With checkpoints, the inputs of the transformer's and of the text encoder's blocks, and all of
-    one block, are kept.
+    one block, are kept. The model's own tensors become fake ones.
     """
     nothing = torch.zeros(1, 1, 1, 1)
     model.process.noised(nothing, nothing, torch.zeros(1, dtype=torch.long))  # makes its tables
     with FakeTensorMode(allow_non_fake_inputs=True):
+        # on meta, attention would keep its maps, and weights would not be known again
+        model.to_empty(device="cpu")
         kept = activation_bytes(model, blank_batch(folder))
     if not is_checkpointed:
         return kept
@@ -114,25 +117,22 @@ def sample_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> in
 
 
 def blank_batch(folder: Path) -> Batch:
-    """A sample with PICTURES references, whose tensors are on the meta device."""
+    """A sample with PICTURES references and no content."""
     facts = Facts.of(folder)
     side, shape = facts.vision_side, facts.latent_shape
-
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.zeros(*sizes, device="meta")
 
     count = min(PICTURES, facts.limits.slots)
     return Batch(
         tasks=("subject",),
         segments=([[0]] * (count + 1),),
         counts=(count,),
-        clean=empty(1, *shape),
-        noise=empty(1, *shape),
-        source=empty(1, *shape),
+        clean=torch.zeros(1, *shape),
+        noise=torch.zeros(1, *shape),
+        source=torch.zeros(1, *shape),
         timesteps=torch.zeros(1, dtype=torch.long),
-        draws=empty(1),
-        vision=empty(count, 3, side, side),
-        latents=empty(count, *shape),
+        draws=torch.zeros(1),
+        vision=torch.zeros(count, 3, side, side),
+        latents=torch.zeros(count, *shape),
     )
 
 

@@ -28,6 +28,7 @@ from mige.folder import find_folder, model_digest
 from mige.training.config import FREE_SETTINGS, TrainingConfig, check_settings
 
 CHECKPOINT, CURVES, SAMPLES, MODEL = "checkpoint.safetensors", "curves.png", "samples", "model"
+OWN = (CHECKPOINT, CURVES, SAMPLES, MODEL)  # what a training writes into its output folder
 MOST_TOLD = 20  # pictures without features
 
 
@@ -122,7 +123,8 @@ def report_missing(features: Features, records: RecordList, which: np.ndarray) -
 def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
     """Raises UserError where a folder holds what was not asked to go on with, or to replace."""
     output = Path(config.output)
-    is_begun = (output / CHECKPOINT).is_file()
+    is_begun, is_done = (output / CHECKPOINT).is_file(), (output / MODEL).exists()
+    check_apart(config)
     if resume and overwrite:
         raise UserError("--resume and --overwrite are both given; give one of them")
     if resume and not is_begun:
@@ -132,11 +134,26 @@ def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
             f"{output} holds a training; go on with --resume, start anew with --overwrite, or "
             "give another --output"
         )
+    if is_done and not (resume or overwrite):
+        raise UserError(
+            f"{output} holds a trained model; replace it with --overwrite, or give another --output"
+        )
     if not is_begun and output.is_dir():
-        known = {CHECKPOINT, CURVES, SAMPLES, MODEL}
-        others = [p.name for p in output.iterdir() if p.name not in known and p.name[0] != "."]
+        others = [p.name for p in output.iterdir() if p.name not in OWN and p.name[0] != "."]
         if others:
             raise UserError(f"{output} holds other files ({others[0]}); give another --output")
+
+
+def check_apart(config: TrainingConfig) -> None:
+    """Raises UserError where the output would take the place of what is trained on."""
+    output = Path(config.output).resolve()
+    for name in ("data", "root", "features", "model"):
+        given = Path(getattr(config, name)).expanduser()
+        if any(given.resolve().is_relative_to(output / own) for own in OWN):
+            raise UserError(
+                f"--{name} {given} lies where --output {config.output} is written, which would "
+                "replace it; give another --output"
+            )
 
 
 def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:

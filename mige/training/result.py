@@ -1,13 +1,16 @@
 """The trained model, as a folder like the one that training began with.
 
 What did not learn is taken over file by file, so it is the same to the bit, and features that were
-made with the autoencoder stay valid. Weights that learned whole are written in float32; a LoRA is
-merged into weights of the precision that they had.
+made with the autoencoder stay valid. Its files of weights are shared with that folder where the
+disk can; configs, which people edit, are copies. Weights that learned whole are written in float32;
+a LoRA is merged into weights of the precision that they had.
 """
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -31,11 +34,11 @@ def write_model(model: TrainedModel, source: Path, target: Path, is_writer: bool
     if not is_writer:
         return
     with folder_lock(target, "--output"), replacing(target) as aside:
-        _copy(source / INDEX, aside / INDEX)
+        shutil.copyfile(source / INDEX, aside / INDEX)
         for name, part in PARTS.items():
             (aside / name).mkdir()
             for file in _described(source / name, part):
-                _copy(file, aside / name / file.name)
+                shutil.copyfile(file, aside / name / file.name)
             for file in find_weights(source / name, part) if part.weights else []:
                 _write_weights(file, aside / name / file.name, changes.get(name, {}))
 
@@ -66,7 +69,7 @@ def _changes(module: nn.Module, is_writer: bool) -> Iterator[tuple[str, tuple[Te
 def _write_weights(source: Path, target: Path, changes: dict[str, tuple[Tensor, bool]]) -> None:
     """A file of weights with what has changed in it."""
     if not changes:
-        _copy(source, target)
+        _take_over(source, target)
         return
     tensors, metadata = read_tensors(source, ADVICE)
     for name in tensors.keys() & changes.keys():
@@ -76,9 +79,14 @@ def _write_weights(source: Path, target: Path, changes: dict[str, tuple[Tensor, 
     write_tensors(target, tensors, metadata)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The same file under another name, where the disk can; else a copy."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _take_over(source: Path, target: Path) -> None:
+    """The same file of weights under another name, where the disk can; else a copy.
+
+    What may not be written is copied: a new file can be flushed, and later be removed.
+    """
+    file = source.resolve()
+    if os.access(file, os.W_OK) and file.stat().st_mode & stat.S_IWUSR:
+        with suppress(OSError):
+            os.link(file, target)
+            return
+    shutil.copyfile(file, target)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.errors import memory_errors
+from imagelab.errors import FAILURES, memory_errors
 from imagelab.figures import plot_losses
 from imagelab.io.atomic import folder_lock, sweep, written_aside
 from imagelab.processes import Processes
@@ -73,7 +73,7 @@ def train(plan: Plan, resume: bool = False, overwrite: bool = False) -> Path:
         try:
             with memory_errors():
                 return _run(plan, saved)
-        except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError):
+        except (KeyboardInterrupt, *FAILURES):
             if first and (resume or _written(output / CHECKPOINT) != then):
                 log.warning("saved in %s: go on with the same command and --resume", output)
             raise
@@ -116,12 +116,13 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
             with ema.shown() if ema else nullcontext():
                 painter.paint(model, done)
 
-        trainer.callbacks.append(Report(running.sample_steps, act))
+        if painter.records:
+            trainer.callbacks.append(Report(running.sample_steps, act))
     trainer.run({"training": lambda _: stage}, saved)
     if processes.is_first:
         draw_curves(plan, trainer)
     if ema:
-        ema.swap()
+        take_average(ema)
     write_model(model, plan.folder, plan.output / MODEL, processes.is_first)
     processes.gather(None)  # all wait here for each other
     return plan.output / MODEL
@@ -224,6 +225,13 @@ class Tally:
         mse, bound, loss = self.sums.sum(0) / self.counts.sum()
         by_task = self.sums[:, 2] / self.counts
         return {"loss": loss, "mse": mse, "bound": bound, **dict(zip(TASKS, by_task, strict=True))}
+
+
+def take_average(ema: Ema) -> None:
+    """Let the model have the average for good; of weights that are split, each process's part."""
+    with torch.no_grad():
+        for parameter, average in zip(ema.parameters, ema.average, strict=True):
+            parameter.copy_(average)
 
 
 def draw_curves(plan: Plan, trainer: Trainer) -> None:

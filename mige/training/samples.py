@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from imagelab.errors import FAILURES
 from imagelab.io.images import open_picture
+from imagelab.training.interrupt import ENDINGS
 from imagelab.training.seeds import generator_for, seed_for
 from mige.data.features import Features, Kind
 from mige.data.records import Limits, Record, RecordList, shuffled
@@ -235,8 +236,12 @@ class Reader:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C is for the process that learns, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and being asked to end are for the process that learns, which ends its workers.
+
+    A terminal, or a batch system whose time is up, sends them to all processes.
+    """
+    for each in (signal.SIGINT, *ENDINGS):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def dropout_seed(seed: int, step: int, process: int, part: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from imagelab.errors import shorten
+from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import written_aside
 from imagelab.io.images import open_picture
 from imagelab.io.pictures import Tile, contact_sheet, encode_png
@@ -34,7 +34,8 @@ class SamplePainter:
 
     def __init__(self, parts: dict, samples: Samples, count: int, output: Path):
         self.parts, self.samples, self.output = parts, samples, output
-        self.records = list(_some_of_each_task(samples, count))
+        pipeline = MigePipeline(**parts)
+        self.records = list(_some_of_each_task(samples, count, pipeline))
 
     def paint(self, model: TrainedModel, done: int) -> Path:
         """Write the sheet of a model that has made ``done`` updates; its path."""
@@ -59,14 +60,16 @@ class SamplePainter:
         root, size = self.samples.root, pipeline.size
         read = {path: open_picture(root / path).as_rgb() for path in record.paths}
         given = tuple(read[path] for path in record.entities)
-        place = record.entities.index(record.source) if record.source in record.entities else None
-        request = Request(record.task, record.prompt, given, place, record.target)
+        request = _request(record, given)
         condition = pipeline.encode(request, self.samples.seed)
         asked = [(request, condition, self.samples.seed)]
         (painted,) = pipeline.paint(asked, DEFAULTS[record.task])
         text = shorten(record.prompt.replace(MARK, " <image> ").strip(), 80)
         tiles = [
-            Tile(_fitted(picture, size), "to edit" if index == place else f"<image> {index + 1}")
+            Tile(
+                _fitted(picture, size),
+                "to edit" if index == request.source else f"<image> {index + 1}",
+            )
             for index, picture in enumerate(given)
         ]
         return [Tile(painted, text), Tile(_fitted(read[record.target], size), "target"), *tiles]
@@ -76,16 +79,35 @@ def _fitted(picture: Image.Image, size) -> Image.Image:
     return crop(picture, size.width, size.height)
 
 
-def _some_of_each_task(samples: Samples, count: int) -> Iterator[Record]:
-    """The first records of each task, in the order of the first epoch."""
+def _request(record: Record, pictures: tuple) -> Request:
+    """What the pipeline is asked for, with a record's references."""
+    place = record.entities.index(record.source) if record.source is not None else None
+    return Request(record.task, record.prompt, pictures, place, record.target)
+
+
+def _some_of_each_task(samples: Samples, count: int, pipeline: MigePipeline) -> Iterator[Record]:
+    """The first records of each task that the pipeline can paint, in the order of the first epoch.
+
+    Its prompts have another wording than those of training, and may be too long.
+    """
     left = dict.fromkeys(TASKS, count)
     for place in range(min(len(samples.which), LOOKED_AT)):
         record = samples.record(place)
-        if left[record.task]:
+        if left[record.task] and _fits(record, pipeline):
             left[record.task] -= 1
             yield record
         if not any(left.values()):
             return
+
+
+def _fits(record: Record, pipeline: MigePipeline) -> bool:
+    if record.source not in (None, *record.entities):  # the pipeline edits one of the references
+        return False
+    try:
+        pipeline.segments(_request(record, record.entities))
+    except UserError:
+        return False
+    return True
 
 
 @contextmanager
