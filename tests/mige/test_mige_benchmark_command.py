@@ -2,20 +2,26 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_bench import change, noise, save_bench, save_mask
 from tiny_judges import save_judges
 
 from imagelab.io.images import read_image
 from mige import benchmark, edit, generate
 from mige.evaluation import extraction, report
-from mige.evaluation.measuring import Wanted
-from mige.evaluation.models import Clip, Dino, find
+from mige.evaluation.item import BenchItem
+from mige.evaluation.measuring import Bench, Judges, Wanted, record_key
+from mige.evaluation.models import Clip, Dino, Weights, find
+from mige.evaluation.outputs import Output
+from mige.items import Item
 
 PAINTING = ["--steps", "2", "--seed", "3", "--device", "cpu", "--mixed_precision", "no"]
 
@@ -391,12 +397,42 @@ def test_other_models_texts_or_targets_are_measured_anew(brush, monkeypatch, jud
     run(*brush)
     run(*brush, "--dino", judges["dino"])
     assert len(measured) == 6
+    other = shutil.copytree(judges["dino"], "other")
+    weights = load_file(f"{other}/model.safetensors")
+    weights["layernorm.bias"] += 1
+    save_file(weights, f"{other}/model.safetensors", {"format": "pt"})
+    run(*brush, "--dino", other)
+    assert len(measured) == 9
+    measured.clear()
     flat("black.png", 0, 51)
     assert run(*brush)["rows"][0]["values"]["L1 outside"] == pytest.approx(0.1)
-    assert len(measured) == 9
+    assert len(measured) == 3
     change(Path("list.json"), 0, target_caption="a dog")
     run(*brush)
-    assert len(measured) == 10
+    assert len(measured) == 4
+
+
+def test_a_record_is_of_all_that_its_numbers_depend_on():
+    """Any other file, text, model or way to read masks gives a record another key."""
+    item = BenchItem(
+        Item(0, "a", (Path("in"), Path("cat")), 0), "add", 3, Path("target"), mask=Path("mask"),
+        caption="x", target_caption="y", entities=(Path("cat"),), noun="cat",
+    )  # fmt: skip
+    names = ("in", "cat", "target", "mask")
+    bench = Bench([item], {Path(name): name for name in names})
+    output = Output(0, 0, Path("o.png"), "sha")
+    judges = Judges({"clip": Weights("clip", "c", Path("c"), "digest")}, "cpu")
+    others = [replace(bench, digests=bench.digests | {Path(name): "new"}) for name in names]
+    for facts in ({"caption": "z"}, {"target_caption": "z"}, {"noun": "z"}, {"target": None}):
+        others.append(replace(bench, items=[replace(item, **facts)]))
+    others += [replace(bench, use_masks=False), replace(bench, erased=True)]
+    keys = [record_key(each, output, judges) for each in [bench, *others]]
+    keys.append(record_key(bench, replace(output, sha256="new"), judges))
+    weights = replace(judges.weights["clip"], digest="new")
+    keys += [record_key(bench, output, Judges(each, "cpu")) for each in ({}, {"clip": weights})]
+    assert len(set(keys)) == len(keys) == 14
+    elsewhere = replace(output, path=Path("moved.png"), index=1)
+    assert record_key(bench, elsewhere, judges) == keys[0]
 
 
 def test_an_output_that_changes_during_the_work_is_told(brush, monkeypatch, fails):
