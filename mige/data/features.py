@@ -143,7 +143,9 @@ def _shape(shape: Iterable[int]) -> str:
     return shorten("×".join(map(str, shape)))
 
 
-def _posterior(values: Tensor, latent_shape: tuple[int, int, int], name: str, then: str):
+def _posterior(
+    values: Tensor, latent_shape: tuple[int, int, int], name: str, then: str
+) -> Posterior:
     """A posterior out of [2c, h, w]; a UserError names the file and what to do ``then``."""
     channels, height, width = latent_shape
     wanted = (2 * channels, height, width)
@@ -188,8 +190,7 @@ class ShardedFeatures:
             if path not in file.keys():  # noqa: SIM118 (no dict)
                 raise self._lacking(path) from error
             raise _unreadable(name, error) from error
-        # of its own: whoever sends a part of a mapped file sends all of it
-        return _posterior(values.clone(), self.latent_shape, f"{name}: {cut(path)}", AGAIN)
+        return _posterior(values, self.latent_shape, f"{name}: {cut(path)}", AGAIN)
 
     def missing(self, records: RecordList, which: Iterable[int]) -> Iterator[str]:
         for shard, found in References.of_list(records, which).by_shard(self.shards):
@@ -242,8 +243,7 @@ class ReleaseFeatures:
             if other != path and self.file_of(record, other, its_role) == file:
                 raise UserError(_shared(file, path, other))
         try:
-            values = np.load(file, mmap_mode="r", allow_pickle=False)
-            values = torch.from_numpy(np.array(values))
+            values = torch.from_numpy(np.load(file, allow_pickle=False))
         except FileNotFoundError:
             raise UserError(f"there is no file {file}; make the features of {cut(path)}") from None
         except Exception as error:  # a damaged file makes numpy raise almost anything

@@ -43,14 +43,14 @@ ALL = [SUBJECT, EDIT, REPLACE, ADD]
 PREFIXES = {"subject": "1 \n", "subject_inference": "2", "edit": "3 \n", "subject_edit": "4 \n"}
 
 
-def letters(text: str, add_special_tokens: bool) -> SimpleNamespace:
-    """A tokenizer: a token a letter."""
+def octets(text: str, add_special_tokens: bool) -> SimpleNamespace:
+    """A tokenizer: a token a byte."""
     assert not add_special_tokens and text
-    return SimpleNamespace(input_ids=list(map(ord, text)))
+    return SimpleNamespace(input_ids=list(text.encode()))
 
 
 #: A picture takes two positions.
-LIMITS = Limits(slots=4, prefixes=PREFIXES, tokenizer=letters, queries=2, text_length=600)
+LIMITS = Limits(slots=4, prefixes=PREFIXES, tokenizer=octets, queries=2, text_length=600)
 
 
 def write(path: Path, content) -> Path:
@@ -167,18 +167,21 @@ def test_all_problems_are_told(pictures, caplog):
 def test_of_many_problems_the_first_are_listed(pictures, caplog):
     few = EDIT | {"multi_prompt": "make it blue"}
     path = write(pictures / "d.json", [few] * 103)
-    with pytest.raises(BadRecords, match="has 103 problems"):
+    with pytest.raises(BadRecords, match="has 103 problems") as error:
         check_records(RecordList(path), pictures, LIMITS)
-    assert len(caplog.messages) == 101
+    assert len(error.value.lines) == 100 and len(caplog.messages) == 101
     assert "record 99 has 0 marks" in caplog.messages[99]
     assert caplog.messages[100] == "and 3 more"
 
 
-@pytest.mark.parametrize("letter", ["a", "ä"])  # of texts in ASCII some need not be tokenised
-def test_prompts_that_would_be_cut(pictures, letter):
-    """The prefix has three letters, and a picture takes two positions, the end one."""
-    limits = Limits(4, PREFIXES, letters, queries=2, text_length=24)
-    fits = f"make <imagehere> {letter * 12}"  # 3 + 5 + 2 + 13 + 1 = 24
+@pytest.mark.parametrize("word", ["a" * 12, "ä" * 6])
+def test_prompts_that_would_be_cut(pictures, word):
+    """The prefix has three letters, and a picture takes two positions, the end one.
+
+    Short texts in ASCII need not be tokenised; others may have more tokens than letters.
+    """
+    limits = Limits(4, PREFIXES, octets, queries=2, text_length=24)
+    fits = f"make <imagehere> {word}"  # 3 + 5 + 2 + 13 + 1 = 24
     found = told(pictures, [EDIT | {"multi_prompt": text} for text in (fits, fits + "b")], limits)
     assert found == ["record 1 takes 25 tokens with its pictures, and the model reads 24"]
 
@@ -228,6 +231,8 @@ def test_the_limits_of_a_model_folder(model):
     limits = Limits.of_folder(model)
     assert (limits.slots, limits.queries, limits.text_length) == (4, 4, 24)
     assert limits.prompt_of(parse_record(EDIT)) == "edit: \nmake the car in<imagehere>blue"
+    subject = parse_record(SUBJECT | {"multi_prompt": "A dog."})  # not as it is painted
+    assert limits.prompt_of(subject) == "paint: \na dog"
     # "▁a ▁red ▁dog", by the tokenizer of the folder
     assert len(limits.tokenizer("a red dog", add_special_tokens=False).input_ids) == 3
 
