@@ -13,12 +13,14 @@ sys.path.insert(0, str(ROOT))  # the commands of this checkout, not of an instal
 
 from mifo.cli import boxes, evaluation, export, learning, synthesis  # noqa: E402
 from mifo_page import __main__ as page  # noqa: E402
-from mige import convert, edit, features, generate  # noqa: E402
+from mige import benchmark, convert, edit, features, generate, start, train  # noqa: E402
 
 PAGE = Path(__file__).with_name("options.md")
 #: What has to be given.
 MODEL, RELEASE = ["--model", ""], ["--release", "", "--output", ""]
 FEATURES = [*MODEL, "--data", "", "--output", ""]
+TRAINING = [*FEATURES, "--features", ""]
+START = ["--pixart", "", "--blip2", "", "--output", ""]
 #: The parser of each command, and its short name where an installation gives it one.
 COMMANDS = {
     "semantic_learning.py": ("mifo-learn", lambda: learning.parse_args([])[0]),
@@ -29,7 +31,13 @@ COMMANDS = {
     "python -m mige.generate": ("mige-generate", lambda: generate.parse_args(MODEL)[0]),
     "python -m mige.edit": ("mige-edit", lambda: edit.parse_args(MODEL)[0]),
     "python -m mige.convert": ("mige-convert", lambda: convert.parse_args(RELEASE)[0]),
-    "python -m mige.features": (None, lambda: features.parse_args(FEATURES)[0]),
+    "python -m mige.start": ("mige-start", lambda: start.parse_args(START)[0]),
+    "python -m mige.features": ("mige-features", lambda: features.parse_args(FEATURES)[0]),
+    "python -m mige.train": ("mige-train", lambda: train.parse_args(TRAINING)[0]),
+    "python -m mige.benchmark": (
+        "mige-benchmark",
+        lambda: benchmark.parse_args(["--bench", ""])[0],
+    ),
     "python -m mifo_page": (None, lambda: page.parse_args([])[0]),
 }
 INTRODUCTION = """\

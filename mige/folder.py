@@ -140,7 +140,7 @@ def find_folder(source: str) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"there is no model folder {shorten(source)}; `python -m mige.convert` makes one from "
-            "a release, see docs/mige.md"
+            "a release, and `python -m mige.start` one to train; see docs/mige.md"
         )
     if not (folder / INDEX).is_file():
         raise UserError(

@@ -9,7 +9,7 @@ weights the one file that was hashed, as a link. The loaders see that folder alo
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +160,8 @@ def read_config(path: Path, part: Part, *weights: Path) -> dict:
     config = read_json(path, {}, ADVICE)
     if (name := config.get("_class_name", part.classes[0])) not in part.classes:
         raise UserError(f"{path} is of a {_shown(name)} and not of a {part.classes[0]}; {ADVICE}")
-    known = {
-        key: value
-        for key, value in config.items()
-        if (key in part.keys if part.keys else not key.startswith("_") and key not in ELSEWHERE)
-    }
+    known = {key: harmless(value) for key, value in config.items() if key in part.keys}
+    known = known if part.keys else harmless(config)
     largest, tensors = LARGE, 0 if weights else LARGE
     for file in weights:
         sides, count = _sizes(file)
@@ -173,6 +170,17 @@ def read_config(path: Path, part: Part, *weights: Path) -> dict:
     if part.library == "diffusers":
         known["_class_name"] = name
     return known
+
+
+def harmless(value: object, left_out: Collection[str] = ELSEWHERE) -> object:
+    """A config without hidden keys and some others, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: harmless(each, left_out)
+        for key, each in value.items()
+        if not key.startswith("_") and key not in left_out
+    }
 
 
 def _sizes(path: Path) -> tuple[int, int]:

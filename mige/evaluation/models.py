@@ -22,7 +22,7 @@ from imagelab.errors import UserError, shorten
 from imagelab.io.tensors import tensor_names
 from imagelab.models.digests import weights_digest
 from imagelab.models.loading import quiet_libraries, read_part
-from imagelab.models.parts import ELSEWHERE, Part, find_weights, link, read_config
+from imagelab.models.parts import Part, find_weights, harmless, link, read_config
 from imagelab.models.sources import NOT_THE_HUB
 from imagelab.models.tokenizers import ADVICE, copy_clip_tokenizer
 from mige.evaluation.measures import middle, normalised
@@ -131,17 +131,8 @@ def _part(option: str) -> Part:
 def _config(folder: Path, option: str) -> dict:
     """A model's config, without what makes a loader look elsewhere, at any depth."""
     files = find_weights(folder, _part(option))
-    return _harmless(read_config(folder / "config.json", _part(option), *files))
-
-
-def _harmless(value):
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _harmless(each)
-        for key, each in value.items()
-        if not key.startswith("_") and key not in (*ELSEWHERE, *BACKBONES)
-    }
+    config = read_config(folder / "config.json", _part(option), *files)
+    return harmless(config, BACKBONES)
 
 
 # ----------------------------------------------------------------------------------------------
