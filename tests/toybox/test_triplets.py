@@ -26,7 +26,7 @@ from toybox.scenes.layouts import (
 )
 from toybox.scenes.scenes import GROUNDS, Placement, Scene, render
 from toybox.scenes.toys import HUES, KINDS, Look
-from toybox.scenes.triplets import OPS, SIDE, WORDS, Triplet, draw_triplet
+from toybox.scenes.triplets import OPS, SIDE, WORDS, Triplet, box_of, draw_triplet
 from toybox.scenes.wording import MARK, TASKS
 
 EACH = [(task, op) for task in TASKS for op in OPS[task]]
@@ -136,6 +136,11 @@ def test_an_added_toy_is_the_one_of_the_words():
         assert hue_distance(hue, HUES[new.look.colour]) < 25
         assert triplet.gone is None
         assert kind not in [toy.look.kind for toy in triplet.toys[:-1]]
+    for op in ("add", "replace"):  # a subject is of a kind that no other toy has
+        for triplet in (draw_triplet(5, "train", index, "subject_edit", op) for index in range(40)):
+            kinds = [toy.look.kind for toy in triplet.toys]
+            assert kinds.count(new_of(triplet).look.kind) == 1
+            assert triplet.gone is None or new_of(triplet).look.kind != triplet.gone.look.kind
 
 
 @pytest.mark.parametrize("task", ["edit", "subject_edit"])
@@ -280,6 +285,50 @@ def test_a_reference_differs_from_the_target_in_size_and_ground_and_is_mirrored_
     cut = [scene.ground is None and sum(scene.colour) in (0, 765) for scene in scenes]
     assert 0.15 < np.mean(cut) < 0.35
     assert len({scene.ground for scene in scenes}) == len(GROUNDS)
+
+
+def test_references_are_drawn_for_the_place_and_ground_of_their_toy(monkeypatch):
+    asked = []
+
+    def watched(rng, toy, ground):
+        asked.append((toy, ground))
+        return draw_reference(rng, toy, ground)
+
+    monkeypatch.setattr("toybox.scenes.triplets.draw_reference", watched)
+    named = 0
+    for task, op in EACH:
+        for index in range(6):
+            asked.clear()
+            triplet = draw_triplet(9, "train", index, task, op)
+            looks = {t.reference: t.look for t in triplet.toys if t.reference is not None}
+            assert [toy.look for toy, _ in asked] == [looks[place] for place in sorted(looks)]
+            assert {ground for _, ground in asked} <= {triplet.ground}
+            named += triplet.ground is not None and bool(asked)
+    assert named > 10
+
+
+def test_captions_are_of_the_source_and_of_the_target():
+    for triplet in drawn("edit", "recolour"):
+        before, after = triplet.captions
+        name = triplet.gone.look.kind.replace("_", " ")
+        assert f"{new_of(triplet).look.colour} {name}" in after
+        assert before.count(f"{new_of(triplet).look.colour} {name}") < after.count(
+            f"{new_of(triplet).look.colour} {name}"
+        )
+
+
+def test_boxes_by_hand():
+    mask = np.zeros((4, 8), bool)
+    mask[1, 2] = mask[2, 5] = True
+    assert box_of(mask) == (2 / 8, 1 / 4, 6 / 8, 3 / 4)
+    triplet = drawn("edit", "recolour")[0]
+    left, top, right, bottom = (round(SIDE * e) for e in triplet.facts()["mask_box"])
+    assert triplet.mask[top:bottom, left:right].sum() == triplet.mask.sum()
+    assert triplet.mask[top, left:right].any()
+    assert triplet.mask[top:bottom, right - 1].any()
+    facts = triplet.facts()["toys"][0]
+    assert facts["box"] == [round(edge, 6) for edge in triplet.toys[0].box]
+    assert (facts["kind"], facts["hue"]) == (triplet.toys[0].look.kind, triplet.toys[0].look.hue)
 
 
 def test_the_picture_to_edit_is_the_one_of_its_mark():

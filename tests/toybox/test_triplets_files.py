@@ -12,6 +12,7 @@ from mige.data.records import Limits, RecordList, check_records
 from mige.items import read_items, read_pictures
 from mige.method.wording import PREFIXES, split
 from toybox.scenes import triplet_files
+from toybox.scenes.toys import Look, toy
 from toybox.scenes.triplet_files import Job, write
 from toybox.scenes.triplets import draw_triplet
 from toybox.triplets import main
@@ -212,7 +213,12 @@ def test_items_have_the_keys_and_names_of_migebench(bench, name):
         black, white = (pixels(bench / f"{entity}_{ground}.png") for ground in ("black", "white"))
         assert not black[0, 0].any()
         assert (white[0, 0] == 255).all()
-        np.testing.assert_array_equal(black[64, 64], white[64, 64])  # the toy is on both
+        look = Look(made["kind"], made["hue"], made["saturation"], made["value"])
+        sprite = np.asarray(toy(look, 128).resize((96, 96)))  # three quarters of the side
+        inner = sprite[..., 3] == 255
+        for shown in (black, white):
+            apart = np.abs(shown[16:112, 16:112][inner] - sprite[..., :3][inner].astype(int))
+            assert np.median(apart) < 4
 
 
 @pytest.mark.parametrize("name", ["add", "replace"])

@@ -26,7 +26,7 @@ STUFF = {
     "on the road": "a road",
 }
 SUBJECTS = ("{toys}", "{toys}", "a photo of {toys}", "a picture of {toys}", "there is {toys}")
-#: Two toys, by where the first one is from the second; the last two lines fit anywhere.
+#: Two toys, by where the first one is from the second; those of "anywhere" always fit.
 PAIRS = {
     "left": ("{} to the left of {}", "{} on the left and {} on the right", "{} beside {}"),
     "right": ("{} to the right of {}", "{} on the right and {} on the left", "{} next to {}"),
