@@ -18,6 +18,7 @@ from imagelab.models.digests import weights_digest
 from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
+from mige.method.schedule import BETA_SCHEDULES, PREDICTION_TYPES
 from mige.method.wording import MARK, PREFIXES
 from mige.vocabulary import is_charsmap
 
@@ -65,12 +66,14 @@ PARTS = {
     ),
     "scheduler": Part(
         "mige.method.sampler", ("ContinuousDPMSolver",), "scheduler_config.json",
-        ("num_train_timesteps", "beta_start", "beta_end"),
+        ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
     ),
 }  # fmt: skip
 #: What a model folder says besides its parts, and its form.
 SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
 MOST_SLOTS, LONGEST_PREFIX, MOST_TIMESTEPS = 64, 2000, 100_000
+#: What the schedule may be, the released model's first.
+SCHEDULES = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
 #: Widths that have to be the same: a part's and its key's, twice.
 SAME = (
     (("qformer", "encoder_hidden_size"), ("vision_encoder", "hidden_size")),
@@ -218,15 +221,23 @@ def check_finite(module, folder: Path) -> None:
 
 
 def read_schedule(config: dict, folder: Path) -> dict:
-    """The numbers of the noise schedule: training steps, and the first and the last beta."""
-    steps, *betas = (config.get(name) for name in PARTS["scheduler"].keys)
+    """The noise schedule: training steps, betas, and what the model predicts."""
+    steps, *betas = (config.get(name) for name in ("num_train_timesteps", "beta_start", "beta_end"))
     fits = type(steps) is int and 1 <= steps <= MOST_TIMESTEPS
     if not fits or {float} != {*map(type, betas)} or not 0 < betas[0] <= betas[1] < 1:
         raise UserError(
             f"{folder / 'scheduler'} has {shorten(str(steps))} steps with betas from "
             f"{shorten(str(betas[0]))} to {shorten(str(betas[1]))}, which is no schedule; {ADVICE}"
         )
-    return {"num_train_timesteps": steps, "beta_start": betas[0], "beta_end": betas[1]}
+    settings = {"num_train_timesteps": steps, "beta_start": betas[0], "beta_end": betas[1]}
+    for name, known in SCHEDULES.items():
+        settings[name] = config.get(name, known[0])
+        if settings[name] not in known:
+            raise UserError(
+                f"{folder / 'scheduler'}: {name} is {shorten(str(settings[name]))}, and this "
+                f"program knows {' and '.join(known)}; {ADVICE}"
+            )
+    return settings
 
 
 def read_tokenizer(folder: Path):

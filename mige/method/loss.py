@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mige.method.schedule import make_betas
+
 #: Values are compared as if latents were pictures in [-1, 1] of 256 levels.
 HALF_LEVEL = 1 / 255
 EDGE = 0.999
@@ -28,11 +30,22 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Diffusion:
-    """The forward process: β from ``beta_start`` to ``beta_end`` in ``timesteps`` equal steps."""
+    """The forward process, and what a model says of it (see :mod:`mige.method.schedule`)."""
 
     timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    @classmethod
+    def of(cls, scheduler) -> "Diffusion":
+        """That of a :class:`~mige.method.sampler.ContinuousDPMSolver`."""
+        config = scheduler.config
+        return cls(
+            config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule,
+            config.prediction_type,
+        )  # fmt: skip
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ x₀ + √(1 − ᾱ) n, for latents [b, c, h, w] and timesteps int [b]."""
@@ -41,6 +54,12 @@ class Diffusion:
             _at(table["alpha_bar"].sqrt(), timesteps, clean) * clean
             + _at((1 - table["alpha_bar"]).sqrt(), timesteps, clean) * noise
         )
+
+    def noise_in(self, noised: Tensor, timesteps: Tensor, predicted: Tensor) -> Tensor:
+        """The noise e that a model means, [b, c, h, w]: its prediction, or √ᾱ v + √(1 − ᾱ) x_t."""
+        if self.prediction_type == "epsilon":
+            return predicted
+        return self.noised(predicted, noised, timesteps)
 
     def loss(
         self,
@@ -121,8 +140,10 @@ def discretised_likelihood(values: Tensor, mean: Tensor, log_deviation: Tensor) 
 @cache
 def _table(diffusion: Diffusion) -> dict[str, Tensor]:
     """What the process says of each timestep, float64 [timesteps]."""
-    betas = torch.linspace(
-        diffusion.beta_start, diffusion.beta_end, diffusion.timesteps, dtype=torch.float64
+    betas = torch.from_numpy(
+        make_betas(
+            diffusion.beta_schedule, diffusion.beta_start, diffusion.beta_end, diffusion.timesteps
+        )
     )
     alpha_bar = (1 - betas).cumprod(0)
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])

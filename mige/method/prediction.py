@@ -16,7 +16,9 @@ def predict(
     mask: Tensor,
     round_timesteps: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The noise in latents, and how the variance is to be interpolated: float32 [b, c, h, w] each.
+    """What a model predicts, usually the noise in latents, and how the variance is interpolated.
+
+    Both are float32 [b, c, h, w]; see :mod:`mige.method.schedule`.
 
     Args:
         latents: noisy, [b, c, h, w]; source: latents of the source picture, or zeros.

@@ -9,6 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 
+from mige.method.schedule import make_betas
+
 LAST_TIME = 1e-3  # where sampling ends; 1 is pure noise
 FEW_STEPS = 10  # below which the last step is of first order
 
@@ -21,13 +23,19 @@ class ContinuousDPMSolver(DPMSolverMultistepScheduler):
 
     @register_to_config
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        prediction_type: str = "epsilon",
     ):
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
-            beta_schedule="linear",
+            beta_schedule=beta_schedule,
+            prediction_type=prediction_type,
             algorithm_type="dpmsolver++",
             solver_order=2,
             solver_type="midpoint",
@@ -54,7 +62,7 @@ class ContinuousDPMSolver(DPMSolverMultistepScheduler):
         """
         config = self.config
         total = config.num_train_timesteps
-        betas = np.linspace(config.beta_start, config.beta_end, total)
+        betas = make_betas(config.beta_schedule, config.beta_start, config.beta_end, total)
         knots = 0.5 * np.log1p(-betas).cumsum()
         log_alpha = np.interp(times, np.arange(1, total + 1) / total, knots)
         return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))

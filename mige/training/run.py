@@ -131,10 +131,9 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
 def make_model(plan: Plan, parts: dict) -> TrainedModel:
     """The model that learns, on its device, and over all processes where it is to be split."""
     config, recipe = plan.config, plan.config.recipe
-    schedule = parts["scheduler"].config
     model = TrainedModel(
         parts,
-        Diffusion(schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end),
+        Diffusion.of(parts["scheduler"]),
         slots=parts["slots"],
         end=parts["tokenizer"].eos_token_id,
         round_timesteps=parts["round_timesteps"],

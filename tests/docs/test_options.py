@@ -40,6 +40,7 @@ def test_every_command_is_there(made):
     assert list(made["COMMANDS"]) == [
         "semantic_learning.py", "semantic_synthesis.py", "visual_box_mask.py",
         "semantic_evaluation.py", "semantic_export.py", "python -m mige.generate",
-        "python -m mige.edit", "python -m mige.convert", "python -m mige.features",
+        "python -m mige.edit", "python -m mige.convert", "python -m mige.start",
+        "python -m mige.features", "python -m mige.train", "python -m mige.benchmark",
         "python -m mifo_page",
     ]  # fmt: skip

@@ -9,7 +9,9 @@ from PIL import Image
 from imagelab.errors import UserError
 from mige.method.guidance import Branch, branches, guide
 from mige.method.instruction import interleave, length_of, segment_ids
+from mige.method.loss import Diffusion
 from mige.method.sampler import ContinuousDPMSolver
+from mige.method.schedule import make_betas
 from mige.method.wording import WRITTEN, clean, name_source, prompt_for
 from mige.request import make_request, written_marks
 
@@ -202,3 +204,51 @@ def test_a_solver_is_saved_with_its_betas(tmp_path):
     loaded = ContinuousDPMSolver.from_pretrained(tmp_path)
     alpha, _ = loaded.schedule(np.array([1e-3]))
     assert alpha[0] == pytest.approx((1 - 2e-4) ** 0.5)
+
+
+# ----------------------------------------------------------------------------------------------
+# other schedules
+
+
+def test_betas_whose_roots_are_in_equal_steps():
+    """From 0.01 to 0.09 the roots go 0.1, 0.2, 0.3."""
+    assert make_betas("scaled_linear", 0.01, 0.09, 3) == pytest.approx([0.01, 0.04, 0.09])
+    assert make_betas("linear", 0.01, 0.09, 3) == pytest.approx([0.01, 0.05, 0.09])
+
+
+def test_noise_out_of_a_predicted_velocity():
+    """v = α n − σ x₀ with α² = ᾱ; then α v + σ (α x₀ + σ n) is n."""
+    process = Diffusion(4, 0.1, 0.4, "scaled_linear", "v_prediction")
+    clean, noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 1, 3])
+    product = np.cumprod(1 - np.linspace(0.1**0.5, 0.4**0.5, 4) ** 2)[timesteps]
+    alpha, sigma = (
+        torch.from_numpy(each).float()[:, None, None, None]
+        for each in (product**0.5, (1 - product) ** 0.5)
+    )
+    velocity = alpha * noise - sigma * clean
+    found = process.noise_in(process.noised(clean, noise, timesteps), timesteps, velocity)
+    assert torch.allclose(found, noise, atol=1e-6)
+    plain = Diffusion(4, 0.1, 0.4)
+    assert plain.noise_in(clean, timesteps, velocity) is velocity
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_either_prediction_is_sampled_alike(schedule):
+    """The exact prediction of N(m, s²): the same latents from the noise as from v."""
+    mean, deviation, found = 0.4, 0.5, {}
+    for kind in ("epsilon", "v_prediction"):
+        solver = ContinuousDPMSolver(1000, 1e-4, 0.02, schedule, kind)
+        solver.set_timesteps(6)
+        latents = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+        for timestep in solver.timesteps:
+            alpha, sigma = solver.schedule(np.array([(timestep.item() + 1) / 1000]))
+            alpha, sigma = float(alpha[0]), float(sigma[0])
+            total = (alpha * deviation) ** 2 + sigma**2
+            noise = sigma * (latents - alpha * mean) / total
+            clean = (latents - sigma * noise) / alpha
+            predicted = noise if kind == "epsilon" else alpha * noise - sigma * clean
+            latents = solver.step(predicted, timestep, latents).prev_sample
+        found[kind] = latents
+    assert torch.allclose(found["epsilon"], found["v_prediction"], atol=1e-4)
+    assert (found["epsilon"] - mean).abs().max() < 4 * deviation
