@@ -19,7 +19,7 @@ from mige.training.config import PARTS, TrainingConfig
 FILES = {
     "data": "JSON list of records; docs/mige.md has the format",
     "features": "folder that `python -m mige.features` wrote, or the release's own features",
-    "model": "model folder to begin with; docs/mige.md says how to make one",
+    "model": "model folder to begin with; docs/mige_training.md says how to make one",
     "output": "folder for checkpoint, curves, samples and the trained model",
 }
 #: Help of the method's numbers, in order.

@@ -21,7 +21,7 @@ from mige.evaluation.item import BenchItem
 from mige.items import Item
 from mige.request import LONGEST
 
-ADVICE = "docs/mige.md says what a bench is"
+ADVICE = "docs/mige_measuring.md says what a bench is"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LONGEST_TASK = 40
 
