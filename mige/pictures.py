@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imagelab.errors import UserError
+from imagelab.io.images import MAX_PIXELS, in_pixels
+
 #: CLIP's (Radford et al., arXiv 2103.00020), of the vision encoder.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -19,12 +22,19 @@ def crop(picture: Image.Image, width: int, height: int) -> Image.Image:
     """The middle of a picture, scaled by the least factor that covers a size.
 
     The side that covers exactly gets its size, the other is rounded down, as in training.
+
+    Raises UserError for a picture so long and narrow that it could not be scaled.
     """
     own_width, own_height = picture.size
     if own_width * height <= own_height * width:
         size = width, max(height, int(own_height * width / own_width))
     else:
         size = max(width, int(own_width * height / own_height)), height
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UserError(
+            f"a picture of {in_pixels(picture.size)} is too long and narrow to be scaled to "
+            f"{width} x {height}; crop it first"
+        )
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

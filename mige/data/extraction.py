@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, sweep, write_json
-from imagelab.io.images import MAX_PIXELS, in_pixels, open_picture
+from imagelab.io.images import open_picture
 from imagelab.io.tensors import read_tensors, tensor_names, write_tensors
 from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import checked_folder, find_weights
@@ -81,13 +81,11 @@ class Extraction:
 
     def read(self, path: str) -> Tensor:
         """A picture as in training: its middle, float32 [3, side, side]."""
-        picture, side = open_picture(self.root / path), self.kind.side
-        scaled = side**2 * max(picture.size) / min(picture.size)
-        if scaled > MAX_PIXELS:
-            raise UserError(
-                f"{self.root / path} is {in_pixels(picture.size)}, which is too long and narrow"
-            )
-        return to_pixels(crop(picture.as_rgb(), side, side))
+        picture, side = open_picture(self.root / path).as_rgb(), self.kind.side
+        try:
+            return to_pixels(crop(picture, side, side))
+        except UserError as error:
+            raise UserError(f"{self.root / path}: {error}") from error
 
 
 def load_vae(model: Path) -> torch.nn.Module:

@@ -23,13 +23,12 @@ from imagelab.processes import Processes
 from imagelab.training.checkpoint import read_facts
 from imagelab.training.seeds import check_seed
 from mige.data.features import Features, open_features
-from mige.data.records import Limits, RecordList, check_records
+from mige.data.records import MOST_TOLD, Limits, RecordList, check_records, tell
 from mige.folder import find_folder, model_digest
 from mige.training.config import FREE_SETTINGS, TrainingConfig, check_settings
 
 CHECKPOINT, CURVES, SAMPLES, MODEL = "checkpoint.safetensors", "curves.png", "samples", "model"
 OWN = (CHECKPOINT, CURVES, SAMPLES, MODEL)  # what a training writes into its output folder
-MOST_TOLD = 20  # pictures without features
 
 
 @dataclass(frozen=True)
@@ -106,17 +105,16 @@ def make_plan(config: TrainingConfig, processes: Processes) -> Plan:
 
 
 def report_missing(features: Features, records: RecordList, which: np.ndarray) -> None:
-    """Raises UserError with what has no features, and how to make them."""
+    """Raises UserError where pictures have no features; the first of them are logged."""
     lines, count = [], 0
     for line in features.missing(records, which):
         count += 1
-        if len(lines) < MOST_TOLD:
-            lines.append(line)
+        lines += [line] if count <= MOST_TOLD else []
     if count:
-        more = f"\n… and {count - MOST_TOLD} more" if count > MOST_TOLD else ""
+        tell(lines, count)
         raise UserError(
-            "\n".join(lines) + f"{more}\nmake the features that are missing: "
-            "python -m mige.features with the same --data, --root and --model"
+            f"{count} pictures have no features, as listed above; make them with "
+            "`python -m mige.features` and the same --data, --root and --model"
         )
 
 

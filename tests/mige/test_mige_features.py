@@ -281,12 +281,12 @@ def test_unreadable_pictures_are_listed_and_tried_again(fails, make, model, coun
 
 
 def test_a_picture_that_would_fill_the_memory(fails, model, work, monkeypatch, caplog):
-    monkeypatch.setattr(extraction, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr("mige.pictures.MAX_PIXELS", 10_000)
     Image.new("RGB", (10, 90)).save(EDIT["image"])  # 32×288, as it is scaled
     Image.new("RGB", (10, 100)).save(REPLACE["image"])  # 32×320
     options = usual(model)
     fails(command.main, options)
-    assert f"{REPLACE['image']} is 10 x 100 pixels, which is too long and narrow" in caplog.text
+    assert f"{REPLACE['image']}: a picture of 10 x 100 pixels is too long" in caplog.text
     assert len(tensors()) == 7
 
 
