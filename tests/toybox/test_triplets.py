@@ -22,6 +22,7 @@ from toybox.scenes.layouts import (
     draw_reference,
     fits,
     hue_distance,
+    on_ground,
     stands_out,
 )
 from toybox.scenes.scenes import GROUNDS, Placement, Scene, render
@@ -435,6 +436,17 @@ def test_toys_stand_out_from_their_ground():
                     inside = cropped(pixels(triplet.target), toy.box).reshape(-1, 3)
                     own = inside[(inside != ground).any(1)]
                     assert np.linalg.norm(own.mean(0) - ground) > 30
+
+
+def test_a_toy_is_put_on_grounds_and_colours_that_it_stands_out_from():
+    """A green crocodile is never drawn on the grass, and never recoloured to be lost there."""
+    lost = Placement(Look("crocodile", 120), 0.5, 0.5, 0.5)
+    grounds = {on_ground(np.random.default_rng(seed), [lost], 0.9).ground for seed in range(150)}
+    assert grounds == {None, *GROUNDS} - {"on the grass"}
+    scene = Scene((lost,), "on the grass", (0, 0, 0), 0)
+    other = replace(scene, ground="in the snow")
+    changes = iter([edits.Change(other, scene, "ground"), edits.Change(scene, other, "ground")])
+    assert edits.draw_change(np.random.default_rng(0), lambda rng: next(changes)).after == other
 
 
 def test_hues_are_any_and_kinds_all():
