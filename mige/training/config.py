@@ -106,6 +106,8 @@ def check_settings(config: TrainingConfig) -> None:
     if not recipe.parts or (unknown := set(recipe.parts) - set(PARTS)):
         what = f"names {min(unknown)!r}" if recipe.parts else "names nothing"
         raise UserError(f"--parts {what}; give some of {', '.join(PARTS)}")
+    if twice := [name for name in PARTS if recipe.parts.count(name) > 1]:
+        raise UserError(f"--parts names {twice[0]} more than once; give each part once")
     if recipe.lora_rank and not set(recipe.parts) & set(LORA_PARTS):
         raise UserError(
             f"--lora_rank is for {' and '.join(LORA_PARTS)}, and --parts names neither; leave it "

@@ -161,7 +161,11 @@ def learned_whole(recipe: Recipe) -> list[str]:
 def checkpointed(model: TrainedModel) -> None:
     """Keep no activations within transformer and text encoder: compute them twice."""
     model.parts["transformer"].enable_gradient_checkpointing()
-    model.parts["text_encoder"].activation_checkpointing_enable({"use_reentrant": False})
+    text = model.parts["text_encoder"]
+    text.activation_checkpointing_enable({"use_reentrant": False})
+    # also where it does not learn; the layers within its blocks, and their dropout, stay at rest
+    for block in text.encoder.block:
+        block.training = True
 
 
 def blocks(model: TrainedModel) -> Iterator[nn.Module]:

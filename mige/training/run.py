@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -145,6 +146,8 @@ def make_model(plan: Plan, parts: dict) -> TrainedModel:
         checkpointed(model)
     model.to(plan.device)
     if config.running.shard:
+        # at each step of T5's blocks, whose results nobody changes in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         shard(model, blocks(model), plan.device)
     return model
 

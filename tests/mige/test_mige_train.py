@@ -28,6 +28,7 @@ from mige.method.loss import Diffusion, Terms
 from mige.pipeline import MigePipeline
 from mige.sizes import build
 from mige.train import parse_args
+from mige.training import run
 from mige.training import samples as reading
 from mige.training.config import Recipe, TrainingConfig
 from mige.training.memory import blank_batch, empty_model, estimate, sample_bytes
@@ -58,6 +59,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    """They take longer than the updates here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "plot_losses", lambda path, _: path.write_bytes(b"curves"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -662,6 +671,20 @@ def test_checkpointed_gradients_are_the_same(work, model):
     exact, found = (Begun(model, *more).gradients() for more in ((), ("--gradient_checkpointing",)))
     for name, gradient in exact.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("parts", [("transformer", "text_encoder"), ("fusion",)])
+def test_checkpointed_blocks_are_computed_twice(work, model, parts):
+    """Also those of parts that do not learn, through which others do; nothing is dropped there."""
+    more = ("--gradient_checkpointing", "--dropout", "0.5", "--parts", *parts)
+    begun, calls = Begun(model, *more), []
+    trunk, text = begun.model.parts["transformer"], begun.model.parts["text_encoder"]
+    for inner in (trunk.transformer_blocks[0].ff, text.encoder.block[0].layer[1]):
+        inner.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+    begun.gradients()
+    assert sorted(calls) == ["FeedForward"] * 2 + ["T5LayerFF"] * 2
+    drops = {m.training for m in text.modules() if isinstance(m, torch.nn.Dropout)}
+    assert drops == {"text_encoder" in parts}
 
 
 # ----------------------------------------------------------------------------------------------

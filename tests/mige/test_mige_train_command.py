@@ -470,6 +470,7 @@ def as_it_is(model: Path) -> Path:
         (as_it_is, "--mixed_precision fp16", "--mixed_precision fp16 overflows in T5; give bf16"),
         (as_it_is, "--parts eyes", "argument --parts: invalid choice: 'eyes' (choose from "),
         (as_it_is, "--parts fusion --lora_rank 4", "--lora_rank is for transformer and text_enco"),
+        (as_it_is, "--parts fusion qformer fusion", "--parts names fusion more than once; give"),
         (as_it_is, "--steps 0", "--steps is 0; give a whole number from 1 to 100000000"),
         (as_it_is, "--batch_size 0", "--batch_size is 0; give a whole number from 1 to"),
         (as_it_is, "--learning_rate 0", "--learning_rate is 0, with which nothing is learned"),

@@ -73,6 +73,7 @@ def outputs(model, tmp_path_factory):
         for name, process in started.items():
             out, told = process.communicate()
             assert process.returncode == 0, told
+            assert "Warning" not in told, told
             lines = out.splitlines()
             assert lines[-1] == f"{name}/model" and lines.count(lines[-1]) == 1
             assert "seed 5, 2 × cpu in float32" in lines
