@@ -1,8 +1,8 @@
 """How much memory a training takes, before anything is loaded.
 
 Weights, gradients and moments are counted on the meta device, where tensors have shapes alone.
-Activations are what a batch of one sample leaves behind for the backward pass. They are counted on
-torch's fake tensors, for which the kernels are chosen that real ones would have.
+Activations are what a batch leaves behind for the backward pass. They are counted on torch's fake
+tensors, for which the kernels are chosen that real ones would have.
 """
 
 from dataclasses import dataclass
@@ -61,51 +61,62 @@ def estimate(folder: Path, config: TrainingConfig, processes: int, dtype: torch.
         dtype: that is computed in.
     """
     recipe, running = config.recipe, config.running
-    model = empty_model(folder, recipe)
+    frozen_dtype = torch.float32 if running.shard else dtype
+    model = empty_model(folder, recipe, dtype, frozen_dtype)
     trained = sum(p.numel() for p in trained_parameters(model).values())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    computed = torch.empty((), dtype=dtype).element_size()
-    width = FLOAT if running.shard else computed
-    kept = sample_bytes(model, folder, running.gradient_checkpointing) * computed // FLOAT
     share = processes if running.shard else 1
     samples = min(running.micro_batch_size, max(1, recipe.batch_size // processes))
+    fixed, each = batch_bytes(model, folder, running.gradient_checkpointing)
     return Estimate(
         trained,
         frozen,
-        weights=(trained * FLOAT + frozen * width) // share,
+        weights=(trained * FLOAT + frozen * frozen_dtype.itemsize) // share,
         gradients=trained * FLOAT // share,
         moments=trained * FLOAT * MOMENTS // share,
         average=trained * FLOAT // share if recipe.ema else 0,
-        activations=samples * kept,
+        activations=fixed + samples * each,
     )
 
 
-def empty_model(folder: Path, recipe: Recipe) -> TrainedModel:
+def empty_model(
+    folder: Path,
+    recipe: Recipe,
+    autocast: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> TrainedModel:
     """A model on the meta device with the sizes of a folder's, of which the same parts learn."""
     configs = {name: config_of(folder, name) for name in MODULES}
     parts = {
         name: build(name, {k: v for k, v in config.items() if k not in NAMES})
         for name, config in configs.items()
     }
-    model = TrainedModel(parts, Diffusion(), slots=1, end=0, round_timesteps=False)
+    model = TrainedModel(
+        parts, Diffusion(), slots=1, end=0, round_timesteps=False, autocast=autocast
+    )
     choose_trained(model, recipe, 0)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen_dtype)
     return model
 
 
-def sample_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> int:
-    """Bytes of activations in float32 of one sample with PICTURES references.
+def batch_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> tuple[int, int]:
+    """Bytes of activations of a batch, and of each of its samples, with PICTURES references.
 
-    With checkpoints, the inputs of the transformer's and of the text encoder's blocks, and all of
-    one block, are kept. The model's own tensors become fake ones.
+    The former are copies of weights in the precision of the computation, above all. With
+    checkpoints, the inputs of the transformer's and of the text encoder's blocks, and all of one
+    block, are kept. The model's own tensors become fake ones.
     """
     nothing = torch.zeros(1, 1, 1, 1)
     model.process.noised(nothing, nothing, torch.zeros(1, dtype=torch.long))  # makes its tables
     with FakeTensorMode(allow_non_fake_inputs=True):
         # on meta, attention would keep its maps, and weights would not be known again
         model.to_empty(device="cpu")
-        kept = activation_bytes(model, blank_batch(folder))
+        one, two = (activation_bytes(model, blank_batch(folder, count)) for count in (1, 2))
+    fixed, each = 2 * one - two, two - one
     if not is_checkpointed:
-        return kept
+        return fixed, each
     trunk, text = model.parts["transformer"], model.parts["text_encoder"]
     size, patch = trunk.config.sample_size, trunk.config.patch_size
     tokens = (size // patch) ** 2 * trunk.config.num_attention_heads
@@ -113,26 +124,25 @@ def sample_bytes(model: TrainedModel, folder: Path, is_checkpointed: bool) -> in
     length = model.parts["fusion"].config.text_length
     inputs += len(text.encoder.block) * length * text.config.d_model
     blocks = len(trunk.transformer_blocks) + len(text.encoder.block)
-    return FLOAT * inputs + kept // blocks
+    return fixed // blocks, FLOAT * inputs + each // blocks
 
 
-def blank_batch(folder: Path) -> Batch:
-    """A sample with PICTURES references and no content."""
+def blank_batch(folder: Path, samples: int = 1) -> Batch:
+    """Samples with PICTURES references each, and no content."""
     facts = Facts.of(folder)
     side, shape = facts.vision_side, facts.latent_shape
-
     count = min(PICTURES, facts.limits.slots)
     return Batch(
-        tasks=("subject",),
-        segments=([[0]] * (count + 1),),
-        counts=(count,),
-        clean=torch.zeros(1, *shape),
-        noise=torch.zeros(1, *shape),
-        source=torch.zeros(1, *shape),
-        timesteps=torch.zeros(1, dtype=torch.long),
-        draws=torch.zeros(1),
-        vision=torch.zeros(count, 3, side, side),
-        latents=torch.zeros(count, *shape),
+        tasks=("subject",) * samples,
+        segments=([[0]] * (count + 1),) * samples,
+        counts=(count,) * samples,
+        clean=torch.zeros(samples, *shape),
+        noise=torch.zeros(samples, *shape),
+        source=torch.zeros(samples, *shape),
+        timesteps=torch.zeros(samples, dtype=torch.long),
+        draws=torch.zeros(samples),
+        vision=torch.zeros(samples * count, 3, side, side),
+        latents=torch.zeros(samples * count, *shape),
     )
 
 

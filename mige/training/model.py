@@ -71,7 +71,9 @@ class TrainedModel(nn.Module):
         """The terms of each sample's loss, float32 [b]."""
         device = batch.clean.device.type
         is_cast = self.autocast != torch.float32
-        with torch.autocast(device, self.autocast) if is_cast else nullcontext():
+        # autocast's cache would hold a copy of all weights until the end
+        cast = torch.autocast(device, self.autocast, cache_enabled=False) if is_cast else None
+        with cast or nullcontext():
             embedded = self.embed(batch)
             text = encode_text(self.parts["text_encoder"], embedded)
             text, source = drop(

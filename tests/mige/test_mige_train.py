@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from mige.train import parse_args
 from mige.training import run
 from mige.training import samples as reading
 from mige.training.config import Recipe, TrainingConfig
-from mige.training.memory import blank_batch, empty_model, estimate, sample_bytes
-from mige.training.model import TrainedModel, choose_trained, trained_parameters
+from mige.training.memory import batch_bytes, blank_batch, empty_model, estimate
+from mige.training.model import TrainedModel, choose_trained, learned_whole, trained_parameters
 from mige.training.plan import CHECKPOINT, make_plan
 from mige.training.result import _take_over
 from mige.training.run import Tally, make_model, make_stage
@@ -613,7 +614,29 @@ def test_the_average_is_the_result(work, model, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
-# dropout and precision
+# what is left out, dropout and precision
+
+
+def test_what_is_left_out_of_a_sample(work, model):
+    """By its draw: text and pictures, of which the mask stays; the source; both; or nothing."""
+    batch = make(work, model, total=6)[0][0]
+    begun = Begun(model)
+    other = replace(batch, vision=-batch.vision, latents=-batch.latents)
+    bare = replace(batch, source=torch.zeros_like(batch.source))
+    edits = torch.tensor([task != "subject" for task in batch.tasks])
+    assert 0 < edits.sum() < 6
+
+    def loss(of, draw: float) -> torch.Tensor:
+        return loss_of(begun.model, replace(of, draws=torch.full((6,), draw)), 1)
+
+    for draw, has_text, has_source in (
+        (0.02, False, True), (0.07, True, False), (0.12, False, False), (0.2, True, True),
+    ):  # fmt: skip
+        found = loss(batch, draw)
+        assert ((loss(other, draw) - found).abs() > 1e-6).all() == has_text
+        assert torch.equal(loss(other, draw), found) != has_text
+        assert torch.equal(loss(bare, draw), found) != has_source
+        assert torch.equal(loss(bare, draw)[~edits], found[~edits])
 
 
 def loss_of(model: TrainedModel, batch, seed: int) -> torch.Tensor:
@@ -702,18 +725,34 @@ def test_memory_by_hand(model):
     split = config.with_settings(shard=True)
     two = estimate(model, split, 2, torch.bfloat16)
     assert two.weights == (195_504 + 29_512) * 4 // 2 and two.moments == one.moments // 2
-    assert two.activations * 2 == one.activations  # two samples in place of four
+    samples = config.with_settings(batch_size=2)
+    same = estimate(model, samples.with_settings(shard=True), 1, torch.bfloat16)
+    assert two.activations == same.activations  # of two samples each
+    assert two.activations < one.activations
 
 
-def test_activations_are_what_a_real_pass_keeps(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_a_real_pass_keeps(model, dtype):
     """Bytes of all that is saved for the backward pass but weights, each storage once."""
     recipe = Recipe(dropout=0.0)
-    found = sample_bytes(empty_model(model, recipe), model, False)
-    parts = load_parts(model, left_out=["vae"])
-    ours = TrainedModel(parts, Diffusion(), slots=1, end=0, round_timesteps=False)
+    fixed, each = batch_bytes(empty_model(model, recipe, dtype, dtype), model, False)
+    parts = load_parts(model, dtype, learned_whole(recipe), ["vae"])
+    ours = TrainedModel(parts, Diffusion(), slots=1, end=0, round_timesteps=False, autocast=dtype)
     choose_trained(ours, recipe, 0)
-    batch = blank_batch(model)
-    weights_at = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    for count in (1, 3):
+        wanted = kept_bytes(ours, blank_batch(model, count))
+        assert fixed + count * each == pytest.approx(
+            wanted, rel=0 if dtype == torch.float32 else 1e-3
+        )
+    whole = sum(p.numel() for p in trained_parameters(ours).values() if p.ndim > 1)
+    if dtype == torch.float32:
+        assert fixed < 10_000  # of positions, which all samples share
+    else:  # all weights that multiply, but for tables, are kept as copies of two bytes
+        assert whole * 2 * 0.8 < fixed < whole * 2
+
+
+def kept_bytes(model: TrainedModel, batch) -> int:
+    weights_at = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor):
@@ -721,9 +760,18 @@ def test_activations_are_what_a_real_pass_keeps(model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ours(batch)
-    wanted = sum(
+        model(batch)
+    return sum(
         tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights_at
     )
-    assert found == wanted
-    assert wanted > 100_000
+
+
+def test_no_copies_of_weights_are_held_beside_what_is_kept(work, model):
+    begun, cached = Begun(model, "--mixed_precision", "bf16"), []
+    begun.model.parts["transformer"].register_forward_pre_hook(
+        lambda *_: cached.append(
+            (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())
+        )
+    )
+    begun.gradients()
+    assert set(cached) == {(True, False)}
