@@ -533,6 +533,20 @@ def test_files_that_may_not_be_written_are_copied(tmp_path):
     assert (tmp_path / "kept2").stat().st_mode & 0o200
 
 
+def test_a_table_of_words_that_is_stored_twice(work, model, tmp_path):
+    """T5's has two names, of which files hold one or both: both are what learned."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    (file,) = (base / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    (table,) = (tensors[name] for name in names if name in tensors)
+    save_file(tensors | {name: table.clone() for name in names}, file, {"format": "pt"})
+    command.main(usual(base, str(tmp_path / "O"), "--parts", "text_encoder", "--steps", "1"))
+    found = weights(tmp_path / "O/model", "text_encoder")
+    assert torch.equal(*(found[name] for name in names))
+    assert not torch.equal(found[names[0]], table)
+
+
 def split_into_shards(folder: Path, part: str, dtype: torch.dtype) -> None:
     """Divide a part's only file of weights into two, in another precision, with their index."""
     (file,) = (folder / part).glob("*.safetensors")

@@ -277,22 +277,24 @@ def test_painting_samples_changes_nothing(model, work, whole):
 
 
 def test_what_cannot_be_painted_is_left_out_of_samples(model, work, monkeypatch):
-    """The wording for painting may be too long where that for training is not."""
+    """Its wording for painting is too long, or its source is none of the references."""
     base = Path(shutil.copytree(model, "base"))
     path = base / "model_index.json"
     index = json.loads(path.read_text())
     index["prefixes"]["subject_inference"] = "the beach the dog the cat the cup the snow " * 3
     path.write_text(json.dumps(index))
-    tasks, paint = [], SamplePainter.paint
+    records = json.loads(Path("d.json").read_text())
+    records[1]["entity_path"] = RECORDS[0]["entity_path"]
+    Path("d.json").write_text(json.dumps(records))
+    chosen, paint = [], SamplePainter.paint
 
     def note(self, learned, done):
-        tasks.append([record.task for record in self.records])
+        chosen.extend(record.target for record in self.records)
         return paint(self, learned, done)
 
     monkeypatch.setattr(SamplePainter, "paint", note)
-    main(usual(base, "O", "--sample_steps", "2", "--sample_items", "1"))
-    (found,) = tasks
-    assert sorted(found) == ["edit", "subject_edit"]
+    main(usual(base, "O", "--sample_steps", "2", "--sample_items", "6"))
+    assert sorted(chosen) == sorted(RECORDS[number]["image"] for number in (2, 3, 5))
     assert os.listdir("O/samples") == ["0000002.png"]
 
 
