@@ -18,7 +18,7 @@ from mige.training.config import PARTS, TrainingConfig
 
 FILES = {
     "data": "JSON list of records; docs/mige.md has the format",
-    "features": "folder that `python -m mige.features` wrote, or the release's own features",
+    "features": "folder that mige.features wrote, or the release's own features",
     "model": "model folder to begin with; docs/mige_training.md says how to make one",
     "output": "folder for checkpoint, curves, samples and the trained model",
 }
