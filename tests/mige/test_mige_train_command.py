@@ -357,7 +357,7 @@ def test_overwrite_leaves_the_former_result_until_the_new_one_is_there(
 # what is refused, before any weights are loaded
 
 
-def other_vae(model: Path) -> Path:
+def other_vae(model: Path, whole: Path) -> Path:
     """A model with another autoencoder."""
     base = Path(shutil.copytree(model, "base"))
     (file,) = (base / "vae").glob("*.safetensors")
@@ -367,7 +367,7 @@ def other_vae(model: Path) -> Path:
     return base
 
 
-def other_size(model: Path) -> Path:
+def other_size(model: Path, whole: Path) -> Path:
     """A model of larger pictures."""
     base = Path(shutil.copytree(model, "base"))
     path = base / "transformer/config.json"
@@ -375,13 +375,13 @@ def other_size(model: Path) -> Path:
     return base
 
 
-def half_a_shard(model: Path) -> Path:
+def half_a_shard(model: Path, whole: Path) -> Path:
     path = Path("F/00000.safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
     return model
 
 
-def some_features(model: Path) -> Path:
+def some_features(model: Path, whole: Path) -> Path:
     path = Path("F/00000.safetensors")
     tensors = load_file(path)
     del tensors[RECORDS[1]["image"]], tensors[RECORDS[2]["entity_path"][1]]
@@ -389,30 +389,30 @@ def some_features(model: Path) -> Path:
     return model
 
 
-def no_features(model: Path) -> Path:
+def no_features(model: Path, whole: Path) -> Path:
     shutil.rmtree("F")
     return model
 
 
-def a_lost_picture(model: Path) -> Path:
+def a_lost_picture(model: Path, whole: Path) -> Path:
     Path(RECORDS[2]["image"]).unlink()
     return model
 
 
-def begun(model: Path) -> Path:
-    main(usual(model, "O", "--steps", "1"))
+def begun(model: Path, whole: Path) -> Path:
+    shutil.copytree(whole, "O")
     return model
 
 
-def finished_alone(model: Path) -> Path:
+def finished_alone(model: Path, whole: Path) -> Path:
     """Its checkpoint, which is large, was removed."""
-    main(usual(model, "O", "--steps", "1"))
+    begun(model, whole)
     Path("O", CHECKPOINT).unlink()
     return model
 
 
-def another_model(model: Path) -> Path:
-    begun(model)
+def another_model(model: Path, whole: Path) -> Path:
+    begun(model, whole)
     base = Path(shutil.copytree(model, "base"))
     path = base / "model_index.json"
     index = json.loads(path.read_text())
@@ -421,24 +421,24 @@ def another_model(model: Path) -> Path:
     return base
 
 
-def another_list(model: Path) -> Path:
-    begun(model)
+def another_list(model: Path, whole: Path) -> Path:
+    begun(model, whole)
     Path("d.json").write_text(json.dumps(RECORDS[::-1]))
     return model
 
 
-def half_a_checkpoint(model: Path) -> Path:
-    begun(model)
+def half_a_checkpoint(model: Path, whole: Path) -> Path:
+    begun(model, whole)
     path = Path("O", CHECKPOINT)
     path.write_bytes(path.read_bytes()[:-1000])
     return model
 
 
-def base_in_the_output(model: Path) -> Path:
+def base_in_the_output(model: Path, whole: Path) -> Path:
     return Path(shutil.copytree(model, "O/model"))
 
 
-def as_it_is(model: Path) -> Path:
+def as_it_is(model: Path, whole: Path) -> Path:
     return model
 
 
@@ -483,11 +483,11 @@ def as_it_is(model: Path) -> Path:
         (as_it_is, "--device tpu", "--device tpu is not available here; available: cpu"),
     ],
 )
-def test_what_is_refused(change, options, sentence, model, work, fails, monkeypatch, caplog):
-    base = change(model)
+def test_what_is_refused(change, options, sentence, model, work, whole, fails, monkeypatch, caplog):
+    base = change(model, whole)
     before = contents(work)
     monkeypatch.setattr("mige.training.run.load_parts", None)  # it is not come to
-    told = fails(main, usual(base, "O", *options.split())).err
+    told = fails(main, usual(base, "O", *STEPS, *options.split())).err
     assert sentence in told + caplog.text  # where several things are wrong, they are listed
     assert contents(work) == before
 
