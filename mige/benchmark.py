@@ -5,8 +5,8 @@
     python -m mige.benchmark --bench MIGEBench --outputs painted --report report \\
         --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16
 
-A bench is a folder of MIGEBench, or a JSON list; see docs/mige_measuring.md. Outputs are numbered as
-mige.generate and mige.edit paint lists, or named as the release does. Report.md has a table for
+A bench is a folder of MIGEBench, or a JSON list; see docs/mige_measuring.md. Outputs are numbered
+as mige.generate and mige.edit paint lists, or named as the release does. Report.md has a table for
 each task, with 95% intervals and how each number was taken; report.json has every picture's
 numbers. The same command goes on where it was stopped.
 """

@@ -28,6 +28,8 @@ RECIPE = {
     "epochs": "times that all records are seen",
     "steps": "updates, in place of --epochs",
     "learning_rate": "after the warm-up; None: the release's 3.54e-6, or 1e-4 for a LoRA",
+    "conditioning_rate": "of all but the transformer; None: --learning_rate",
+    "cooldown": "last share of the steps, in which the rates fall to 0 as a cosine",
     "weight_decay": "of every weight",
     "warmup_steps": "updates in which the rate rises",
     "max_grad_norm": "gradients of a larger norm are scaled down to it",
@@ -41,6 +43,7 @@ RUNNING = {
     "checkpoint_steps": "updates between two checkpoints",
     "sample_steps": "updates between two sheets of samples; 0: none",
     "sample_items": "records of each task on a sheet",
+    "probe_steps": "updates between two looks at what pictures and words do; 0: none",
     "workers": "processes that read ahead, for each process that learns",
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import cos, pi
 
 from imagelab.errors import UserError
 from imagelab.settings import Config, check_within
@@ -19,6 +20,8 @@ BOUNDS = {
     "epochs": (1, 1_000_000),
     "steps": (1, 100_000_000),
     "learning_rate": (0.0, 1.0),
+    "conditioning_rate": (0.0, 1.0),
+    "cooldown": (0.0, 1.0),
     "weight_decay": (0.0, 1.0),
     "warmup_steps": (0, 100_000_000),
     "max_grad_norm": (1e-12, 1e12),
@@ -28,6 +31,7 @@ BOUNDS = {
     "checkpoint_steps": (1, 100_000_000),
     "sample_steps": (0, 100_000_000),
     "sample_items": (1, 64),
+    "probe_steps": (0, 100_000_000),
     "workers": (0, 256),
 }
 
@@ -41,6 +45,8 @@ class Recipe:
     steps: int | None = None  # updates, in place of epochs
     learning_rate: float | None = None  # None: RATE, or LORA_RATE
     scale_rate: bool = False  # multiply it by √(batch_size / 256), the release's rule
+    conditioning_rate: float | None = None  # of all but the transformer; None: the same
+    cooldown: float = 0.0  # last share of the steps, in which the rates fall to 0 as a cosine
     weight_decay: float = 0.03  # of every weight
     warmup_steps: int = 1000  # updates
     max_grad_norm: float = 0.01
@@ -55,7 +61,24 @@ class Recipe:
         rate = self.learning_rate
         if rate is None:
             rate = LORA_RATE if self.lora_rank else RATE
-        return rate * (self.batch_size / RULE_BATCH) ** 0.5 if self.scale_rate else rate
+        return rate * self._scale
+
+    @property
+    def rate_of_conditioning(self) -> float:
+        """That of what reads the instruction: all that learns but the transformer."""
+        rate = self.conditioning_rate
+        return self.rate if rate is None else rate * self._scale
+
+    @property
+    def _scale(self) -> float:
+        return (self.batch_size / RULE_BATCH) ** 0.5 if self.scale_rate else 1.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rates of update ``step``, from 0, of ``steps`` are multiplied by."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        left, falling = steps - step, self.cooldown * steps
+        return 0.5 - 0.5 * cos(pi * left / falling) if left < falling else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,7 @@ class Running:
     checkpoint_steps: int = 1000
     sample_steps: int = 1000  # 0: none are painted
     sample_items: int = 2  # of each task
+    probe_steps: int = 0  # between two looks at what pictures and words do; 0: none
     workers: int = 2  # processes that read ahead
 
 
@@ -113,5 +137,8 @@ def check_settings(config: TrainingConfig) -> None:
             f"--lora_rank is for {' and '.join(LORA_PARTS)}, and --parts names neither; leave it "
             "out"
         )
-    if recipe.rate <= 0:
-        raise UserError("--learning_rate is 0, with which nothing is learned; give a positive one")
+    for name, rate in (
+        ("learning_rate", recipe.rate), ("conditioning_rate", recipe.rate_of_conditioning)
+    ):  # fmt: skip
+        if rate <= 0:
+            raise UserError(f"--{name} is 0, with which nothing is learned; give a positive one")

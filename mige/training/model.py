@@ -4,7 +4,7 @@ Axes: b samples, r pictures of all their marks, k tokens, d width of the text.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -175,3 +175,16 @@ def blocks(model: TrainedModel) -> Iterator[nn.Module]:
     yield from model.parts["vision_encoder"].encoder.layers
     yield from model.parts["text_encoder"].encoder.block
     yield from model.parts["transformer"].transformer_blocks
+
+
+@contextmanager
+def at_rest(model: TrainedModel) -> Iterator[None]:
+    """Within, nothing is dropped; the model and torch's random numbers are then as before."""
+    was_training = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, value in was_training.items():
+                module.training = value

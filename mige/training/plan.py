@@ -174,8 +174,11 @@ def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
 
 
 def kept_settings(config: TrainingConfig) -> dict:
-    """The settings that a resumed run has to share, in JSON's types."""
-    free = FREE_SETTINGS | {"epochs", "steps"}
+    """The settings that a resumed run has to share, in JSON's types.
+
+    It may be longer, unless its rates fall at the end.
+    """
+    free = FREE_SETTINGS if config.recipe.cooldown else FREE_SETTINGS | {"epochs", "steps"}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.settings().items()

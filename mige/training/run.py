@@ -21,7 +21,7 @@ from imagelab.training.sharding import shard, split_as
 from mige.folder import load_parts
 from mige.method.loss import Diffusion
 from mige.method.wording import TASKS
-from mige.training.config import ADAM_BETAS, ADAM_EPS
+from mige.training.config import ADAM_BETAS, ADAM_EPS, Recipe
 from mige.training.model import (
     TrainedModel,
     blocks,
@@ -40,6 +40,7 @@ from mige.training.plan import (
     check_same,
     kept_settings,
 )
+from mige.training.probe import Probe
 from mige.training.result import write_model
 from mige.training.samples import Facts, Reader, Samples, dropout_seed
 from mige.training.sheets import SamplePainter
@@ -163,19 +164,19 @@ def make_samples(plan: Plan) -> Samples:
 
 
 def make_stage(plan: Plan, model: TrainedModel) -> Stage:
-    """AdamW over all that learns: a warm-up, then a constant rate."""
-    from diffusers.optimization import get_scheduler
-
-    recipe, device = plan.config.recipe, plan.device
+    """AdamW over all that learns: warm-up, constant rate, and cooldown where one is asked for."""
+    recipe, running, device = plan.config.recipe, plan.config.running, plan.device
     named = trained_parameters(model)
     optimizer = torch.optim.AdamW(
-        named.values(), lr=recipe.rate, betas=ADAM_BETAS, eps=ADAM_EPS,
+        parameter_groups(named, recipe), betas=ADAM_BETAS, eps=ADAM_EPS,
         weight_decay=recipe.weight_decay,
     )  # fmt: skip
-    schedule = get_scheduler(
-        "constant_with_warmup", optimizer, num_warmup_steps=recipe.warmup_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: recipe.factor(step, plan.steps)
     )
-    reader = Reader(make_samples(plan), plan.steps, plan.config.running.workers)
+    samples = make_samples(plan)
+    reader = Reader(samples, plan.steps, running.workers)
+    probe = Probe(model, samples, device) if running.probe_steps else None
 
     @contextmanager
     def losses(step: int) -> Iterator[Tensors]:
@@ -190,7 +191,10 @@ def make_stage(plan: Plan, model: TrainedModel) -> Stage:
         for parameter in named.values():
             if parameter.grad is None:  # no sample of the batch has a picture, say
                 parameter.grad = torch.zeros_like(parameter)
-        yield tally.means(plan.processes)
+        found = tally.means(plan.processes)
+        if probe:
+            found |= probe.look(step, running.probe_steps, plan.processes)
+        yield found
 
     def load_state(tensors: Tensors) -> None:
         with torch.no_grad():
@@ -203,6 +207,16 @@ def make_stage(plan: Plan, model: TrainedModel) -> Stage:
         load_state=load_state,
         makes_gradients=True,
     )  # fmt: skip
+
+
+def parameter_groups(named: dict[str, Tensor], recipe: Recipe) -> list[dict]:
+    """The weights of each rate: the transformer's, and all others."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in named.items():
+        is_trunk = name.startswith("parts.transformer.")
+        rate = recipe.rate if is_trunk else recipe.rate_of_conditioning
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 class Tally:

@@ -1,7 +1,6 @@
 """What a model in training paints of some of its records, beside their pictures."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from mige.method.wording import MARK, TASKS
 from mige.pictures import crop
 from mige.pipeline import MigePipeline
 from mige.request import Request
-from mige.training.model import MODULES, TrainedModel
+from mige.training.model import MODULES, TrainedModel, at_rest
 from mige.training.samples import Samples
 
 SIDE = 192  # pixels of a picture on the sheet
@@ -42,7 +41,7 @@ class SamplePainter:
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / f"{done:07d}.png"
         parts = self.parts | {name: model.parts[name] for name in MODULES}
-        with _at_rest(model):
+        with at_rest(model):
             pipeline = MigePipeline(**parts)
             pipeline.vae.to(pipeline.device)
             with torch.autocast(
@@ -108,16 +107,3 @@ def _fits(record: Record, pipeline: MigePipeline) -> bool:
     except UserError:
         return False
     return True
-
-
-@contextmanager
-def _at_rest(model: TrainedModel) -> Iterator[None]:
-    """Within, nothing is dropped; the model and torch's random numbers are then as before."""
-    was_training = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, value in was_training.items():
-                module.training = value

@@ -1,0 +1,90 @@
+"""Options for models that are trained anew: rates of parts, a cooldown, and the probe."""
+
+import logging
+import math
+
+import pytest
+import torch
+from test_mige_train import data, options_of, work  # noqa: F401 (fixtures)
+
+from imagelab.processes import Processes
+from mige.folder import load_parts
+from mige.training.config import Recipe
+from mige.training.plan import make_plan
+from mige.training.probe import Probe, other_pictures, other_words, undropped
+from mige.training.run import make_model, make_samples, parameter_groups
+
+
+def test_rates_rise_stay_and_fall():
+    """Ten steps: two of warm-up, the last four fall as half a cosine."""
+    recipe = Recipe(warmup_steps=2, cooldown=0.4)
+    found = [recipe.factor(step, 10) for step in range(10)]
+    falling = [0.5 + 0.5 * math.cos(math.pi * done / 4) for done in range(4)]
+    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, *falling])
+    assert Recipe(warmup_steps=0).factor(9, 10) == 1.0
+
+
+def test_the_transformer_has_a_rate_of_its_own():
+    named = {"parts.transformer.a": 1, "parts.fusion.b": 2, "parts.transformer.c": 3}
+    recipe = Recipe(learning_rate=0.5, conditioning_rate=0.25)
+    assert parameter_groups(named, recipe) == [
+        {"params": [1, 3], "lr": 0.5}, {"params": [2], "lr": 0.25},
+    ]  # fmt: skip
+    assert parameter_groups({"parts.fusion.b": 2}, recipe) == [{"params": [2], "lr": 0.25}]
+    assert Recipe(learning_rate=0.5).rate_of_conditioning == 0.5
+    scaled = Recipe(batch_size=64, learning_rate=0.5, conditioning_rate=0.25, scale_rate=True)
+    assert (scaled.rate, scaled.rate_of_conditioning) == (0.25, 0.125)
+
+
+@pytest.fixture
+def probe(work, model) -> Probe:  # noqa: F811
+    config = options_of(model, "--batch_size", "6", "--micro_batch_size", "6")
+    plan = make_plan(config, Processes("cpu"))
+    parts = load_parts(plan.folder, left_out=["vae"])
+    torch.nn.init.normal_(parts["fusion"].features.mix.weight, std=0.1)
+    return Probe(make_model(plan, parts), make_samples(plan), "cpu")
+
+
+def test_others_pictures_and_words(probe):
+    (batch,) = probe.samples[0]
+    moved = other_pictures(batch)
+    assert torch.equal(moved.vision[1:], batch.vision[:-1])
+    assert torch.equal(moved.vision[0], batch.vision[-1])
+    assert torch.equal(moved.latents[1:], batch.latents[:-1])
+    assert moved.segments == batch.segments and torch.equal(moved.source, batch.source)
+    spoken = other_words(batch)
+    assert [len(each) for each in spoken.segments] == [len(each) for each in batch.segments]
+    assert sorted(map(str, spoken.segments)) == sorted(map(str, batch.segments))
+    assert all(a != b for a, b in zip(spoken.segments, batch.segments, strict=True))
+    assert torch.equal(spoken.vision, batch.vision)
+
+
+def test_the_rise_is_that_of_the_mean_error(probe):
+    (batch,) = probe.samples[0]
+    batch = undropped(batch)
+    assert (batch.draws == 1).all()
+    probe.model.eval()
+    with torch.no_grad():
+        plain, pictures, words = (
+            probe.model(each).mse.mean().item()
+            for each in (batch, other_pictures(batch), other_words(batch))
+        )
+    probe.model.train()
+    state = torch.get_rng_state()
+    found = probe.look(1, 2, Processes("cpu"))
+    assert found["other pictures"].item() == pytest.approx(pictures / plain - 1, rel=1e-4, abs=1e-6)
+    assert found["other words"].item() == pytest.approx(words / plain - 1, rel=1e-4, abs=1e-6)
+    assert pictures != plain and words != plain
+    assert probe.model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(value.isnan() for value in probe.look(2, 2, Processes("cpu")).values())
+
+
+def test_silence_is_told(probe, caplog):
+    """A fusion whose projection is zero: no picture has an effect."""
+    probe.model.parts["fusion"].projection.weight.data.zero_()
+    with caplog.at_level(logging.WARNING):
+        probe.look(9, 10, Processes("cpu"))  # 60 samples
+        assert not caplog.messages
+        found = probe.look(999, 10, Processes("cpu"))  # 6,000
+    assert found["other pictures"] == 0
+    assert any("with other pictures the error is 0.00% higher" in m for m in caplog.messages)
