@@ -692,6 +692,16 @@ def test_dropout_is_a_step_s_own(work, model):
     assert found[1] == found[2]
 
 
+def test_each_batch_of_a_step_drops_by_a_seed_of_its_own(work, model):
+    """Labelled by step, process and place among the batches of a step."""
+    begun, seeds = Begun(model, "--micro_batch_size", "2"), []
+    begun.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for step in (0, 3):
+        begun.gradients(step)
+    places = [(0, 0, 0), (0, 0, 1), (3, 0, 0), (3, 0, 1)]
+    assert seeds == [generator("layers", *place).initial_seed() for place in places]
+
+
 def test_bf16_is_near_float32(work, model):
     (batch,) = make(work, model)[0]
     exact = Begun(model).model(batch).loss
