@@ -77,7 +77,7 @@ class Recipe:
         """What the rates of update ``step``, from 0, of ``steps`` are multiplied by."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        left, falling = steps - step, self.cooldown * steps
+        left, falling = max(steps - step, 0), self.cooldown * steps
         return 0.5 - 0.5 * cos(pi * left / falling) if left < falling else 1.0
 
 
