@@ -694,7 +694,7 @@ def test_dropout_is_a_step_s_own(work, model):
 
 def test_each_batch_of_a_step_drops_by_a_seed_of_its_own(work, model):
     """Labelled by step, process and place among the batches of a step."""
-    begun, seeds = Begun(model, "--micro_batch_size", "2"), []
+    begun, seeds = Begun(model, "--micro_batch_size", "2", "--steps", "4"), []
     begun.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
     for step in (0, 3):
         begun.gradients(step)
