@@ -36,7 +36,7 @@ from mige.training.memory import batch_bytes, blank_batch, empty_model, estimate
 from mige.training.model import TrainedModel, choose_trained, learned_whole, trained_parameters
 from mige.training.plan import CHECKPOINT, make_plan
 from mige.training.result import _take_over
-from mige.training.run import Tally, make_model, make_stage
+from mige.training.run import Tally, make_model, make_samples, make_stage
 from mige.training.samples import Facts, Reader, Samples
 
 SEED = 5
@@ -185,6 +185,15 @@ def test_all_records_are_seen_once_an_epoch(data, model):
         assert found == [RECORDS[number]["image"] for number in order(epoch)]
         assert sorted(found) == sorted(each["image"] for each in RECORDS)
     assert order(0) != order(1) != order(2)
+
+
+def test_records_that_are_too_wide_are_never_read(model, tmp_path, monkeypatch):
+    """More than 4 : 1, as in the release."""
+    wide = [RECORDS[0] | {"width": 401, "height": 100}, RECORDS[1] | {"width": 400, "height": 100}]
+    monkeypatch.chdir(save_data(tmp_path, model, [*wide, *RECORDS[2:]]))
+    samples = make_samples(make_plan(options_of(model), Processes("cpu")))
+    found = {samples.record(place).target for place in range(12)}
+    assert found == {each["image"] for each in RECORDS[1:]}
 
 
 def rows(batches) -> list[tuple]:
