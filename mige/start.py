@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
         from mige.conversion import read_prefixes
-        from mige.starting import Origins, start
+        from mige.origins import Origins
+        from mige.starting import start
 
         prefixes = read_prefixes(options.prefixes) if options.prefixes else None
         start(
