@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from toybox.classifier.network import Classifier
-from toybox.mige.sight import Edges, look_at, read_boxes
+from toybox.mige.sight import Edges, View
 from toybox.scenes.edits import GROWTH, PLACES
 from toybox.scenes.layouts import hue_distance
 from toybox.scenes.scenes import GROUNDS
@@ -44,8 +44,9 @@ def judge(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> dic
     subject edit     kind, hue, others, alone, crisp
     """
     rule = {"subject": judge_subject, "edit": judge_edit, "subject_edit": judge_subject_edit}
-    found = rule[triplet.task](classifier, painted, triplet)
-    found["crisp"] = is_crisp(classifier, painted, triplet)
+    views = View(classifier, painted), View(classifier, triplet.target)
+    found = rule[triplet.task](*views, triplet)
+    found["crisp"] = is_crisp(*views, triplet)
     return {"right": all(value for name, value in found.items() if name != "ground")} | found
 
 
@@ -59,21 +60,22 @@ def l1(first: Image.Image, second: Image.Image, where: np.ndarray | None = None)
     return float((difference if where is None else difference[where]).mean())
 
 
-def is_crisp(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def is_crisp(painted: View, target: View, triplet: Triplet) -> bool:
     """Whether toys show enough of the target's detail; where there is none to show, they do."""
-    own, wanted = detail(classifier, painted), detail(classifier, triplet.target)
+    own, wanted = detail(painted), detail(target)
     return not triplet.toys or own >= DETAIL * wanted
 
 
-def detail(classifier: Classifier, picture: Image.Image) -> float:
+def detail(view: View) -> float:
     """How far toys are from a blur of themselves, 0 to 255, times the side of their area.
 
-    Scaling a toy leaves this the same.
+    Scaling a toy leaves this about the same.
     """
-    toys = look_at(classifier, picture).toys(picture.size)
+    picture = view.picture
+    toys = view.scene.toys(picture.size)
     if toys.mean() < THERE:
         return 0.0
-    blurred = picture.convert("RGB").filter(ImageFilter.GaussianBlur(BLUR))
+    blurred = picture.filter(ImageFilter.GaussianBlur(BLUR))
     away = np.abs(_pixels(picture) - _pixels(blurred)).mean(-1)
     return float((toys * away).sum() / toys.sum() * toys.mean() ** 0.5)
 
@@ -86,12 +88,10 @@ def _pixels(picture: Image.Image) -> np.ndarray:
 # subjects
 
 
-def judge_subject(
-    classifier: Classifier, painted: Image.Image, triplet: Triplet
-) -> dict[str, bool]:
+def judge_subject(painted: View, target: View, triplet: Triplet) -> dict[str, bool]:
     """Is each toy there, once, wherever it is, and of its hue? Is nothing else there?"""
     looks = [toy.look for toy in triplet.toys]
-    seen, wanted = look_at(classifier, painted), look_at(classifier, triplet.target)
+    seen, wanted = painted.scene, target.scene
     kinds, hues, alone = [], [], [seen.area_besides([look.kind for look in looks]) <= STRAY]
     for index, look in enumerate(looks):
         others = looks[:index] + looks[index + 1 :]
@@ -101,8 +101,8 @@ def judge_subject(
         alone.append(not kinds[-1] or found.spread <= TWICE * own.spread)
     checks = {"kind": all(kinds), "hue": all(hues), "alone": all(alone)}
     if triplet.ground and triplet.prompt.endswith(triplet.ground):
-        where = seen.toys(painted.size) < FREE
-        checks["ground"] = is_ground(_pixels(painted)[where], triplet.ground)
+        where = seen.toys(painted.picture.size) < FREE
+        checks["ground"] = is_ground(_pixels(painted.picture)[where], triplet.ground)
     return checks
 
 
@@ -114,28 +114,26 @@ def is_close(hue: float, look: Look) -> bool:
 # edits
 
 
-def judge_edit(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> dict[str, bool]:
+def judge_edit(painted: View, target: View, triplet: Triplet) -> dict[str, bool]:
     """Is the asked change there? Do the other toys read right? Is nothing else there?"""
     change = {
         "recolour": _is_recoloured, "replace": _is_replaced, "add": _is_added,
         "remove": _is_ground_back, "move": _is_moved, "resize": _is_resized,
         "ground": _is_on_ground,
     }[triplet.op]  # fmt: skip
-    return {"change": change(classifier, painted, triplet)} | _rest(classifier, painted, triplet)
+    return {"change": change(painted, target, triplet)} | _rest(painted, target, triplet)
 
 
-def judge_subject_edit(
-    classifier: Classifier, painted: Image.Image, triplet: Triplet
-) -> dict[str, bool]:
+def judge_subject_edit(painted: View, target: View, triplet: Triplet) -> dict[str, bool]:
     """Is the reference's toy where it is asked for? The others, and nothing else?"""
     new = new_toy(triplet)
     if _is_free(triplet):
-        found, own = (look_at(classifier, p).find(new.look) for p in (painted, triplet.target))
+        found, own = (view.scene.find(new.look) for view in (painted, target))
         kind, hue = ENOUGH * own.area <= found.area <= own.area / ENOUGH, found.hue
     else:
-        (kind,), (hue,) = _kinds(classifier, painted, triplet, [new])
+        (kind,), (hue,) = _kinds(painted, target, triplet, [new])
     checks = {"kind": kind, "hue": kind and is_close(hue, new.look)}
-    return checks | _rest(classifier, painted, triplet)
+    return checks | _rest(painted, target, triplet)
 
 
 def new_toy(triplet: Triplet) -> Shown:
@@ -149,12 +147,11 @@ def _is_free(triplet: Triplet) -> bool:
 
 
 def _kinds(
-    classifier: Classifier, painted: Image.Image, triplet: Triplet, toys: Sequence[Shown]
+    painted: View, target: View, triplet: Triplet, toys: Sequence[Shown]
 ) -> tuple[list[bool], list[float]]:
     """Whether each toy's box is covered by its kind, and the hue in it."""
     boxes = [toy.box for toy in toys]
-    seen = read_boxes(classifier, painted, boxes)
-    own = read_boxes(classifier, triplet.target, boxes)
+    seen, own = painted.read(boxes), target.read(boxes)
     kinds = [
         here.kind == toy.look.kind and here.cover >= ENOUGH * there.cover
         for here, there, toy in zip(seen, own, toys, strict=True)
@@ -162,25 +159,21 @@ def _kinds(
     return kinds, [here.hue for here in seen]
 
 
-def _are_right(
-    classifier: Classifier, painted: Image.Image, triplet: Triplet, toys: Sequence[Shown]
-) -> bool:
+def _are_right(painted: View, target: View, triplet: Triplet, toys: Sequence[Shown]) -> bool:
     """Whether toys are in their boxes, of their kinds and hues."""
-    kinds, hues = _kinds(classifier, painted, triplet, toys)
+    kinds, hues = _kinds(painted, target, triplet, toys)
     close = [is_close(hue, toy.look) for hue, toy in zip(hues, toys, strict=True)]
     return all(kinds) and all(close)
 
 
-def _rest(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> dict[str, bool]:
+def _rest(painted: View, target: View, triplet: Triplet) -> dict[str, bool]:
     """What an edit must leave alone."""
     others = [toy for toy in triplet.toys if not toy.is_new]
     boxes = [toy.box for toy in triplet.toys]
     kinds = [new_toy(triplet).look.kind] if _is_free(triplet) else []
-    found, own = (
-        look_at(classifier, each).area_besides(kinds, boxes) for each in (painted, triplet.target)
-    )
+    found, own = (view.scene.area_besides(kinds, boxes) for view in (painted, target))
     return {
-        "others": _are_right(classifier, painted, triplet, others),
+        "others": _are_right(painted, target, triplet, others),
         "alone": found - own <= STRAY,
     }
 
@@ -189,29 +182,31 @@ def _rest(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> dic
 # each change
 
 
-def _is_recoloured(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def _is_recoloured(painted: View, target: View, triplet: Triplet) -> bool:
     """The kind is still there, in the new hue."""
-    return _are_right(classifier, painted, triplet, [new_toy(triplet)])
+    return _are_right(painted, target, triplet, [new_toy(triplet)])
 
 
-def _is_replaced(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
-    """The new kind is there; its colour is left open by most of the wordings."""
-    return all(_kinds(classifier, painted, triplet, [new_toy(triplet)])[0])
+def _is_replaced(painted: View, target: View, triplet: Triplet) -> bool:
+    """The new kind is there, in the old colour where words say so."""
+    if "same colour" in triplet.prompt:
+        return _are_right(painted, target, triplet, [new_toy(triplet)])
+    return all(_kinds(painted, target, triplet, [new_toy(triplet)])[0])
 
 
-def _is_added(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def _is_added(painted: View, target: View, triplet: Triplet) -> bool:
     """The toy is where the words say; anywhere, where they say nothing."""
-    found = judge_subject_edit(classifier, painted, triplet)
+    found = judge_subject_edit(painted, target, triplet)
     return found["kind"] and found["hue"]
 
 
-def _is_ground_back(_: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def _is_ground_back(painted: View, target: View, triplet: Triplet) -> bool:
     """The ground is where a toy was; too little of it to be told counts as there."""
     where = triplet.mask.copy()
     for toy in triplet.toys:
         if toy.is_new:
             where[_inside(toy.box, where.shape)] = False
-    return where.sum() < LEAST_GROUND or l1(painted, triplet.target, where) <= GROUND_L1
+    return where.sum() < LEAST_GROUND or l1(painted.picture, triplet.target, where) <= GROUND_L1
 
 
 def _inside(box: Edges, shape: tuple[int, int]) -> tuple[slice, slice]:
@@ -220,36 +215,36 @@ def _inside(box: Edges, shape: tuple[int, int]) -> tuple[slice, slice]:
     return slice(top, bottom), slice(left, right)
 
 
-def _is_moved(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def _is_moved(painted: View, target: View, triplet: Triplet) -> bool:
     """The toy is in its new place, and the ground in the old one."""
-    is_there = _are_right(classifier, painted, triplet, [new_toy(triplet)])
-    return is_there and _is_ground_back(classifier, painted, triplet)
+    is_there = _are_right(painted, target, triplet, [new_toy(triplet)])
+    return is_there and _is_ground_back(painted, target, triplet)
 
 
-def _is_resized(classifier: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
-    """The toy's area is nearer to the new one than to the old one, and than to what comes next."""
+def _is_resized(painted: View, target: View, triplet: Triplet) -> bool:
+    """The toy's area is nearer to the new one than to the old one; what is too large is stray."""
     new, old = new_toy(triplet).box, triplet.gone.box
     around = [(*np.minimum(new[:2], old[:2]), *np.maximum(new[2:], old[2:]))]
-    seen, own = (read_boxes(classifier, each, around)[0] for each in (painted, triplet.target))
-    is_of_size = 1 / GROWTH < seen.cover / own.cover < GROWTH  # areas grow by GROWTH²
-    return is_of_size and _are_right(classifier, painted, triplet, [new_toy(triplet)])
+    seen, own = (view.read(around)[0] for view in (painted, target))
+    is_of_size = own.cover / GROWTH < seen.cover < own.cover * GROWTH  # areas grow by GROWTH²
+    return is_of_size and _are_right(painted, target, triplet, [new_toy(triplet)])
 
 
-def _is_on_ground(_: Classifier, painted: Image.Image, triplet: Triplet) -> bool:
+def _is_on_ground(painted: View, target: View, triplet: Triplet) -> bool:
     """Outside of the toys' boxes most pixels are of the ground asked for."""
     where = np.ones(triplet.mask.shape, bool)
     for toy in triplet.toys:
         where[_inside(toy.box, where.shape)] = False
-    return is_ground(_pixels(painted)[where], triplet.ground)
+    return is_ground(_pixels(painted.picture)[where], triplet.ground)
 
 
 def is_ground(pixels: np.ndarray, name: str) -> bool:
     """Whether colours [n, 3] are those of a ground: nearest to it, and not far on the whole."""
+    if not len(pixels):
+        return False
     colours = np.array([colour for colour, *_ in GROUNDS.values()], dtype=float)
     nearest = np.square(pixels[:, None] - colours).sum(-1).argmin(1)
     colour, amplitude, _ = GROUNDS[name]
-    if not len(pixels):
-        return False
     shift = np.abs(pixels.mean(0) - colour).max()
     is_nearest = nearest == list(GROUNDS).index(name)
     return bool(is_nearest.mean() >= GROUND_SHARE and shift <= amplitude / 2 + GROUND_SHIFT)

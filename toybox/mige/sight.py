@@ -4,6 +4,7 @@ Axes: b boxes, k kinds, r rows and c columns of the classifier's cells.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -147,8 +148,20 @@ class Sight(NamedTuple):
         return float((share * outside).mean())
 
 
-@torch.inference_mode()
-def look_at(classifier: Classifier, picture: Image.Image) -> Sight:
-    """A whole scene."""
-    logits, vectors = classifier(to_input([picture], SCENE))  # 1 1+k r c, 1 2 r c
-    return Sight(logits[0].softmax(0)[1:].numpy(), vectors[0].numpy())
+class View:
+    """A picture, of which the classifier sees the scene once."""
+
+    def __init__(self, classifier: Classifier, picture: Image.Image):
+        self.classifier, self.picture = classifier, picture.convert("RGB")
+
+    @cached_property
+    def scene(self) -> Sight:
+        """The whole picture."""
+        with torch.inference_mode():
+            # 1 1+k r c, 1 2 r c
+            logits, vectors = self.classifier(to_input([self.picture], SCENE))
+        return Sight(logits[0].softmax(0)[1:].numpy(), vectors[0].numpy())
+
+    def read(self, boxes: Sequence[Edges]) -> list[Seen]:
+        """What is in each box."""
+        return read_boxes(self.classifier, self.picture, boxes)
