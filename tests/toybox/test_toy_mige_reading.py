@@ -1,0 +1,285 @@
+"""What toybox's MIGE learns to read from: views, triplets, what is asked of them, and by whom."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_toy_mige import TINY, the_tokenizer, the_vae, tiny_model
+
+from mige.pictures import to_vision
+from toybox.mige import heads, views
+from toybox.mige.reading import (
+    ASKED,
+    HUE_WORDS,
+    KIND_WORDS,
+    Readings,
+    Remembered,
+    Truth,
+    draw_readings,
+    look,
+    read_states,
+    source_kinds,
+    starts,
+    words_of,
+)
+from toybox.scenes.toys import KINDS
+from toybox.scenes.triplets import WORDS, draw_triplet
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, torch.Tensor]:
+    return draw_readings(the_vae(), 0, "train", 12, TINY.vision_side)
+
+
+@pytest.fixture(scope="module")
+def readings(data) -> Readings:
+    return Readings(data, the_tokenizer())
+
+
+# ----------------------------------------------------------------------------------------------
+# views
+
+
+def test_a_view_is_what_the_vision_encoder_reads():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((128, 128))
+    seen = views.as_seen(torch.from_numpy(views.small(picture, 64).copy())[None])
+    assert torch.allclose(seen[0], to_vision(picture, 64), atol=1e-6)
+
+
+def test_views_say_which_toy_is_where():
+    rendered = views.render_views(0, "train", 12, 64)
+    assert rendered["pixels"].shape == (12, 3, 64, 64) and rendered["toys"].shape == (12, 64, 64)
+    for index in range(12):
+        there = set(rendered["toys"][index].unique().tolist()) - {0}
+        kinds = rendered["kinds"][index]
+        assert there == {1 + at for at in range(3) if kinds[at]}
+        for toy in there:  # its pixels differ from what the ground has
+            inside = rendered["toys"][index] == toy
+            assert 10 < inside.sum() < 64 * 64 * 0.7
+    again, other = (views.render_views(0, split, 12, 64) for split in ("train", "test"))
+    assert all(torch.equal(rendered[key], again[key]) for key in again)
+    assert not any(torch.equal(a, b) for a in rendered["pixels"] for b in other["pixels"])
+
+
+def by_hand() -> dict[str, torch.Tensor]:
+    """A view of 8×8: toy 1, of kind 5, at 90°, has the left half; toy 2, of kind 7, a column."""
+    toys = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    toys[:, :, :4], toys[:, :, 7] = 1, 2
+    pixels = (toys[:, None] * 80).expand(1, 3, 8, 8)
+    return {
+        "pixels": pixels, "toys": toys, "kinds": torch.tensor([[5, 7, 0]], dtype=torch.uint8),
+        "hues": torch.tensor([[90.0, 180.0, 0.0]]),
+    }  # fmt: skip
+
+
+def test_patches_have_shares_of_kinds_and_hues():
+    batch = views.batch_of(by_hand(), torch.tensor([0]), patch=4)
+    assert batch.shares.shape == (1, 3, 2, 2)
+    assert batch.shares[0, :, 0].tolist() == [[1, 0], [0, 0.25], [0, 0]]
+    kinds = batch.of_kinds()
+    assert kinds[0, [0, 5, 7], 1].tolist() == [[0, 0.75], [1, 0], [0, 0.25]]
+    assert kinds.sum() == 4
+    hues = batch.of_hues()[0, :, 0]  # cosine and sine of the two upper patches
+    assert torch.allclose(hues, torch.tensor([[0, -0.25], [1, 0]]), atol=1e-6)
+
+
+def test_the_truth_moves_with_the_picture():
+    data = by_hand()
+    moved = set()
+    for seed in range(20):
+        batch = views.varied(data, torch.tensor([0]), 1, np.random.default_rng(seed))
+        toys = (batch.shares * torch.tensor([1, 2, 3])[:, None, None]).sum(1)
+        assert torch.allclose(batch.pictures, views.as_seen(80 * toys[:, None].expand(1, 3, 8, 8)))
+        moved.add(tuple(toys[0, 0].tolist()))
+    rows = {(1,) * 4 + (0,) * 3 + (2,), (2,) + (0,) * 3 + (1,) * 4}
+    assert rows & moved and len(moved) > 4
+
+
+def test_losses_of_views_by_hand():
+    batch = views.batch_of(by_hand(), torch.tensor([0]), patch=4)
+    even = torch.zeros(1, 1 + len(KINDS), 2, 2)
+    losses = heads.view_losses(even, torch.zeros(1, 2, 2, 2), batch)
+    assert losses["view_kinds"].item() == pytest.approx(math.log(25))
+    # 1² in each left patch, .25² in each right one, over the 2.5 patches that toys cover
+    assert losses["view_hue"].item() == pytest.approx((2 + 2 / 16) / 2.5)
+    assert losses["loss"] == losses["view_kinds"] + losses["view_hue"]
+    angles = torch.tensor([[[0.0, -1], [0, -1]], [[1, 0], [1, 0]]])[None]
+    sure = 50 * batch.of_kinds()
+    assert heads.view_losses(sure, angles, batch)["view_hue"].item() == pytest.approx(0, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------
+# triplets
+
+
+@pytest.mark.parametrize("op", ["recolour", "replace", "add", "remove", "move", "ground"])
+def test_kinds_of_a_source(op):
+    for index in range(3):
+        triplet = draw_triplet(1, "train", index, "edit", op)
+        told = {KINDS[at] for at in np.flatnonzero(source_kinds(triplet))}
+        kinds = {toy.look.kind for toy in triplet.toys}
+        new = {toy.look.kind for toy in triplet.toys if toy.is_new}
+        if op == "remove":
+            assert told == kinds | {triplet.gone.look.kind}
+        elif op == "add":
+            assert told == kinds - new and new
+        elif op == "replace":
+            assert told == kinds - new | {triplet.gone.look.kind} and not told & new
+        else:
+            assert told == kinds
+
+
+def test_subjects_have_no_source():
+    assert not source_kinds(draw_triplet(1, "train", 0, "subject", "two")).any()
+
+
+def test_words_of_a_prompt():
+    told = words_of("replace the red tropical fish in<imagehere>with<imagehere>")
+    assert sorted(WORDS[at] for at in np.flatnonzero(told)) == [
+        "fish", "in", "red", "replace", "the", "tropical", "with",
+    ]  # fmt: skip
+    assert [WORDS[at] for at in HUE_WORDS][:2] == ["red", "orange"] and len(HUE_WORDS) == 8
+    assert {"tropical", "fish"} < {WORDS[at] for at in KIND_WORDS}
+    assert "red" not in {WORDS[at] for at in KIND_WORDS}
+
+
+def test_a_batch_says_what_its_triplets_mean(readings):
+    rows = [7, 2, 11]
+    batch, truth = readings.read(rows)
+    at = 0
+    for place, row in enumerate(rows):
+        triplet = draw_triplet(0, "train", row)
+        assert ASKED[truth.asked[place]] == f"{triplet.task} {triplet.op}"
+        assert batch.tasks[place] == triplet.task
+        assert truth.words[place].tolist() == words_of(triplet.prompt).tolist()
+        assert batch.counts[place] == len(triplet.entities) == len(batch.segments[place]) - 1
+        looks = {toy.reference: toy.look for toy in triplet.toys if toy.reference is not None}
+        for slot, picture in enumerate(triplet.entities):
+            assert torch.allclose(batch.vision[at], to_vision(picture, 64), atol=1e-6)
+            if slot == triplet.source:
+                assert truth.kind[at] == -1 and truth.kinds[at].any()
+            else:
+                assert KINDS[truth.kind[at]] == looks[slot].kind and not truth.kinds[at].any()
+                angle = math.radians(looks[slot].hue)
+                wanted = torch.tensor([math.cos(angle), math.sin(angle)])
+                assert torch.allclose(truth.hue[at], wanted, atol=1e-5)
+            at += 1
+    assert at == len(batch.vision) == len(batch.latents)
+    assert batch.latents.shape[1:] == (12, 16, 16)
+
+
+def test_prompts_have_the_prefix_that_training_reads(readings):
+    first = {segments[0][0] for segments in readings.segments}
+    tokens = the_tokenizer().convert_ids_to_tokens(sorted(first))
+    assert set(tokens) <= {"▁compose", "▁edit", "▁combine"}
+
+
+def test_pictures_begin_where_their_vectors_stand(readings):
+    assert starts([[5], [7, 8], []], 3) == [1, 6]
+    model = tiny_model()
+    batch, _ = readings.read([0, 1, 2, 3])
+    embedded, fused = model.embed(batch), model.fuse(batch.vision, batch.latents)
+    at = 0
+    for row, segments in enumerate(batch.segments):
+        for start in starts(segments, 3):
+            assert torch.equal(embedded.embeddings[row, start : start + 3], fused[at])
+            at += 1
+    states = read_states(model, batch)
+    assert states.pictures.shape == (at, 3, 32) and states.end.shape == (4, 32)
+    # each instruction alone, with all of its padding, is read the same
+    alone = read_states(model, readings.read([2])[0])
+    assert torch.allclose(alone.end[0], states.end[2], atol=1e-5)
+
+
+def test_what_was_seen_once_is_read_as_the_picture_is(readings):
+    model = tiny_model()
+    encoder = model.parts["vision_encoder"]
+    model.parts["vision_encoder"] = Remembered(encoder)
+    kept = Readings(readings.data, the_tokenizer(), seen=look(encoder, readings.data["pixels"]))
+    remembered = read_states(model, kept.read([1, 4])[0])
+    model.parts["vision_encoder"] = encoder
+    seen = read_states(model, readings.read([1, 4])[0])
+    assert torch.allclose(remembered.pictures, seen.pictures, atol=0.02)
+    assert not torch.allclose(seen.pictures[0], seen.pictures[1], atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------
+# what is asked
+
+
+def test_losses_of_readings_by_hand():
+    truth = Truth(
+        asked=torch.tensor([0, 3]),
+        words=torch.zeros(2, len(WORDS), dtype=torch.bool),
+        kind=torch.tensor([4, -1, 2]),  # the second picture is a source
+        hue=torch.tensor([[1.0, 0], [9, 9], [0, 1]]),
+        kinds=torch.zeros(3, len(KINDS), dtype=torch.bool),
+    )
+    answers = {
+        "kind": torch.zeros(3, len(KINDS)), "hue": torch.zeros(3, 2),
+        "kinds": torch.zeros(3, len(KINDS)), "asked": torch.zeros(2, len(ASKED)),
+        "words": torch.zeros(2, len(WORDS)),
+    }  # fmt: skip
+    losses = heads.reading_losses(answers, truth)
+    wanted = {
+        "kind": math.log(24),  # two references, by two instructions
+        "hue": 1.0,
+        "kinds": 12 * math.log(2),  # 24 kinds of one source, by two instructions
+        "words": len(WORDS) * math.log(2),
+        "asked": math.log(len(ASKED)),
+    }
+    for name, value in wanted.items():
+        assert losses[name].item() == pytest.approx(value), name
+    assert losses["loss"].item() == pytest.approx(sum(wanted.values()))
+
+
+def test_a_hue_is_right_within_25_degrees():
+    truth = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    angles = torch.tensor([24.9, 25.1, 180.0]).deg2rad()
+    found = 0.3 * torch.stack([angles.cos(), angles.sin()], -1)
+    assert heads.is_near(found, truth).tolist() == [True, False, False]
+
+
+def test_shares_of_right_answers(readings):
+    class Knows(torch.nn.Module):
+        """Answers from the truth, but is wrong in the first instruction and its pictures."""
+
+        def forward(self, states):
+            truth = readings.read(list(range(12)))[1]
+            kind = torch.nn.functional.one_hot(truth.kind.clamp_min(0), len(KINDS)).float()
+            asked = torch.nn.functional.one_hot(truth.asked, len(ASKED)).float()
+            words, kinds = truth.words.float() - 0.5, truth.kinds.float() - 0.5
+            asked[0], words[0] = asked[0].roll(1), -words[0]
+            return {"kind": kind, "hue": truth.hue, "kinds": kinds, "asked": asked, "words": words}
+
+    found = heads.measure_readings(tiny_model(), Knows(), readings, batch=12)
+    assert found == pytest.approx(
+        {"kind": 1, "hue": 1, "source_kinds": 1}
+        | dict.fromkeys(("asked", "named_kinds", "named_hues"), 11 / 12)
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# the silent death
+
+
+def test_the_deviation_between_pictures_by_hand():
+    def share(values):
+        return heads.deviation_between(torch.tensor(values).float()[:, :, None])
+
+    assert share([[0, 0], [2, 2]]) == pytest.approx(1)  # two pictures, two queries
+    assert share([[0, 2], [0, 2]]) == 0
+    assert share([[0, 2], [2, 4]]) == pytest.approx(math.sqrt(1 / 2))
+
+
+def test_a_q_former_that_says_the_same_of_all_pictures_is_seen(readings):
+    model, some = tiny_model(), readings.some()
+    alive = heads.collapse(model, some.vision, some.latents)
+    last = model.parts["qformer"].encoder.layer[-1].output_query
+    with torch.no_grad():
+        last.LayerNorm.weight.zero_()
+    dead = heads.collapse(model, some.vision, some.latents)
+    assert dead < 1e-3 < 0.1 < alive <= 1

@@ -1,0 +1,342 @@
+"""What toybox's MIGE learns before its training, so that its pictures and words mean something.
+
+Trained from nothing by the diffusion loss alone, the parts that read die in silence: whatever they
+are given, they come to say the same. The full MIGE starts from a BLIP-2 and a T5, which have
+learned to read; this stands for them.
+
+1. The vision encoder learns which toy is where, and of what hue. Then it is frozen, but for its
+   norm, as the full one is.
+2. Its norm, the Q-Former, the fusion, T5 and the trunk's patch embedding learn together to answer
+   heads that read T5's states: `toybox.mige.heads`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from imagelab.figures import plot_losses
+from imagelab.io.atomic import folder_lock, written_aside
+from imagelab.processes import Processes
+from imagelab.training.callbacks import SharedGradients
+from imagelab.training.checkpoint import read_checkpoint
+from imagelab.training.loop import Stage, Tensors, Trainer
+from imagelab.training.seeds import seed_for
+from mige.method.encoder import encode_text
+from mige.method.loss import Diffusion
+from mige.pipeline import MigePipeline
+from mige.training.model import TrainedModel
+from mige.training.samples import Batch
+from toybox.mige.architecture import (
+    ToyMigeConfig,
+    build_parts,
+    build_pipeline,
+    build_tokenizer,
+    load_vae,
+    new_parameters,
+    save,
+)
+from toybox.mige.config import BeginConfig
+from toybox.mige.folders import CURVES, RECORD, note
+from toybox.mige.heads import (
+    ReadingHeads,
+    ViewHeads,
+    collapse,
+    measure_readings,
+    measure_views,
+    reading_losses,
+    view_losses,
+)
+from toybox.mige.reading import Readings, Remembered, draw_readings, look, read_states
+from toybox.mige.views import render_views, varied
+from toybox.stable_diffusion.stages import lr_factor
+
+log = logging.getLogger("toybox")
+
+SAVE_EVERY = 60  # seconds
+READ_EVERY = 20  # steps between two looks at the losses on a GPU
+MAX_GRAD_NORM = 1.0
+#: What held-out triplets should reach, so that training has something to begin with.
+LEAST = {"kind": 0.98, "hue": 0.98, "collapse": 0.3}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pre-training: what it learns, where, and how it is carried out.
+
+    Attributes:
+        work: folder of the checkpoints, and of what was rendered.
+    """
+
+    config: BeginConfig
+    work: Path
+    processes: Processes = field(default_factory=lambda: Processes("cpu"))
+    shape: ToyMigeConfig = ToyMigeConfig()
+
+    @cached_property
+    def vae(self):
+        return load_vae().to(self.processes.device)
+
+    @cached_property
+    def tokenizer(self):
+        return build_tokenizer()
+
+    def rows(self, label: str, step: int, count: int) -> Tensor:
+        """This process's part of a step's batch, out of ``count``."""
+        rng = np.random.default_rng(seed_for(self.config.seed, label, step))
+        rows = torch.from_numpy(rng.integers(count, size=self.config.batch))
+        return self.processes.share(rows)
+
+    def views(self, split: str, count: int) -> dict[str, Tensor]:
+        path, side = self.work / f"views_{split}_{count}.safetensors", self.shape.vision_side
+        with self.processes.first_alone():
+            return render_views(self.config.seed, split, count, side, path, self.config.workers)
+
+    def readings(self, split: str, count: int) -> Readings:
+        path, side = self.work / f"triplets_{split}_{count}.safetensors", self.shape.vision_side
+        with self.processes.first_alone():
+            data = draw_readings(
+                self.vae, self.config.seed, split, count, side, path, self.config.workers
+            )
+        return Readings(data, self.tokenizer, self.processes.device)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What was learned: the parts, the heads, curves, and how well held-out triplets are read."""
+
+    parts: dict
+    heads: dict[str, nn.Module]
+    curves: dict[str, list[float]]
+    measured: dict[str, float]
+
+
+def pretrain(run: Pretraining) -> Begun:
+    """Both stages, or what their checkpoints leave to do.
+
+    Raises:
+        Interrupted: Ctrl-C; the step was finished and saved.
+        FloatingPointError: a loss was not finite; the last checkpoint stands.
+    """
+    device = run.processes.device
+    parts = build_parts(run.shape, run.vae, run.tokenizer, run.config.seed)
+    process = Diffusion.of(parts["scheduler"])
+    model = reading_model(parts, run.tokenizer, run.shape.slots, process).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_for(run.config.seed, "heads"))
+        views, readings = ViewHeads(run.shape.vision_width), ReadingHeads(run.shape.text_width)
+    heads = {"views": views.to(device), "readings": readings.to(device)}
+    curves = run_stage(run, vision_stage(run, model, heads["views"]))
+    curves |= run_stage(run, stack_stage(run, model, heads["readings"]))
+    model.eval().requires_grad_(False)
+    calibrate(model, run.readings("train", run.config.triplets).some())
+    return Begun(parts, heads, curves, measure(run, model, heads))
+
+
+def reading_model(parts: Mapping, tokenizer, slots: int, process: Diffusion) -> TrainedModel:
+    """The parts as training calls them."""
+    return TrainedModel(
+        parts,
+        process,
+        slots=slots,
+        end=tokenizer.eos_token_id,
+        round_timesteps=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# stages
+
+
+def vision_stage(run: Pretraining, model: TrainedModel, heads: ViewHeads) -> Stage:
+    """Views, mirrored and shifted: the vision encoder tells what each patch shows."""
+    config, encoder = run.config, model.parts["vision_encoder"]
+    patch, device = encoder.config.patch_size, run.processes.device
+    views = run.views("train", config.views)
+
+    def losses(step: int) -> Tensors:
+        rows = run.rows("views", step, config.views)
+        rng = np.random.default_rng(seed_for(config.seed, "variation", step, run.processes.index))
+        batch = varied(views, rows, patch, rng)
+        batch = type(batch)(*(each.to(device) for each in batch))
+        return view_losses(*heads(encoder, batch.pictures), batch)
+
+    modules = {"vision_encoder": encoder, "heads": heads}
+    return make_stage("vision", config.vision_steps, modules, config.vision_rate, config, losses)
+
+
+def stack_stage(run: Pretraining, model: TrainedModel, heads: ReadingHeads) -> Stage:
+    """Triplets are read as in training; what learns is all but the vision encoder and the trunk.
+
+    What the vision encoder makes of the pictures is computed once.
+    """
+    config, parts = run.config, model.parts
+    encoder = parts["vision_encoder"].eval()
+    readings = run.readings("train", config.triplets)
+    readings.seen = look(encoder, readings.data["pixels"])
+    reader = reading_model(
+        {**parts, "vision_encoder": Remembered(encoder)}, run.tokenizer, run.shape.slots,
+        model.process,
+    )  # fmt: skip
+
+    def losses(step: int) -> Tensors:
+        batch, truth = readings.read(run.rows("triplets", step, len(readings)).tolist())
+        return reading_losses(heads(read_states(reader, batch)), truth)
+
+    model.requires_grad_(False)
+    modules = {
+        "vision_norm": encoder.post_layernorm,
+        "qformer": parts["qformer"],
+        "fusion": parts["fusion"],
+        "text_encoder": parts["text_encoder"],
+        "patches": parts["transformer"].pos_embed.proj,
+        "heads": heads,
+    }
+    return make_stage("stack", config.stack_steps, modules, config.stack_rate, config, losses)
+
+
+def make_stage(
+    name: str,
+    steps: int,
+    modules: Mapping[str, nn.Module],
+    rate: float,
+    config: BeginConfig,
+    losses: Callable[[int], Tensors],
+) -> Stage:
+    """A stage that trains all of some modules, each tensor once."""
+    named = dict(nn.ModuleDict(modules).named_parameters())
+    for module in modules.values():
+        module.train().requires_grad_(True)
+    parameters = list(named.values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
+    factor = partial(lr_factor, steps=steps, warmup=config.warmup, cooldown=config.cooldown)
+
+    @contextmanager
+    def made(step: int) -> Iterator[Tensors]:
+        yield {f"{name} {key}" if key != "loss" else key: v for key, v in losses(step).items()}
+
+    def load_state(tensors: Tensors) -> None:
+        with torch.no_grad():
+            for key, parameter in named.items():
+                parameter.copy_(tensors[key])
+
+    return Stage(
+        name, steps, parameters, optimizer, LambdaLR(optimizer, factor), made,
+        state=lambda: {key: p.detach() for key, p in named.items()},
+        load_state=load_state,
+    )  # fmt: skip
+
+
+def run_stage(run: Pretraining, stage: Stage) -> dict[str, list[float]]:
+    """Run a stage, or what its checkpoint leaves to do; its curves."""
+    path = run.work / f"{stage.name}.safetensors"
+    trainer = Trainer(
+        path, {},
+        max_grad_norm=MAX_GRAD_NORM,
+        device=run.processes.device,
+        checkpoint_seconds=SAVE_EVERY,
+        read_every=READ_EVERY if stage.parameters[0].is_cuda else 1,
+        callbacks=[SharedGradients(run.processes)],
+        is_writer=run.processes.is_first,
+    )  # fmt: skip
+    saved = read_checkpoint(path) if path.is_file() else None
+    trainer.run({stage.name: lambda _: stage}, saved)
+    curves = {key: values for key, values in trainer.curves.items() if key != "loss"}
+    return {f"{stage.name} loss": trainer.curves["loss"], **curves}
+
+
+# ----------------------------------------------------------------------------------------------
+# what came of it
+
+
+def measure(
+    run: Pretraining, model: TrainedModel, heads: Mapping[str, nn.Module]
+) -> dict[str, float]:
+    """How well held-out views and triplets are read, and what tells of a silent death."""
+    count, batch = run.config.held_out, run.config.batch
+    views, readings = run.views("test", count), run.readings("test", count)
+    measured = measure_views(model.parts["vision_encoder"], heads["views"], views, batch)
+    measured |= measure_readings(model, heads["readings"], readings, batch)
+    some = readings.some()
+    return measured | {
+        "collapse": collapse(model, some.vision, some.latents),
+        "caption_deviation": caption_deviation(model, some),
+    }
+
+
+def told_states(model: TrainedModel, batch: Batch) -> Tensor:
+    """T5's states of all tokens that count, [n, d]."""
+    embedded = model.embed(batch)
+    return encode_text(model.parts["text_encoder"], embedded)[embedded.mask > 0]
+
+
+@torch.inference_mode()
+def caption_deviation(model: TrainedModel, batch: Batch) -> float:
+    """The deviation of what the trunk makes of T5's states, between tokens."""
+    return _deviation(model.parts["transformer"].caption_projection(told_states(model, batch)))
+
+
+@torch.no_grad()
+def calibrate(model: TrainedModel, batch: Batch) -> None:
+    """Scale the trunk's caption projection so that either of its layers gives the deviation 1.
+
+    Its layers stay as they were drawn otherwise.
+    """
+    states, layer = told_states(model, batch), model.parts["transformer"].caption_projection
+    layer.linear_1.weight /= _deviation(layer.linear_1(states))
+    layer.linear_2.weight /= _deviation(layer(states))
+
+
+def _deviation(values: Tensor) -> float:
+    """Between the rows of [n, d], over all columns."""
+    return values.var(0).mean().sqrt().item()
+
+
+def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -> dict:
+    """Learn, and write the model; what its record says.
+
+    Raises UserError where another process writes one of the folders.
+    """
+    run = Pretraining(config, work, processes)
+    with folder_lock(work, "--work") if processes.is_first else nullcontext():
+        if processes.is_first:
+            note(config, work)
+        processes.gather(None)  # nobody works before that
+        begun = pretrain(run)
+        if processes.is_first:
+            with written_aside(work / CURVES) as aside:
+                plot_losses(aside, begun.curves)
+    record = {
+        "shape": asdict(run.shape),
+        "settings": config.settings(),
+        "parameters": new_parameters(begun.parts),
+        "held_out": {name: round(value, 4) for name, value in begun.measured.items()},
+    }
+    if processes.is_first:
+        for name, value in record["held_out"].items():
+            log.info("%s: %.3f%s", name, value, warning_of(name, value))
+        save(pipeline_of(run, begun), output, {RECORD: record})
+    return record
+
+
+def warning_of(name: str, value: float) -> str:
+    """What stands behind a measure that is not good enough to begin with."""
+    return f", and should be {LEAST[name]} or more" if value < LEAST.get(name, value) else ""
+
+
+def pipeline_of(run: Pretraining, begun: Begun) -> MigePipeline:
+    """The pipeline of all parts, on the CPU."""
+    parts = {
+        name: part.to("cpu") if isinstance(part, nn.Module) else part
+        for name, part in begun.parts.items()
+    }
+    return build_pipeline(parts, run.vae.to("cpu"), run.tokenizer, run.shape.slots)
