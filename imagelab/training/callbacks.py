@@ -38,7 +38,9 @@ class Ema(Callback):
     def swap(self) -> None:
         """Exchange the average with the trained tensors (twice: as before)."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+            trained = parameter.detach().clone()
+            parameter.detach().copy_(average)
+            average.copy_(trained)
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -113,7 +113,7 @@ def report_missing(features: Features, records: RecordList, which: np.ndarray) -
     if count:
         tell(lines, count)
         raise UserError(
-            f"{count} pictures have no features, as listed above; make them with "
+            f"features are missing in {count} places, as listed above; make them with "
             "`python -m mige.features` and the same --data, --root and --model"
         )
 

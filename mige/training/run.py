@@ -124,7 +124,7 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
     if processes.is_first:
         draw_curves(plan, trainer)
     if ema:
-        take_average(ema)
+        ema.swap()
     write_model(model, plan.folder, plan.output / MODEL, processes.is_first)
     processes.gather(None)  # all wait here for each other
     return plan.output / MODEL
@@ -241,13 +241,6 @@ class Tally:
         mse, bound, loss = self.sums.sum(0) / self.counts.sum()
         by_task = self.sums[:, 2] / self.counts
         return {"loss": loss, "mse": mse, "bound": bound, **dict(zip(TASKS, by_task, strict=True))}
-
-
-def take_average(ema: Ema) -> None:
-    """Let the model have the average for good; of weights that are split, each process's part."""
-    with torch.no_grad():
-        for parameter, average in zip(ema.parameters, ema.average, strict=True):
-            parameter.copy_(average)
 
 
 def draw_curves(plan: Plan, trainer: Trainer) -> None:

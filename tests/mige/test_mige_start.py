@@ -217,7 +217,8 @@ def test_what_the_model_says_of_itself(started):
     numbers = {"queries": 4, "width": 32, "heads": 8, "patch_width": 48, "text_width": 40}
     assert config.items() >= (numbers | {"text_length": 256}).items()
     schedule = json.loads((started / "scheduler" / "scheduler_config.json").read_text())
-    assert [schedule[key] for key in PARTS["scheduler"].keys] == [1000, 1e-4, 0.02]
+    numbers = [schedule[key] for key in PARTS["scheduler"].keys]
+    assert numbers == [1000, 1e-4, 0.02, "linear", "epsilon"]
     trunk = json.loads((started / "transformer" / "config.json").read_text())
     before = dict(make_trunk().config)
     changed = {key for key in before if key[0] != "_" and trunk[key] != before[key]}
