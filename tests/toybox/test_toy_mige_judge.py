@@ -243,6 +243,26 @@ def test_what_is_stray():
         assert found["alone"] == is_alone
 
 
+@pytest.mark.parametrize(
+    ("level", "width", "is_back"),
+    [(25, 64, True), (26, 64, False), (255, 1, True), (255, 2, False)],
+)
+def test_the_ground_is_measured_where_the_toy_was_and_is_no_more(level, width, is_back):
+    """Of 255 levels 25 are .098; a column of 32 pixels cannot be told, two can.
+
+    The new toy, in the left half, may look as it likes.
+    """
+    triplet = facts("move", Shown(CAR, (0.0, 0.0, 0.5, 0.25), is_new=True))
+    triplet.mask[:32, : 64 + width] = True
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:32, :64] = 255
+    pixels[:32, 64 : 64 + width] = level
+    pixels[32:] = 255  # outside of the mask
+    seen = Seen("car", 0.5, 0.0)
+    views = Told(sight(), seen, picture=Image.fromarray(pixels)), Told(sight(), seen)
+    assert judge_edit(*views, triplet)["change"] == is_back
+
+
 def test_a_toy_may_be_added_anywhere_if_no_word_says_where():
     new = Shown(CAR, (0.0, 0.0, 0.5, 0.5), is_new=True)
     own = sight(10, car=(slice(0, 4), slice(0, 5), 0))
