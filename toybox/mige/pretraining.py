@@ -306,7 +306,7 @@ def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -
 
     Raises UserError where another process writes one of the folders.
     """
-    run = Pretraining(config, work, processes)
+    run = Pretraining(config, work, processes, ToyMigeConfig())
     with folder_lock(work, "--work") if processes.is_first else nullcontext():
         if processes.is_first:
             note(config, work)

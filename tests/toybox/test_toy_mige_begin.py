@@ -1,0 +1,186 @@
+"""The command that teaches toybox's MIGE to read: what learns, what is written, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_toy_mige import SHORT, TINY, tiny_model, weights_of
+from tiny_toybox import ctrl_c_in_step
+
+from imagelab.training.checkpoint import read_curves
+from mige.pipeline import MigePipeline
+from toybox.mige import pretraining
+from toybox.mige.begin import main
+from toybox.mige.config import HELP, BeginConfig
+from toybox.mige.heads import ReadingHeads
+from toybox.mige.pretraining import LEAST, Pretraining, warning_of
+
+pytestmark = pytest.mark.usefixtures("interruptible")
+PARTS = ("transformer", "text_encoder", "vision_encoder", "qformer", "fusion")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """The command makes a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "ToyMigeConfig", lambda: TINY)
+        yield
+
+
+def command(folder, *more: str) -> list[str]:
+    return ["--output", str(folder / "model"), "--work", str(folder / "work"), *SHORT, *more]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run of a few steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    main(command(folder))
+    return folder
+
+
+def test_the_model_paints_and_says_how_well_it_reads(begun):
+    pipeline = MigePipeline.from_pretrained(begun / "model")
+    picture = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    painted = pipeline("a <image> on the grass", [picture], steps=1).images
+    assert painted[0].size == (128, 128)
+    told = json.loads((begun / "model" / "begin.json").read_text())
+    assert told["settings"]["vision_steps"] == 4 and told["shape"]["text_width"] == 32
+    assert told["parameters"]["fusion"] > 1000
+    held_out = told["held_out"]
+    assert held_out["caption_deviation"] == pytest.approx(1, abs=0.2)
+    shares = set(held_out) - {"caption_deviation"}
+    assert shares == {
+        "view_kind", "view_hue", "kind", "hue", "source_kinds", "asked", "named_kinds",
+        "named_hues", "collapse",
+    }  # fmt: skip
+    assert all(0 <= held_out[name] <= 1 for name in shares)
+    assert (begun / "work" / "begin.png").is_file()
+
+
+def test_each_stage_teaches_its_parts_and_no_others(begun):
+    first = tiny_model(seed=BeginConfig().seed).parts
+    learned = {part: weights_of(begun / "model", part) for part in PARTS}
+    changed = {
+        part: {
+            name
+            for name, value in first[part].state_dict().items()
+            if name in learned[part] and not torch.equal(value, learned[part][name])
+        }
+        for part in PARTS
+    }
+    trunk = changed.pop("transformer")
+    assert trunk == {
+        "pos_embed.proj.weight", "pos_embed.proj.bias", "caption_projection.linear_1.weight",
+        "caption_projection.linear_2.weight",
+    }  # fmt: skip
+    assert {"query_tokens", "projection.weight", "features.mix.weight"} <= changed["fusion"]
+    assert "null_text" not in changed["fusion"]
+    for part, layer in (
+        ("text_encoder", "shared.weight"),
+        ("qformer", "encoder.layer.0.crossattention.attention.key.weight"),
+        ("vision_encoder", "post_layernorm.weight"),
+        ("vision_encoder", "encoder.layers.0.self_attn.qkv.weight"),
+    ):
+        assert layer in changed[part]
+
+
+def test_the_vision_encoder_is_frozen_while_the_others_learn(tmp_path, begun):
+    run = Pretraining(BeginConfig(views=8, triplets=8, batch=4), begun / "work", shape=TINY)
+    model = tiny_model()
+    stage = pretraining.stack_stage(run, model, ReadingHeads(TINY.text_width))
+    named = model.parts["vision_encoder"].named_parameters()
+    learns = {name for name, parameter in named if parameter.requires_grad}
+    assert learns == {"post_layernorm.weight", "post_layernorm.bias"}
+    with stage.losses(0) as losses:
+        losses["loss"].backward()
+    assert all(p.grad is not None for p in stage.parameters)
+    assert model.parts["vision_encoder"].post_layernorm.weight.grad.any()
+
+
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(begun, tmp_path):
+    for step in (2, 1):  # of the vision encoder, then of the others
+        with ctrl_c_in_step(step):
+            main(command(tmp_path))
+        assert not (tmp_path / "model").exists()
+    main(command(tmp_path))
+    for part in PARTS:
+        first, second = (weights_of(each / "model", part) for each in (begun, tmp_path))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    curves = read_curves(tmp_path / "work" / "stack.safetensors")
+    assert {name: len(values) for name, values in curves.items()} == dict.fromkeys(
+        ("loss", "stack kind", "stack hue", "stack kinds", "stack words", "stack asked"), 4
+    )
+
+
+def test_reading_is_learned(begun):
+    """Eight triplets again and again: what is asked of them is soon answered."""
+    model, heads = tiny_model(), ReadingHeads(TINY.text_width)
+    config = BeginConfig(views=8, triplets=8, batch=8, stack_steps=60, stack_rate=5e-3, warmup=1)
+    run = Pretraining(config, begun / "work", shape=TINY)
+    stage = pretraining.stack_stage(run, model, heads)
+    losses = []
+    for step in range(60):
+        with stage.losses(step) as found:
+            stage.optimizer.zero_grad()
+            found["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(stage.parameters, 1.0)
+        stage.optimizer.step()
+        losses.append({name: value.item() for name, value in found.items()})
+    for name in losses[0]:
+        first, last = (np.mean([each[name] for each in part]) for part in (losses[:5], losses[-5:]))
+        assert last < 0.7 * first, name
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--batch", "0"), "--batch is 0; give a whole number from 1 to 100000"),
+        (("--seed", "-1"), "the seed is -1; give a whole number"),
+        (("--cooldown", "nan"), "--cooldown is nan; give a number from 0 to 1"),
+    ],
+)
+def test_settings_that_make_no_sense(more, told, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(command(tmp_path, *more))
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_folders_that_hold_other_things(begun, tmp_path, capsys):
+    def refused(*options: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, options), *SHORT])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    model, work, new = begun / "model", begun / "work", tmp_path / "new"
+    assert "holds a model; replace it with --overwrite" in refused(
+        "--output", model, "--work", work
+    )
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    assert "holds other files; give another --output" in refused(
+        "--output", tmp_path / "letters", "--work", work
+    )
+    assert "holds other files; give another --work" in refused(
+        "--output", new, "--work", tmp_path / "letters"
+    )
+    assert f"lies in --output {new}" in refused("--output", new, "--work", new / "work")
+    with pytest.raises(SystemExit):
+        main(["--output", str(new), "--work", str(work), *SHORT, "--batch", "8"])
+    told = capsys.readouterr().err
+    assert "was begun with other settings (--batch 4); go on with those" in told
+    assert not new.exists()
+
+
+def test_every_setting_has_its_words():
+    assert list(HELP) == list(BeginConfig().settings())
+
+
+def test_what_is_not_good_enough_is_told():
+    assert warning_of("kind", 0.5) == ", and should be 0.98 or more"
+    assert not warning_of("kind", 0.98) and not warning_of("asked", 0.1)
+    assert set(LEAST) == {"kind", "hue", "collapse"}
