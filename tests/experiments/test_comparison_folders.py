@@ -132,7 +132,7 @@ def test_settings_that_are_kept(finished):
     assert len(digest) == 12
     assert kept == {
         "seed": 0, "train_steps": 3, "finetune_steps": 1, "learning_rate": 5e-3,
-        "finetune_learning_rate": 1e-4, "initializer_scale": 0.02, "num_class_images": 1,
+        "finetune_learning_rate": 3e-4, "initializer_scale": 0.02, "num_class_images": 1,
         "weight": 1.0, "mixed_precision": "no",
     }  # fmt: skip
 
