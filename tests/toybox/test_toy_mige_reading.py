@@ -88,14 +88,22 @@ def test_patches_have_shares_of_kinds_and_hues():
 
 def test_the_truth_moves_with_the_picture():
     data = by_hand()
-    moved = set()
-    for seed in range(20):
-        batch = views.varied(data, torch.tensor([0]), 1, np.random.default_rng(seed))
+
+    def upper_row(*move: int) -> list[float]:
+        batch = views.varied(data, torch.tensor([0]), 1, torch.tensor([move]))
         toys = (batch.shares * torch.tensor([1, 2, 3])[:, None, None]).sum(1)
         assert torch.allclose(batch.pictures, views.as_seen(80 * toys[:, None].expand(1, 3, 8, 8)))
-        moved.add(tuple(toys[0, 0].tolist()))
-    rows = {(1,) * 4 + (0,) * 3 + (2,), (2,) + (0,) * 3 + (1,) * 4}
-    assert rows & moved and len(moved) > 4
+        return toys[0, 0].tolist()
+
+    assert upper_row(4, 4, 0) == [1, 1, 1, 1, 0, 0, 0, 2]
+    assert upper_row(0, 4, 1) == [2, 0, 0, 0, 1, 1, 1, 1]
+    assert upper_row(8, 6, 0) == [1, 1, 0, 0, 0, 2, 2, 2]
+    assert upper_row(4, 1, 0) == [1, 1, 1, 1, 1, 1, 1, 0]
+    moves = views.draw_moves(np.random.default_rng(0), 400)
+    assert [column.unique().tolist() for column in moves.T] == [
+        list(range(9)), list(range(9)), [0, 1],
+    ]  # fmt: skip
+    assert 0.4 < moves[:, 2].float().mean() < 0.6
 
 
 def test_losses_of_views_by_hand():

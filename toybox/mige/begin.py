@@ -4,7 +4,7 @@
 
 Its parts are drawn, and those that read learn to read; its trunk can do nothing yet. The same
 command goes on where it was stopped. How well held-out triplets are read is in M/begin.json.
-`accelerate launch -m toybox.mige.begin` shares every batch over several processes.
+`torchrun --nproc_per_node N -m toybox.mige.begin` shares every batch over N processes.
 """
 
 import argparse

@@ -55,7 +55,7 @@ from toybox.mige.heads import (
     view_losses,
 )
 from toybox.mige.reading import Readings, Remembered, draw_readings, look, read_states
-from toybox.mige.views import render_views, varied
+from toybox.mige.views import draw_moves, render_views, varied
 from toybox.stable_diffusion.stages import lr_factor
 
 log = logging.getLogger("toybox")
@@ -163,8 +163,9 @@ def vision_stage(run: Pretraining, model: TrainedModel, heads: ViewHeads) -> Sta
 
     def losses(step: int) -> Tensors:
         rows = run.rows("views", step, config.views)
-        rng = np.random.default_rng(seed_for(config.seed, "variation", step, run.processes.index))
-        batch = varied(views, rows, patch, rng)
+        rng = np.random.default_rng(seed_for(config.seed, "moves", step))
+        moves = run.processes.share(draw_moves(rng, config.batch))
+        batch = varied(views, rows, patch, moves)
         batch = type(batch)(*(each.to(device) for each in batch))
         return view_losses(*heads(encoder, batch.pictures), batch)
 

@@ -178,16 +178,24 @@ def batch_of(data: dict[str, Tensor], rows: Tensor, patch: int) -> Views:
     return _views(data["pixels"][rows], data["toys"][rows], data, rows, patch)
 
 
-def varied(data: dict[str, Tensor], rows: Tensor, patch: int, rng: np.random.Generator) -> Views:
-    """The views of some rows, half of them mirrored, all shifted by some pixels."""
+def draw_moves(rng: np.random.Generator, count: int) -> Tensor:
+    """How views are varied, int [b, 3]: shifts down and right from 0 on, and 1 for a mirrored one.
+
+    A shift of MOST_SHIFT leaves a view where it is.
+    """
+    shifts = rng.integers(2 * MOST_SHIFT + 1, size=(count, 2))
+    return torch.from_numpy(np.concatenate([shifts, rng.integers(2, size=(count, 1))], 1))
+
+
+def varied(data: dict[str, Tensor], rows: Tensor, patch: int, moves: Tensor) -> Views:
+    """The views of some rows, shifted and mirrored; edges are drawn on."""
     layers = torch.cat([data["pixels"][rows], data["toys"][rows][:, None]], 1)
-    side, edge = layers.shape[-1], MOST_SHIFT
-    padded = F.pad(layers.float(), (edge,) * 4, mode="replicate").to(torch.uint8)
+    side = layers.shape[-1]
+    padded = F.pad(layers.float(), (MOST_SHIFT,) * 4, mode="replicate").to(torch.uint8)
     moved = []
-    for one in padded:
-        top, left = rng.integers(2 * edge + 1, size=2)
+    for one, (top, left, is_mirrored) in zip(padded, moves.tolist(), strict=True):
         cut = one[:, top : top + side, left : left + side]
-        moved.append(cut.flip(-1) if rng.random() < 0.5 else cut)
+        moved.append(cut.flip(-1) if is_mirrored else cut)
     layers = torch.stack(moved)
     return _views(layers[:, :3], layers[:, 3], data, rows, patch)
 
