@@ -54,7 +54,7 @@ def test_the_model_paints_and_says_how_well_it_reads(begun):
     shares = set(held_out) - {"caption_deviation"}
     assert shares == {
         "view_kind", "view_hue", "kind", "hue", "source_kinds", "asked", "named_kinds",
-        "named_hues", "collapse",
+        "named_hues", "between_pictures", "between_queries",
     }  # fmt: skip
     assert all(0 <= held_out[name] <= 1 for name in shares)
     assert (begun / "work" / "begin.png").is_file()
@@ -90,7 +90,7 @@ def test_each_stage_teaches_its_parts_and_no_others(begun):
 def test_the_vision_encoder_is_frozen_while_the_others_learn(tmp_path, begun):
     run = Pretraining(BeginConfig(views=8, triplets=8, batch=4), begun / "work", shape=TINY)
     model = tiny_model()
-    stage = pretraining.stack_stage(run, model, ReadingHeads(TINY.text_width))
+    stage = pretraining.stack_stage(run, model, ReadingHeads(TINY.text_width, TINY.queries))
     named = model.parts["vision_encoder"].named_parameters()
     learns = {name for name, parameter in named if parameter.requires_grad}
     assert learns == {"post_layernorm.weight", "post_layernorm.bias"}
@@ -117,7 +117,7 @@ def test_a_run_that_was_stopped_ends_as_an_unbroken_one(begun, tmp_path):
 
 def test_reading_is_learned(begun):
     """Eight triplets again and again: what is asked of them is soon answered."""
-    model, heads = tiny_model(), ReadingHeads(TINY.text_width)
+    model, heads = tiny_model(), ReadingHeads(TINY.text_width, TINY.queries)
     config = BeginConfig(views=8, triplets=8, batch=8, stack_steps=60, stack_rate=5e-3, warmup=1)
     run = Pretraining(config, begun / "work", shape=TINY)
     stage = pretraining.stack_stage(run, model, heads)
@@ -183,4 +183,4 @@ def test_every_setting_has_its_words():
 def test_what_is_not_good_enough_is_told():
     assert warning_of("kind", 0.5) == ", and should be 0.98 or more"
     assert not warning_of("kind", 0.98) and not warning_of("asked", 0.1)
-    assert set(LEAST) == {"kind", "hue", "collapse"}
+    assert set(LEAST) == {"kind", "hue", "between_pictures", "between_queries"}

@@ -16,6 +16,7 @@ from toybox.mige.reading import (
     KIND_WORDS,
     Readings,
     Remembered,
+    States,
     Truth,
     draw_readings,
     look,
@@ -274,13 +275,14 @@ def test_shares_of_right_answers(readings):
 # the silent death
 
 
-def test_the_deviation_between_pictures_by_hand():
-    def share(values):
-        return heads.deviation_between(torch.tensor(values).float()[:, :, None])
+def test_deviations_of_what_the_fusion_says_by_hand():
+    def between(values) -> list[float]:
+        return list(heads.deviations(torch.tensor(values).float()[:, :, None]).values())
 
-    assert share([[0, 0], [2, 2]]) == pytest.approx(1)  # two pictures, two queries
-    assert share([[0, 2], [0, 2]]) == 0
-    assert share([[0, 2], [2, 4]]) == pytest.approx(math.sqrt(1 / 2))
+    assert between([[0, 0], [2, 2]]) == pytest.approx([1, 0])  # two pictures, two queries
+    assert between([[0, 2], [0, 2]]) == pytest.approx([0, 1])
+    assert between([[0, 2], [2, 4]]) == pytest.approx([math.sqrt(1 / 2)] * 2)
+    assert between([[3, 3], [3, 3]]) == [0, 0]
 
 
 def test_a_q_former_that_says_the_same_of_all_pictures_is_seen(readings):
@@ -290,4 +292,14 @@ def test_a_q_former_that_says_the_same_of_all_pictures_is_seen(readings):
     with torch.no_grad():
         last.LayerNorm.weight.zero_()
     dead = heads.collapse(model, some.vision, some.latents)
-    assert dead < 1e-3 < 0.1 < alive <= 1
+    for name in ("between_pictures", "between_queries"):
+        assert dead[name] < 1e-3 < 0.05 < alive[name] <= 1
+
+
+def test_queries_are_asked_one_by_one():
+    asks = heads.ReadingHeads(width=2, queries=3)
+    states = States(torch.arange(6.0).reshape(1, 3, 2), torch.zeros(1, 2))
+    turned = States(states.pictures.flip(1), states.end)
+    assert not torch.allclose(asks(states)["kind"], asks(turned)["kind"])
+    wanted = asks.hue.weight @ torch.arange(6.0) + asks.hue.bias
+    assert torch.allclose(asks(states)["hue"][0], wanted)

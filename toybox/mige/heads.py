@@ -48,19 +48,21 @@ def view_losses(logits: Tensor, hues: Tensor, views: Views) -> Tensors:
 class ReadingHeads(nn.Module):
     """Asks T5's states what an instruction and its pictures mean.
 
-    A picture is asked at its own positions, over which the mean is taken; the words are asked at
-    the end token, so that they have to be brought there.
+    A picture is asked at its own positions, each of which has weights of its own: asked for their
+    mean, all queries would come to say the same. The words are asked at the end token, so that
+    they have to be brought there.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, queries: int):
         super().__init__()
-        self.kind, self.hue = nn.Linear(width, len(KINDS)), nn.Linear(width, 2)
-        self.kinds = nn.Linear(width, len(KINDS))
+        seen = queries * width
+        self.kind, self.hue = nn.Linear(seen, len(KINDS)), nn.Linear(seen, 2)
+        self.kinds = nn.Linear(seen, len(KINDS))
         self.asked, self.words = nn.Linear(width, len(ASKED)), nn.Linear(width, len(WORDS))
 
     def forward(self, states: States) -> Tensors:
         """Logits and hue vectors, by name."""
-        pictures = states.pictures.mean(1)
+        pictures = states.pictures.flatten(1)  # r (q d)
         asked = {name: getattr(self, name)(states.end) for name in ("asked", "words")}
         seen = {name: getattr(self, name)(pictures) for name in ("kind", "hue", "kinds")}
         return asked | seen
@@ -144,21 +146,25 @@ def share(several: list[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def collapse(model: TrainedModel, vision: Tensor, latents: Tensor) -> float:
-    """How much of what the fusion says differs from picture to picture, from 0 to 1.
-
-    It is the deviation of its vectors between pictures, over their deviation in all. Near 0, all
-    pictures mean the same to the text encoder: the conditioning has died.
+def collapse(model: TrainedModel, vision: Tensor, latents: Tensor) -> dict[str, float]:
+    """What tells of a conditioning that has died in silence; see :func:`deviations`.
 
     Args:
         vision: [r, 3, h, w], what the vision encoder reads of several pictures.
         latents: unscaled, [r, c, h, w].
     """
-    return deviation_between(model.fuse(vision, latents))
+    return deviations(model.fuse(vision, latents))
 
 
-def deviation_between(vectors: Tensor) -> float:
-    """√(variance over the pictures r / variance over pictures r and queries q) of [r, q, d]."""
-    between = vectors.var(0, correction=0).mean()
-    total = vectors.flatten(0, 1).var(0, correction=0).mean()
-    return (between / total.clamp_min(1e-12)).sqrt().item()
+def deviations(vectors: Tensor) -> dict[str, float]:
+    """How much of what the fusion says, [r, q, d], differs from picture to picture, and within one.
+
+    Both are deviations over that of all vectors, from 0 to 1. Near 0, all pictures mean the same
+    ("between_pictures"), or all queries say the same of a picture ("between_queries").
+    """
+    total = vectors.flatten(0, 1).var(0, correction=0).mean().clamp_min(1e-12)
+    each = {"between_pictures": 0, "between_queries": 1}
+    return {
+        name: (vectors.var(axis, correction=0).mean() / total).sqrt().item()
+        for name, axis in each.items()
+    }
