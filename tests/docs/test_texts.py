@@ -19,6 +19,7 @@ PAGES = sorted(
         ROOT / "README.md",
         *ROOT.glob("docs/*.md"),
         ROOT / "toybox/stable_diffusion/README.md",
+        ROOT / "toybox/mige/README.md",
         ROOT / "benchmarks/README.md",
         ROOT / "lora-master/README.md",
     )
@@ -35,6 +36,7 @@ COMMANDS = {
     "docs/mige_training.md": 6,
     "docs/mige_measuring.md": 3,
     "toybox/stable_diffusion/README.md": 10,
+    "toybox/mige/README.md": 7,
     "benchmarks/README.md": 9,
 }
 OURS = ("mifo_page", "mige", "toybox", "benchmarks", "experiments")
