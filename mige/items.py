@@ -21,12 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.images import open_picture
+from imagelab.io.images import MissingPicture, Picture, open_picture
 from imagelab.io.tensors import misfit
 from mige.method.wording import TASKS
 from mige.request import Request, make_request
 
 MOST_ITEMS = 10_000_000
+ROOT_ADVICE = "is --root right?"
 RECORD = {"entity_path": [str], "multi_prompt": str}
 EMU = {"instruction": str, "image": str}
 
@@ -39,6 +40,7 @@ class Item:
         name: what its random draws are called by.
         paths: of its pictures, in the order of their marks.
         source: which of them is to be edited; None: nothing is.
+        is_listed: whether it is of a list, whose paths start from a root.
     """
 
     name: str | int
@@ -46,6 +48,7 @@ class Item:
     paths: tuple[Path, ...]
     source: int | None = None
     is_global: bool = False
+    is_listed: bool = False
 
     @property
     def task(self) -> str:
@@ -131,7 +134,7 @@ def _item(record: dict, index: int, path: Path, root: Path) -> Item:
     if is_emu:
         task = record.get("task", "")
         source = root / record["image"]
-        return Item(index, record["instruction"], (source,), 0, task == "global")
+        return Item(index, record["instruction"], (source,), 0, task == "global", True)
     entities = record["entity_path"]
     sources = record.get("source_path", [])
     if misfit(sources, [str]) or len(sources) > 1:
@@ -142,7 +145,8 @@ def _item(record: dict, index: int, path: Path, root: Path) -> Item:
             "all pictures in the order of their marks"
         )
     place = entities.index(sources[0]) if sources else None
-    item = Item(index, record["multi_prompt"], tuple(root / each for each in entities), place)
+    paths = tuple(root / each for each in entities)
+    item = Item(index, record["multi_prompt"], paths, place, is_listed=True)
     if (task := record.get("task", item.task)) != item.task:
         known = f"its pictures make it one of {item.task}" if task in TASKS else "there is no such"
         raise UserError(
@@ -162,10 +166,18 @@ def read_pictures(items: Sequence[Item]) -> dict[Path, str]:
         with told_of(item, len(items)):
             for path in item.paths:
                 if path not in digests:
-                    picture = open_picture(path)
+                    picture = open_listed(path) if item.is_listed else open_picture(path)
                     picture.as_rgb()
                     digests[path] = picture.sha256
     return digests
+
+
+def open_listed(path: Path) -> Picture:
+    """A picture that a list names; where it is missing, the list's root may be wrong."""
+    try:
+        return open_picture(path)
+    except MissingPicture as error:
+        raise MissingPicture(path, ROOT_ADVICE) from error
 
 
 def check_items(items: Sequence[Item], pipeline) -> None:

@@ -26,6 +26,14 @@ MAX_BYTES = 2**30  # of a file
 MAX_ASPECT = 1.5  # long side over short side, beyond which a picture is squeezed
 
 
+class MissingPicture(UserError):
+    """There is no file ``path``; ``advice``: what to do, which ends the sentence."""
+
+    def __init__(self, path: Path, advice: str = "give a JPEG, PNG or WebP file that is there"):
+        super().__init__(f"there is no picture {cut(str(path))}; {advice}")
+        self.path = path
+
+
 @dataclass(frozen=True)
 class Picture:
     """A decoded file.
@@ -110,7 +118,8 @@ def read_mask(path: Path, label: str | None = None) -> np.ndarray:
 def open_picture(path: Path) -> Picture:
     """Decode a file, once its header says that it is not too large, and turn it upright.
 
-    Raises UserError for a file that is missing, damaged, too large or of another format.
+    Raises UserError for a file that is damaged, too large or of another format, and of this kind
+    MissingPicture where there is none.
     """
     try:
         _check_file(path)
@@ -120,6 +129,8 @@ def open_picture(path: Path) -> Picture:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UserError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingPicture(path) from error
     except Image.DecompressionBombError as error:
         raise _too_large(path, f"over {MAX_PIXELS // 1_000_000} megapixels") from error
     except Exception as error:  # a damaged file makes Pillow raise almost anything

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.evaluation.runner import Records
-from imagelab.io.images import Picture, open_picture, resize_mask
+from imagelab.io.images import MissingPicture, Picture, open_picture, resize_mask
 from imagelab.io.masks import alpha_of
 from mige.evaluation.extraction import Extractor
 from mige.evaluation.item import BenchItem
 from mige.evaluation.measures import cut_out, direction, distances, fill, fit, mean_cosine
 from mige.evaluation.models import Clip, Dino, Weights
 from mige.evaluation.outputs import Output
+from mige.items import open_listed
 
 PROTOCOL = 1  # counts up whenever a number would come out otherwise
 PLACES = ("", " inside", " outside")
@@ -78,11 +79,13 @@ def read_bench_pictures(items: Sequence[BenchItem], use_masks: bool, erased: boo
             if path in digests:
                 continue
             try:
-                picture = open_picture(path)
+                picture = open_listed(path)
                 if path in masks:
                     read_mask(picture, erased)
             except UserError as error:
-                more = ", or leave all masks out with --no_mask" if path in masks else ""
+                is_missing = isinstance(error, MissingPicture)
+                more = " Or leave" if is_missing else ", or leave"
+                more = f"{more} all masks out with --no_mask" if path in masks else ""
                 raise UserError(f"item {place}: {error}{more}") from error
             digests[path] = picture.sha256
     return Bench(items, digests, use_masks, erased)

@@ -370,8 +370,10 @@ def test_masks_without_a_pixel_inside(tmp_path, case):
 
 
 def test_a_missing_file_and_other_formats(tmp_path):
-    with pytest.raises(UserError, match=r"no.png cannot be read as a picture \(No such file or"):
-        read_image(tmp_path / "no.png")
+    for path in (tmp_path / "no.png", tmp_path / "a.png/no.png"):
+        (tmp_path / "a.png").touch()
+        with pytest.raises(UserError, match=f"^there is no picture {path}; give a JPEG, PNG or"):
+            read_image(path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "TIFF")
     with pytest.raises(UserError, match=r"a.png cannot be read as a picture \(unknown format\)"):
         read_image(tmp_path / "a.png")

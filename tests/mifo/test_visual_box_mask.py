@@ -182,7 +182,7 @@ def test_a_failed_write_leaves_the_earlier_output(folder, monkeypatch, capsys, o
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--image none.jpg", r"none.jpg cannot be read as a picture \(No such file"),
+        ("--image none.jpg", "there is no picture none.jpg; give a JPEG"),
         ("--image folder", "folder is no file; give a JPEG, PNG or WebP file"),
         ("--image text.png", "text.png cannot be read .* give a JPEG, PNG or WebP file"),
         ("--image cut.png", "cut.png cannot be read as a picture"),

@@ -206,11 +206,19 @@ def test_benches_that_are_none(bench):
 def test_a_picture_that_is_missing_is_told_with_its_item(bench):
     items, _ = read_bench(bench, None, None, (), "any")
     (bench / "replace/3_target.png").unlink()
-    with pytest.raises(UserError, match="item 2: bench/replace/3_target.png cannot be read"):
+    with pytest.raises(
+        UserError, match=r"item 2: .* bench/replace/3_target.png; is --root right\?$"
+    ):
         read_bench_pictures(items, True, False)
     noise(1).save(bench / "replace/3_target.png")
     Image.new("L", (40, 30)).save(bench / "replace/7_mask.png")
     with pytest.raises(UserError, match="item 3: .*7_mask.png is empty .* with --no_mask"):
+        read_bench_pictures(items, True, False)
+    (bench / "replace/7_mask.png").unlink()
+    told = (
+        r"3: there is no picture .*7_mask.png; is --root right\? Or leave all masks out with --no"
+    )
+    with pytest.raises(UserError, match=told):
         read_bench_pictures(items, True, False)
     assert len(read_bench_pictures(items, False, False).digests) == 12
 

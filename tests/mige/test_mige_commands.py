@@ -285,6 +285,8 @@ def broken():
     write_list(
         [SUBJECTS[0], {"entity_path": ["no.png"], "multi_prompt": "a<imagehere>"}], "gone.json"
     )
+    write_list([{"instruction": "red", "image": "no.png"}], "edit.json")
+    write_list([{"entity_path": ["no.png"], "multi_prompt": "a<imagehere>"}], "alone.json")
     write_list([SUBJECTS[0] | {"task": "dance"}], "task.json")
     write_list([SUBJECTS[0], EDITS[0]], "mixed.json")
     write_list([{"source_path": ["in.png"], "entity_path": [], "multi_prompt": "a"}], "lost.json")
@@ -304,7 +306,10 @@ GENERATE = [
     (["--prompt", "a " + "<image>" * 5, "--images", *["dog.png"] * 5], "this model takes 4"),
     ([], "there is nothing to paint; give --prompt, or a list with --items"),
     (["--prompt", "a", "--items", "list.json"], "--items and --prompt are both given"),
-    (["--prompt", "a <image>", "--images", "no.png"], "no.png"),
+    (
+        ["--prompt", "a <image>", "--images", "no.png"],
+        "there is no picture no.png; give a JPEG, PNG or WebP file that is there",
+    ),
     (["--prompt", "a <image>", "--images", "text.png"], "text.png cannot be read as a picture"),
     (["--prompt", "a <image>", "--images", "half.png"], "half.png cannot be read as a picture"),
     (["--prompt", "a <image>", "--images", "moving.webp"], "moving.webp is animated"),
@@ -313,7 +318,8 @@ GENERATE = [
     (["--items", "object.json"], "object.json: the list is an object and not a list"),
     (["--items", "empty.json"], "empty.json has 0 items"),
     (["--items", "keys.json"], "keys.json: item 1: it has no 'multi_prompt'"),
-    (["--items", "gone.json"], "item 1: "),
+    (["--items", "gone.json"], "item 1: there is no picture no.png; is --root right?"),
+    (["--items", "alone.json"], "there is no picture no.png; is --root right?"),
     (["--items", "task.json"], "task.json: item 0 says the task 'dance', and there is no such"),
     (["--items", "mixed.json"], "mixed.json: item 1 edits a picture: use mige.edit"),
     (["--items", "lost.json"], "item 0: entity_path lacks the source in.png"),
@@ -351,6 +357,11 @@ EDITING = [
         "read as 'make <imagehere> like <imagehere> ', has 2 marks",
     ),
     (["--items", "list.json"], "list.json: item 0 edits none: use mige.generate"),
+    (["--items", "edit.json"], "there is no picture no.png; is --root right?"),
+    (
+        ["--instruction", "make it snow", "--source", "nope.png"],
+        "there is no picture nope.png; give a JPEG",
+    ),
 ]
 
 
