@@ -23,6 +23,7 @@ from tqdm import tqdm
 from imagelab.errors import UserError, shorten
 from imagelab.io.images import MissingPicture, Picture, open_picture
 from imagelab.io.tensors import misfit
+from mige.lists import read_text
 from mige.method.wording import TASKS
 from mige.request import Request, make_request
 
@@ -109,10 +110,9 @@ def _read_list(path: Path) -> list[dict]:
     """The objects of a JSON array; a UserError says the line where the file is broken."""
     if not path.is_file():
         raise UserError(f"there is no list {path}; give a JSON file with --items")
+    text = read_text(path, "see docs/mige.md for the formats of lists")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as that") from error
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON: {error.msg}, line {error.lineno}, column {error.colno}"

@@ -29,7 +29,7 @@ from imagelab.io.tensors import misfit, read_json, tensor_names
 from mige.data.records import FEATURE_FOLDERS, Record, RecordList, part_of
 from mige.data.references import References, key_of, parts_of
 from mige.folder import ADVICE as MODEL_ADVICE
-from mige.folder import PARTS, config_of, find_folder, parts_digest
+from mige.folder import INDEX, PARTS, config_of, find_folder, parts_digest
 from mige.latents import Posterior
 
 FACTS, VERSION = "features.json", 1
@@ -64,6 +64,8 @@ def open_features(folder: Path, model: str | Path) -> Features:
     kind = Kind.of_model(model)
     if (folder / FACTS).is_file():
         return ShardedFeatures(folder, kind.vae, kind.latent_shape)
+    if (folder / INDEX).is_file():
+        raise UserError(f"{folder} is a model folder; give the folder that mige.features wrote")
     if any((folder / name).is_dir() for name in ROLES.values()):
         return ReleaseFeatures(folder, kind.latent_shape, kind.side)
     raise UserError(f"there are no features in {folder}; {MAKE}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from imagelab.errors import UserError, shorten
+from imagelab.errors import UserError, shorten, shown
 from imagelab.io.tensors import misfit
 from imagelab.training.seeds import seed_for
 from mige.folder import (
@@ -33,6 +33,7 @@ from mige.folder import (
     read_settings,
     read_tokenizer,
 )
+from mige.lists import BOM, HEAD, unlike_array
 from mige.method.instruction import length_of, segment_ids
 from mige.method.wording import MOST_WORDS, TASKS, clean, prompt_for, split
 
@@ -58,6 +59,7 @@ FORM = {"image": str, "multi_prompt": str, "entity_path": [str]}
 MOST_ASPECT = 4.0  # width over height, beyond which the release leaves a record out
 BLOCK = 1 << 24  # bytes that are looked through at a time
 LONGEST = 1 << 22  # bytes of a record
+SEE = "docs/mige_training.md shows a list"
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,21 @@ def parse_record(facts: dict) -> Record:
         )
     if (task == "subject") == bool(sources):
         raise UserError(f"a record of {task} has {len(sources) or 'no'} source_path")
-    sizes = [facts.get(key) for key in ("width", "height")]
-    known = all(type(side) is int and side > 0 for side in sizes)
+    sizes = [_read_side(facts, key) for key in ("width", "height")]
     return Record(
         task, target, tuple(facts["entity_path"]), sources[0] if sources else None,
-        facts["multi_prompt"], *(sizes if known else (None, None)),
+        facts["multi_prompt"], *sizes,
     )  # fmt: skip
+
+
+def _read_side(facts: dict, key: str) -> int | None:
+    """The pixels of a side, if the record tells them."""
+    side = facts.get(key)
+    if wrong := misfit(side, (int, None), key):
+        raise UserError(wrong)
+    if side is not None and side < 1:
+        raise UserError(f"{key} is {shown(side)}; give the picture's pixels, or leave it out")
+    return side
 
 
 def part_of(target: str) -> str | None:
@@ -181,7 +192,9 @@ def _find_objects(path: Path) -> np.ndarray:
         tqdm(total=len(data), desc="reading", unit="B", unit_scale=True, disable=len(data) < BLOCK)
         as bar,
     ):  # fmt: skip
-        at = _expect(data, 0, b"[", path)
+        if told := unlike_array(data[:HEAD]):
+            raise UserError(f"{path} {told}; {SEE}")
+        at = _expect(data, len(BOM) if data[: len(BOM)] == BOM else 0, b"[", path)
         while data[at : at + 1] != b"]":
             if places:
                 at = _expect(data, at, b",", path)
@@ -194,7 +207,9 @@ def _find_objects(path: Path) -> np.ndarray:
                     if found and len(text) == BLOCK:
                         break  # cut in the middle: the next block begins here
                     raise _broken(data, shift + found, path) from error
-                if type(value) is not dict or end - found > LONGEST:
+                if wrong := misfit(value, {}, f"record {len(places)}"):
+                    raise UserError(f"{path}: {wrong}; {SEE}")
+                if end - found > LONGEST:
                     raise _broken(data, shift + found, path)
                 places.append((shift + found, shift + end))
                 at = _skip(data, shift + end)
@@ -224,7 +239,7 @@ def _expect(data: mmap.mmap, at: int, sign: bytes, path: Path) -> int:
 
 def _broken(data: mmap.mmap, at: int, path: Path) -> UserError:
     line = data[:at].count(b"\n") + 1
-    return UserError(f"{path} is no JSON array of objects: see line {line}")
+    return UserError(f"{path} is no JSON array of objects: see line {line}; {SEE}")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.tensors import read_json
+from imagelab.io.tensors import MOST_JSON, parse_json
 from mige.evaluation.formats import ADVICE, FORMATS, Reader
 from mige.evaluation.item import BenchItem
 from mige.items import MOST_ITEMS, Item
+from mige.lists import read_text
 
 #: MIGEBench's lists; numbers of their items collide.
 MIGE_BENCH = {"add": "add_bench.json", "replace": "replace_bench.json"}
@@ -40,7 +41,7 @@ def read_bench(
         lists = _lists_of(path, tasks)
     items, notes = [], []
     for name, file in lists.items():
-        records = read_json(file, [{}], ADVICE)
+        records = _read(file)
         if not 0 < len(records) <= MOST_ITEMS:
             raise UserError(f"{file} has {len(records)} items; give some")
         if form == "emu":
@@ -50,6 +51,15 @@ def read_bench(
             reader = Reader(record, where, root or file.parent, len(items), index, name)
             items.append(FORMATS[form](reader))
     return items, notes
+
+
+def _read(path: Path) -> list[dict]:
+    """The objects of a list."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; {ADVICE}")
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise UserError(f"{path} is too large, {size >> 20} MiB; {ADVICE}")
+    return parse_json(read_text(path, ADVICE), [{}], str(path), ADVICE)
 
 
 def _lists_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:

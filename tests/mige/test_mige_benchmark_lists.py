@@ -185,11 +185,19 @@ def test_a_root_may_lie_above(bench):
     assert item.source == Path("bench/in.jpg")
 
 
+def test_a_bench_behind_a_byte_order_mark(bench):
+    Path("list.json").write_text(json.dumps([EMU]), encoding="utf-8-sig")
+    (item,), _ = read_bench(Path("list.json"), "emu", None, (), "any")
+    assert item.source == Path("in.jpg")
+
+
 def test_benches_that_are_none(bench):
+    Path("lines.json").write_text("{}\n{}\n")
     for path, form, told in (
         ("no", None, "there is no bench no"),
         ("bench/add", None, "bench/add has none of add_bench.json, replace_bench.json"),
         ("bench", "emu", "bench is a folder; give the JSON list that is meant"),
+        ("lines.json", None, r"lines.json has a JSON object a line \(JSONL\); .*mige_measuring"),
         ("bench/add/3_mask.png", None, "3_mask.png is not UTF-8 text"),
     ):
         with pytest.raises(UserError, match=told):

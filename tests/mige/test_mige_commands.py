@@ -280,6 +280,7 @@ def broken():
     Path("half.png").write_bytes(Path("dog.png").read_bytes()[:200])
     Path("bad.json").write_text('[{"entity_path": [],\n "multi_prompt": }]')
     Path("object.json").write_text("{}")
+    Path("lines.json").write_text('{"entity_path": []}\n{"entity_path": []}\n')
     Path("empty.json").write_text("[]")
     write_list([SUBJECTS[0], {"entity_path": ["dog.png"]}], "keys.json")
     write_list(
@@ -315,7 +316,8 @@ GENERATE = [
     (["--prompt", "a <image>", "--images", "moving.webp"], "moving.webp is animated"),
     (["--items", "no.json"], "there is no list no.json"),
     (["--items", "bad.json"], "bad.json is not valid JSON: Expecting value, line 2, column 18"),
-    (["--items", "object.json"], "object.json: the list is an object and not a list"),
+    (["--items", "object.json"], "object.json is a JSON object and not an array; put"),
+    (["--items", "lines.json"], "lines.json has a JSON object a line (JSONL); put the lines into"),
     (["--items", "empty.json"], "empty.json has 0 items"),
     (["--items", "keys.json"], "keys.json: item 1: it has no 'multi_prompt'"),
     (["--items", "gone.json"], "item 1: there is no picture no.png; is --root right?"),

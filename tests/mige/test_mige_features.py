@@ -427,6 +427,12 @@ def test_features_of_another_size(make, fails, other):
         open_features(Path("F"), folder)
 
 
+def test_a_model_folder_is_no_folder_of_features(model):
+    told = f"^{model} is a model folder; give the folder that mige.features wrote$"
+    with pytest.raises(UserError, match=told):
+        open_features(model, model)
+
+
 def test_other_weights_of_other_parts_do_not_matter(make, counted, other):
     make()
     counted.clear()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,9 +88,17 @@ def test_places_in_a_file_of_any_layout(tmp_path, monkeypatch, indent, block):
     ("content", "told"),
     [
         ("", "is empty"),
-        ("{}", "see line 1"),
+        ("{}", "is a JSON object and not an array; put the objects into an array"),
+        ('{"data": [{"image": 1}]}', "is a JSON object and not an array"),
+        (f"{json.dumps(EDIT)}\n{json.dumps(EDIT)}\n", "(JSONL); put the lines into an array"),
+        ('image,width\n"a.png",3\n', "looks like a table (CSV); write each row as an object"),
+        (json.dumps(ALL).encode("utf-16"), "is UTF-16 text; save it as UTF-8; docs/mige_train"),
+        (json.dumps(ALL).encode("utf-16-le"), "is UTF-16 text; save it as UTF-8"),
+        ('"Köln"'.encode("latin-1"), "is not UTF-8 text; save it as that"),
+        ("image: a", "begins with 'image: a' and is no JSON; write a JSON array"),
         ("[]", "holds no records"),
-        ("[1]", "see line 1"),
+        ("[1]", "record 0 is 1 and not an object; docs/mige_training.md shows a list"),
+        ('[{"a": 1}, [2]]', "record 1 is a list and not an object"),
         ('[{"a": 1}\n{"b": 2}]', "see line 2"),
         ('[{"a": 1},\n\n{"b": ]', "see line 3"),
         ('[{"a": 1}', "see line 1"),
@@ -99,8 +108,14 @@ def test_places_in_a_file_of_any_layout(tmp_path, monkeypatch, indent, block):
     ],
 )
 def test_files_that_are_no_lists(tmp_path, content, told):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
         RecordList(write(tmp_path / "d.json", content))
+    assert content in ("", "[]") or "docs/mige_training.md" in str(error.value)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    found = RecordList(write(tmp_path / "d.json", json.dumps(ALL).encode("utf-8-sig")))
+    assert [each.task for each in found] == ["subject", "edit", "subject_edit", "subject_edit"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +128,11 @@ def test_files_that_are_no_lists(tmp_path, content, told):
         ({"task": "subject"}, "a record of subject has 1 source_path"),
         ({"source_path": []}, "a record of edit has no source_path"),
         ({"source_path": ["a", "b"]}, "source_path is no list of one path"),
+        ({"width": "a", "height": 9}, "width is 'a' and not a whole number"),
+        ({"width": 9, "height": 9.5}, "height is 9.5 and not a whole number"),
+        ({"width": True}, "width is True and not a whole number"),
+        ({"width": -5, "height": 9}, "width is -5; give the picture's pixels, or leave it out"),
+        ({"height": 0}, "height is 0; give"),
     ],
 )  # fmt: skip
 def test_records_that_are_none(tmp_path, changes, told):
@@ -242,6 +262,8 @@ def test_what_is_too_wide():
     assert not parse_record(SUBJECT | {"width": 2400}).is_wide  # 4 : 1
     assert parse_record(SUBJECT | {"width": 2401}).is_wide
     assert not parse_record(EDIT).is_wide
+    for one_side in ({"width": 9}, {"width": 9, "height": None}, {"height": 9}):
+        assert not parse_record(EDIT | one_side).is_wide
 
 
 def test_an_epoch_s_order():
