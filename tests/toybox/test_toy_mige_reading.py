@@ -1,12 +1,14 @@
 """What toybox's MIGE learns to read from: views, triplets, what is asked of them, and by whom."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_toy_mige import TINY, the_tokenizer, the_vae, tiny_model
+from torch.nn import functional as F
 
 from mige.pictures import to_vision
 from toybox.mige import heads, views
@@ -226,17 +228,19 @@ def test_losses_of_readings_by_hand():
         kind=torch.tensor([4, -1, 2]),  # the second picture is a source
         hue=torch.tensor([[1.0, 0], [9, 9], [0, 1]]),
         kinds=torch.zeros(3, len(KINDS), dtype=torch.bool),
+        cells=torch.full((3, 2, 3), 0.5),
     )
     answers = {
         "kind": torch.zeros(3, len(KINDS)), "hue": torch.zeros(3, 2),
         "kinds": torch.zeros(3, len(KINDS)), "asked": torch.zeros(2, len(ASKED)),
-        "words": torch.zeros(2, len(WORDS)),
+        "words": torch.zeros(2, len(WORDS)), "cells": torch.zeros(3, 2, 3),
     }  # fmt: skip
     losses = heads.reading_losses(answers, truth)
     wanted = {
         "kind": math.log(24),  # two references, by two instructions
         "hue": 1.0,
         "kinds": 12 * math.log(2),  # 24 kinds of one source, by two instructions
+        "cells": 18 * 0.25 / 2,
         "words": len(WORDS) * math.log(2),
         "asked": math.log(len(ASKED)),
     }
@@ -253,22 +257,51 @@ def test_a_hue_is_right_within_25_degrees():
 
 
 def test_shares_of_right_answers(readings):
+    cells = torch.tensor([-1.0, 1.0] * 9)[: len(readings.data["kind"])]
+    asked = replace(readings, cells=cells[:, None, None].expand(-1, 2, 3))
+
     class Knows(torch.nn.Module):
         """Answers from the truth, but is wrong in the first instruction and its pictures."""
 
         def forward(self, states):
-            truth = readings.read(list(range(12)))[1]
-            kind = torch.nn.functional.one_hot(truth.kind.clamp_min(0), len(KINDS)).float()
-            asked = torch.nn.functional.one_hot(truth.asked, len(ASKED)).float()
+            truth = asked.read(list(range(12)))[1]
+            kind = F.one_hot(truth.kind.clamp_min(0), len(KINDS)).float()
+            op = F.one_hot(truth.asked, len(ASKED)).float()
             words, kinds = truth.words.float() - 0.5, truth.kinds.float() - 0.5
-            asked[0], words[0] = asked[0].roll(1), -words[0]
-            return {"kind": kind, "hue": truth.hue, "kinds": kinds, "asked": asked, "words": words}
+            op[0], words[0] = op[0].roll(1), -words[0]
+            return {
+                "kind": kind, "hue": truth.hue, "kinds": kinds, "asked": op, "words": words,
+                "cells": 0.5 * truth.cells,
+            }  # fmt: skip
 
-    found = heads.measure_readings(tiny_model(), Knows(), readings, batch=12)
-    assert found == pytest.approx(
-        {"kind": 1, "hue": 1, "source_kinds": 1}
-        | dict.fromkeys(("asked", "named_kinds", "named_hues"), 11 / 12)
-    )
+    found = heads.measure_readings(tiny_model(), Knows(), asked, batch=12)
+    right = dict.fromkeys(("kind", "hue", "source_kinds"), 1)
+    explained = 1 - 0.25 / cells.var(correction=0).item()
+    wanted = right | dict.fromkeys(("asked", "named_kinds", "named_hues"), 11 / 12)
+    assert found == pytest.approx(wanted | {"cells": explained})
+
+
+def test_each_query_has_a_cell_of_its_own(readings):
+    assert [heads.grid_of(queries) for queries in (8, 3, 4, 6, 1)] == [
+        (2, 4), (1, 3), (2, 2), (2, 3), (1, 1),
+    ]  # fmt: skip
+
+    class Sees(torch.nn.Module):
+        """A toy of 90° covers the lower right quarter of 8×8 patches, surely."""
+
+        def forward(self, encoder, pictures):
+            logits, hues = torch.zeros(1, 1 + len(KINDS), 8, 8), torch.zeros(1, 2, 8, 8)
+            logits[:, 0] = 50
+            logits[:, :2, 4:, 4:] = torch.tensor([0, 50.0])[:, None, None]
+            hues[:, 1] = 1
+            return logits, hues
+
+    encoder = tiny_model().parts["vision_encoder"]
+    cells = heads.cells_of(encoder, Sees(), torch.zeros(1, 65, 32), queries=8)
+    assert cells.shape == (1, 8, 3)
+    wanted = torch.zeros(8, 3)
+    wanted[6:] = torch.tensor([1.0, 0, 1])  # the last two of the lower row
+    assert torch.allclose(cells[0], wanted, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -301,5 +334,7 @@ def test_queries_are_asked_one_by_one():
     states = States(torch.arange(6.0).reshape(1, 3, 2), torch.zeros(1, 2))
     turned = States(states.pictures.flip(1), states.end)
     assert not torch.allclose(asks(states)["kind"], asks(turned)["kind"])
+    one, two = (asks(each)["cells"] for each in (states, turned))
+    assert torch.allclose(one, two.flip(1))  # the same weights for each
     wanted = asks.hue.weight @ torch.arange(6.0) + asks.hue.bias
     assert torch.allclose(asks(states)["hue"][0], wanted)

@@ -26,10 +26,10 @@ class BeginConfig(Config):
 
     seed: int = 0
     views: int = 16_000
-    vision_steps: int = 2400
+    vision_steps: int = 2000
     vision_rate: float = 1e-3
-    triplets: int = 6000
-    stack_steps: int = 1500
+    triplets: int = 4000
+    stack_steps: int = 700
     stack_rate: float = 1e-3
     batch: int = 32
     weight_decay: float = 0.01

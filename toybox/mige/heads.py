@@ -4,12 +4,24 @@ Axes: b batch, r pictures of a batch, q queries, d width, m toys of a view, k ki
 sine, h and w rows and columns of patches.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mige.training.model import TrainedModel
-from toybox.mige.reading import ASKED, HUE_WORDS, KIND_WORDS, Readings, States, Truth, read_states
+from toybox.mige.reading import (
+    ASKED,
+    ENCODED,
+    HUE_WORDS,
+    KIND_WORDS,
+    Readings,
+    Remembered,
+    States,
+    Truth,
+    read_states,
+)
 from toybox.mige.views import Views, batch_of
 from toybox.scenes.toys import KINDS
 from toybox.scenes.triplets import WORDS
@@ -45,19 +57,43 @@ def view_losses(logits: Tensor, hues: Tensor, views: Views) -> Tensors:
     return {"loss": kinds + hue, "view_kinds": kinds, "view_hue": hue}
 
 
+@torch.no_grad()
+def cells_of(encoder, heads: ViewHeads, seen: Tensor, queries: int) -> Tensor:
+    """What a vision encoder and its heads say of the cells of pictures, [p, q, 3].
+
+    Cells are as many as queries, in rows of equal length. See :class:`~toybox.mige.reading.Truth`.
+
+    Args:
+        seen: [p, patches, width], what `toybox.mige.reading.look` gives.
+    """
+    remembered, cells = Remembered(encoder), []
+    for part in seen.split(ENCODED):
+        logits, hues = heads(remembered, part.float().to(encoder.device))
+        toys = 1 - logits.softmax(1)[:, :1]
+        maps = F.adaptive_avg_pool2d(torch.cat([toys, toys * hues], 1), grid_of(queries))
+        cells.append(maps.flatten(2).transpose(1, 2).cpu())
+    return torch.cat(cells)
+
+
+def grid_of(queries: int) -> tuple[int, int]:
+    """Rows and columns of as many cells, as near a square as can be."""
+    rows = next(rows for rows in range(math.isqrt(queries), 0, -1) if queries % rows == 0)
+    return rows, queries // rows
+
+
 class ReadingHeads(nn.Module):
     """Asks T5's states what an instruction and its pictures mean.
 
-    A picture is asked at its own positions, each of which has weights of its own: asked for their
-    mean, all queries would come to say the same. The words are asked at the end token, so that
-    they have to be brought there.
+    A picture is asked at its own positions. Each of these is also asked for a cell of the picture
+    of its own, by the same weights: without that, all queries come to say the same. The words are
+    asked at the end token, so that they have to be brought there.
     """
 
     def __init__(self, width: int, queries: int):
         super().__init__()
         seen = queries * width
         self.kind, self.hue = nn.Linear(seen, len(KINDS)), nn.Linear(seen, 2)
-        self.kinds = nn.Linear(seen, len(KINDS))
+        self.kinds, self.cells = nn.Linear(seen, len(KINDS)), nn.Linear(width, 3)
         self.asked, self.words = nn.Linear(width, len(ASKED)), nn.Linear(width, len(WORDS))
 
     def forward(self, states: States) -> Tensors:
@@ -65,7 +101,7 @@ class ReadingHeads(nn.Module):
         pictures = states.pictures.flatten(1)  # r (q d)
         asked = {name: getattr(self, name)(states.end) for name in ("asked", "words")}
         seen = {name: getattr(self, name)(pictures) for name in ("kind", "hue", "kinds")}
-        return asked | seen
+        return asked | seen | {"cells": self.cells(states.pictures)}
 
 
 def reading_losses(answers: Tensors, truth: Truth) -> Tensors:
@@ -80,7 +116,10 @@ def reading_losses(answers: Tensors, truth: Truth) -> Tensors:
         answers["words"], truth.words.float(), reduction="sum"
     )
     asked = F.cross_entropy(answers["asked"], truth.asked, reduction="sum")
-    found = {"kind": kind, "hue": hue, "kinds": kinds, "words": words, "asked": asked}
+    cells = (answers["cells"] - truth.cells).square().sum()
+    found = {
+        "kind": kind, "hue": hue, "kinds": kinds, "cells": cells, "words": words, "asked": asked,
+    }  # fmt: skip
     losses = {name: value / count for name, value in found.items()}
     return {"loss": sum(losses.values()), **losses}
 
@@ -114,8 +153,10 @@ def measure_readings(
 
     ``kind``, ``hue``: of references, the hue within NEAR degrees; ``source_kinds``: of sources, all
     kinds right; ``asked``: what is asked for; ``named_kinds``, ``named_hues``: all such words of an
-    instruction, and no others.
+    instruction, and no others. ``cells``: the share of the cells' variance between pictures that
+    the answers explain.
     """
+    errors, cells = [], []
     right: dict[str, list[Tensor]] = {}
     for rows in torch.arange(len(readings)).split(batch):
         read, truth = readings.read(rows.tolist())
@@ -131,7 +172,11 @@ def measure_readings(
             "named_hues": are_words[:, HUE_WORDS].all(-1),
         }.items():
             right.setdefault(name, []).append(each)
-    return {name: share(several) for name, several in right.items()}
+        errors.append(answers["cells"] - truth.cells)
+        cells.append(truth.cells)
+    unexplained = torch.cat(errors).square().mean() / torch.cat(cells).var(0, correction=0).mean()
+    shares = {name: share(several) for name, several in right.items()}
+    return shares | {"cells": 1 - unexplained.item()}
 
 
 def is_near(found: Tensor, truth: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ learned to read; this stands for them.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from toybox.mige.folders import CURVES, RECORD, note
 from toybox.mige.heads import (
     ReadingHeads,
     ViewHeads,
+    cells_of,
     collapse,
     measure_readings,
     measure_views,
@@ -135,10 +136,32 @@ def pretrain(run: Pretraining) -> Begun:
         readings = ReadingHeads(run.shape.text_width, run.shape.queries)
     heads = {"views": views.to(device), "readings": readings.to(device)}
     curves = run_stage(run, vision_stage(run, model, heads["views"]))
-    curves |= run_stage(run, stack_stage(run, model, heads["readings"]))
+    encoder = model.parts["vision_encoder"].eval()
+    held_out = run.views("test", run.config.held_out)
+    measured = measure_views(encoder, heads["views"], held_out, run.config.batch)
+    readings = {
+        split: observed(run, encoder, heads["views"], split, count)
+        for split, count in (("train", run.config.triplets), ("test", run.config.held_out))
+    }
+    stage = stack_stage(run, model, heads["readings"], readings["train"])
+    curves |= run_stage(run, stage)
     model.eval().requires_grad_(False)
-    calibrate(model, run.readings("train", run.config.triplets).some())
-    return Begun(parts, heads, curves, measure(run, model, heads))
+    calibrate(model, pictured(readings["train"]).some())
+    measured |= measure(model, heads["readings"], pictured(readings["test"]), run.config.batch)
+    return Begun(parts, heads, curves, measured)
+
+
+def observed(run: Pretraining, encoder, heads: ViewHeads, split: str, count: int) -> Readings:
+    """Triplets, with what the vision encoder makes of their pictures, which is computed once."""
+    readings = run.readings(split, count)
+    readings.seen = look(encoder, readings.data["pixels"])
+    readings.cells = cells_of(encoder, heads, readings.seen, run.shape.queries)
+    return readings
+
+
+def pictured(readings: Readings) -> Readings:
+    """The same triplets, whose pictures the vision encoder has to look at."""
+    return replace(readings, seen=None)
 
 
 def reading_model(parts: Mapping, tokenizer, slots: int, process: Diffusion) -> TrainedModel:
@@ -174,15 +197,16 @@ def vision_stage(run: Pretraining, model: TrainedModel, heads: ViewHeads) -> Sta
     return make_stage("vision", config.vision_steps, modules, config.vision_rate, config, losses)
 
 
-def stack_stage(run: Pretraining, model: TrainedModel, heads: ReadingHeads) -> Stage:
+def stack_stage(
+    run: Pretraining, model: TrainedModel, heads: ReadingHeads, readings: Readings
+) -> Stage:
     """Triplets are read as in training; what learns is all but the vision encoder and the trunk.
 
-    What the vision encoder makes of the pictures is computed once.
+    Args:
+        readings: with what the vision encoder has seen.
     """
     config, parts = run.config, model.parts
     encoder = parts["vision_encoder"].eval()
-    readings = run.readings("train", config.triplets)
-    readings.seen = look(encoder, readings.data["pixels"])
     reader = reading_model(
         {**parts, "vision_encoder": Remembered(encoder)}, run.tokenizer, run.shape.slots,
         model.process,
@@ -261,14 +285,10 @@ def run_stage(run: Pretraining, stage: Stage) -> dict[str, list[float]]:
 
 
 def measure(
-    run: Pretraining, model: TrainedModel, heads: Mapping[str, nn.Module]
+    model: TrainedModel, heads: ReadingHeads, readings: Readings, batch: int
 ) -> dict[str, float]:
-    """How well held-out views and triplets are read, and what tells of a silent death."""
-    count, batch = run.config.held_out, run.config.batch
-    views, readings = run.views("test", count), run.readings("test", count)
-    measured = measure_views(model.parts["vision_encoder"], heads["views"], views, batch)
-    measured |= measure_readings(model, heads["readings"], readings, batch)
-    some = readings.some()
+    """How well held-out triplets are read, and what tells of a silent death."""
+    measured, some = measure_readings(model, heads, readings, batch), readings.some()
     measured |= collapse(model, some.vision, some.latents)
     return measured | {"caption_deviation": caption_deviation(model, some)}
 

@@ -130,6 +130,8 @@ class Truth(NamedTuple):
         kind: int [r], the place in KINDS of what a reference shows, −1 for a source.
         hue: [r, 2], cosine and sine.
         kinds: bool [r, kinds], those in a source.
+        cells: [r, q, 3], how much of each cell of a picture toys cover, and by that their hue's
+            cosine and sine; of none, where nobody looked.
     """
 
     asked: Tensor
@@ -137,6 +139,7 @@ class Truth(NamedTuple):
     kind: Tensor
     hue: Tensor
     kinds: Tensor
+    cells: Tensor
 
     @property
     def is_reference(self) -> Tensor:
@@ -151,12 +154,14 @@ class Readings:
         data: as :func:`draw_readings` gives them.
         seen: what a vision encoder makes of the pictures, as :func:`look` gives it; None: batches
             hold the pictures.
+        cells: [p, q, 3], see :class:`Truth`; None: there are none.
     """
 
     data: dict[str, Tensor]
     tokenizer: object
     device: str = "cpu"
     seen: Tensor | None = None
+    cells: Tensor | None = None
 
     def __post_init__(self):
         texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in self.data["prompts"]]
@@ -177,6 +182,7 @@ class Readings:
         truth = Truth(
             data["asked"][rows], data["words"][rows], data["kind"][places],
             torch.stack([angle.cos(), angle.sin()], -1), data["kinds"][places],
+            torch.zeros(len(places), 0, 3) if self.cells is None else self.cells[places],
         )  # fmt: skip
         nothing = torch.zeros(len(rows), 0)  # nothing is painted
         batch = Batch(
