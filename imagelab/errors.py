@@ -45,8 +45,13 @@ def _sentence(error: Exception) -> str:
             "there is not enough memory; learning takes less with --gradient_checkpointing, "
             "painting with --batch_size 1 and a smaller --width and --height"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; nothing that was there before has been changed: free some space"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return (
+            "a file would be larger than this system lets it be; nothing that was there before has "
+            "been changed: raise the limit (ulimit -f)"
+        )
     if isinstance(error, OSError) and error.errno and error.filename:
         where = ASIDE.sub(r"\1", str(error.filename))
         is_gone = error.errno == errno.ENOENT

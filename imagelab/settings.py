@@ -108,6 +108,5 @@ def check_within(settings: Mapping[str, object], bounds: Mapping[str, tuple[floa
         value = settings.get(name)
         if value is not None and not least <= value <= most:  # true of NaN, too
             kind = "a whole number" if isinstance(least, int) else "a number"
-            raise UserError(
-                f"--{name} is {shown(value)}; give {kind} from {least:.0f} to {most:.0f}"
-            )
+            ends = [f"{end:.0f}" if end == int(end) else f"{end:g}" for end in (least, most)]
+            raise UserError(f"--{name} is {shown(value)}; give {kind} from {ends[0]} to {ends[1]}")

@@ -146,10 +146,10 @@ def find_folder(source: str) -> Path:
             "a release, and `python -m mige.start` one to train; see docs/mige.md"
         )
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{folder} is no model folder: it has no {INDEX}; give the folder that "
-            "`python -m mige.convert` wrote"
-        )
+        within = folder / "model"  # of what `python -m mige.train` wrote
+        there = (within / INDEX).is_file()
+        wanted = str(within) if there else "the folder that `python -m mige.convert` wrote"
+        raise UserError(f"{folder} is no model folder: it has no {INDEX}; give {wanted}")
     if missing := [name for name in PARTS if not (folder / name).is_dir()]:
         raise UserError(f"the model {folder} has no folder {missing[0]!r}; make or fetch it again")
     return folder

@@ -17,7 +17,7 @@ from imagelab.models.device import PRECISIONS
 from mige.training.config import PARTS, TrainingConfig
 
 FILES = {
-    "data": "JSON list of records; docs/mige.md has the format",
+    "data": "JSON list of records; docs/mige_training.md has the format",
     "features": "folder that mige.features wrote, or the release's own features",
     "model": "model folder to begin with; docs/mige_training.md says how to make one",
     "output": "folder for checkpoint, curves, samples and the trained model",
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
         from mige.training.memory import estimate
-        from mige.training.plan import check_output, make_plan
+        from mige.training.plan import check_output, check_same, make_plan
         from mige.training.run import train
 
         names = TrainingConfig().settings()
@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         processes = Processes(choose_device(config.running.device))
         check_output(config, options.resume, options.overwrite)
         plan = make_plan(config, processes)
+        if options.resume:
+            check_same(config, plan.inputs)
         if processes.is_first:
             print(describe(plan), flush=True)
             print(estimate(plan.folder, config, processes.count, plan.dtype), flush=True)
@@ -131,10 +133,13 @@ def describe(plan) -> str:
     epochs = seen / len(plan.which)
     precision = str(plan.dtype).removeprefix("torch.")
     left_out = len(plan.records) - len(plan.which)
+    rate = f"rate {recipe.rate:.3g} after {recipe.warmup_steps:,} steps"
+    if plan.steps <= recipe.warmup_steps:
+        reached = recipe.rate * recipe.factor(plan.steps - 1, plan.steps)
+        rate += f", of which it comes to {reached:.3g}: give fewer --warmup_steps"
     lines = [
         f"{len(plan.which):,} records" + (f", {left_out:,} are too wide" if left_out else ""),
-        f"{plan.steps:,} steps of {recipe.batch_size} samples ({epochs:.3g} epochs), rate "
-        f"{recipe.rate:.3g} after {recipe.warmup_steps:,} steps",
+        f"{plan.steps:,} steps of {recipe.batch_size} samples ({epochs:.3g} epochs), {rate}",
         f"seed {plan.config.seed}, {plan.processes.count} × {plan.device} in {precision}",
     ]
     return "\n".join(lines)

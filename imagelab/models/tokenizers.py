@@ -11,7 +11,7 @@ from pathlib import Path
 from imagelab.errors import UserError
 from imagelab.io.tensors import misfit, read_json
 
-ADVICE = "fetch the model again or give another --model_path"
+ADVICE = "fetch the model again or give another one"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL = ("unk_token", "bos_token", "eos_token", "pad_token")
 MOST_TOKENS = 1_000_000

@@ -136,12 +136,15 @@ class SharedGradients(Callback):
 
 
 class Report(Callback):
-    """Calls ``act(done)`` in the process that writes, after every so many updates."""
+    """Calls ``act(done)`` in the process that writes, after every so many updates.
+
+    What is due to be saved then is saved before.
+    """
 
     def __init__(self, every: int, act: Callable[[int], None]):
         self.every, self.act = every, act
 
-    def after_update(self, trainer: Trainer, stage: Stage, step: int) -> None:
+    def after_step(self, trainer: Trainer, stage: Stage, step: int) -> None:
         if trainer.is_writer and (step + 1) % self.every == 0:
             self.act(step + 1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imagelab.errors import UserError
 from imagelab.training.checkpoint import (
     Checkpoint,
     pack_optimizer,
@@ -63,6 +64,9 @@ class Callback:
 
     def after_update(self, trainer: "Trainer", stage: Stage, step: int) -> None:
         """Update ``step`` of the stage has been made."""
+
+    def after_step(self, trainer: "Trainer", stage: Stage, step: int) -> None:
+        """All of update ``step`` is done, and saved where that was due."""
 
     def state(self) -> Tensors:
         """Tensors for a checkpoint."""
@@ -161,7 +165,12 @@ class Trainer:
             disable=not self.is_writer,
         ) as progress:  # fmt: skip
             while stage.steps is None or done < stage.steps:
-                self.update(stage, done)
+                try:
+                    self.update(stage, done)
+                except UserError:  # of what a step reads; the weights stand at the end of one
+                    if done > first and not _is_shared():
+                        self.save(stage, done)
+                    raise
                 for callback in self.callbacks:
                     callback.after_update(self, stage, done)
                 done += 1
@@ -172,6 +181,8 @@ class Trainer:
                 if self.stop.asked or done == stage.steps or self._is_due(done):
                     self.save(stage, done)
                     self.stop.raise_if_asked(f"after step {done} of {stage.name}")
+                for callback in self.callbacks:
+                    callback.after_step(self, stage, done - 1)
 
     def update(self, stage: Stage, step: int) -> None:
         """Make one update. In fp16 an overflow halves the scale and repeats the step."""
@@ -221,9 +232,10 @@ class Trainer:
             values = {name: loss.item() for name, loss in losses.items()}
             if not (math.isfinite(values["loss"]) and math.isfinite(norm.item())):
                 other = "go on from it with --mixed_precision no, or " * self.scaler.is_enabled()
+                stands = f"the last checkpoint stands: {other}" if self.path.is_file() else ""
                 raise FloatingPointError(
-                    f"the loss or its gradient is not finite at step {step} of {stage.name}; the "
-                    f"last checkpoint stands: {other}start anew with a smaller learning rate"
+                    f"the loss or its gradient is not finite at step {step} of {stage.name}; "
+                    f"{stands}start anew with a smaller learning rate"
                 )
             for name, value in values.items():
                 self.curves.setdefault(name, []).append(value)
@@ -282,6 +294,11 @@ class Trainer:
             self.scaler.load_state_dict(scale)
         tensors.clear()  # a full model and its moments, which are in the stage now
         return saved.step
+
+
+def _is_shared() -> bool:
+    """Whether other processes, who would have to save as well, take part."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _below(prefix: str, tensors: Tensors) -> Tensors:

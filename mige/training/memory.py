@@ -42,7 +42,7 @@ class Estimate:
 
     def __str__(self) -> str:
         def gib(value: int) -> str:
-            return f"{value / 2**30:.2f} GiB"
+            return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
 
         parts = ["weights", "gradients", "moments", "average", "activations"]
         told = ", ".join(f"{name} {gib(size)}" for name in parts if (size := getattr(self, name)))

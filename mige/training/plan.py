@@ -96,9 +96,13 @@ def make_plan(config: TrainingConfig, processes: Processes) -> Plan:
     check_writable(Path(config.output), "output")
     folder = find_folder(config.model)
     records = RecordList(Path(config.data))
-    which = check_records(records, Path(config.root), Limits.of_folder(folder))
     features = open_features(Path(config.features), folder)
-    report_missing(features, records, which)
+    with processes.first_alone():  # who tells all problems; then the launcher ends the others
+        which = None
+        if processes.is_first:
+            which = check_records(records, Path(config.root), Limits.of_folder(folder))
+            report_missing(features, records, which)
+    which = processes.agree(which)
     dtype = choose_precision(running.mixed_precision, processes.device)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     return Plan(config, processes, dtype, folder, model_digest(folder), records, which, features)
@@ -152,6 +156,8 @@ def check_apart(config: TrainingConfig) -> None:
                 f"--{name} {given} lies where --output {config.output} is written, which would "
                 "replace it; give another --output"
             )
+        if name in ("features", "model") and output.is_relative_to(given.resolve()):
+            raise UserError(f"--output {config.output} lies in --{name} {given}; give another")
 
 
 def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
@@ -160,7 +166,10 @@ def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
     now, then = kept_settings(config), facts.get("settings", {})
     changed = [name for name in now if then.get(name) != now[name]]
     if changed:
-        shown = ", ".join(f"--{name} {then.get(name)}" for name in changed)
+        shown = ", ".join(
+            f"no --{name}" if then.get(name) is None else f"--{name} {then[name]}"
+            for name in changed
+        )
         raise UserError(
             f"the training in {config.output} had other settings ({shown}); go on with those, or "
             "start anew with --overwrite in place of --resume"

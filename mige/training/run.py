@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.errors import FAILURES, memory_errors
+from imagelab.errors import FAILURES, UserError, memory_errors
 from imagelab.figures import plot_losses
 from imagelab.io.atomic import folder_lock, sweep, written_aside
 from imagelab.processes import Processes
@@ -70,14 +70,21 @@ def train(plan: Plan, resume: bool = False, overwrite: bool = False) -> Path:
         if resume:
             check_same(plan.config, plan.inputs)
             saved = read_checkpoint(output / CHECKPOINT)
+            if saved.step > plan.steps:
+                raise UserError(
+                    f"{output} has {saved.step} steps already, and {plan.steps} are asked for; "
+                    "give more --steps, or use the model that is there"
+                )
         plan.processes.gather(None)  # nobody writes before all have looked
         then = _written(output / CHECKPOINT)
         try:
             with memory_errors():
                 return _run(plan, saved)
         except (KeyboardInterrupt, *FAILURES):
-            if first and (resume or _written(output / CHECKPOINT) != then):
-                log.warning("saved in %s: go on with the same command and --resume", output)
+            is_new = _written(output / CHECKPOINT) != then
+            if first and (resume or is_new):
+                what = "saved in" if is_new else "the checkpoint stands in"
+                log.warning("%s %s: go on with the same command and --resume", what, output)
             raise
 
 
@@ -110,22 +117,26 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
     trainer.callbacks.append(Report(running.checkpoint_steps, lambda _: draw_curves(plan, trainer)))
     if processes.is_first and not saved:  # those of a training that this one takes the place of
         shutil.rmtree(plan.output / SAMPLES, ignore_errors=True)
+    painter = None
     if wants_samples:
         count = running.sample_items
         painter = SamplePainter(parts, make_samples(plan), count, plan.output / SAMPLES)
+        painter = painter if painter.records else None
+    if painter:
 
         def act(done: int) -> None:
             with ema.shown() if ema else nullcontext():
                 painter.paint(model, done)
 
-        if painter.records:
-            trainer.callbacks.append(Report(running.sample_steps, act))
+        trainer.callbacks.append(Report(running.sample_steps, act))
     trainer.run({"training": lambda _: stage}, saved)
     if processes.is_first:
         draw_curves(plan, trainer)
     if ema:
         ema.swap()
     write_model(model, plan.folder, plan.output / MODEL, processes.is_first)
+    if painter and processes.is_first and plan.steps % running.sample_steps:
+        painter.paint(model, plan.steps)
     processes.gather(None)  # all wait here for each other
     return plan.output / MODEL
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import imagelab.io.tensors
+from imagelab.errors import UserError
 from imagelab.training import loop
 from imagelab.training.checkpoint import read_checkpoint, read_curves, read_facts
 from imagelab.training.interrupt import Interrupted
@@ -357,6 +358,36 @@ def test_a_run_resumed_at_any_step_equals_one_that_was_not_stopped(
     assert trainer.callbacks[0].count == 7
     assert trainer.scaler.state_dict() == alone.scaler.state_dict()
     assert resumed.rates == whole.rates[7 - len(resumed.rates) :]
+
+
+def test_what_cannot_be_read_in_the_middle_costs_no_step(train, path):
+    """The steps before are saved; the run goes on from there as if it had not ended."""
+    whole = Toy()
+    trainer = train()
+    trainer.run(whole.stages(a=5))
+    wanted = stand(whole, trainer)
+    path.unlink()
+    toy = Toy()
+
+    def fail(name: str, step: int) -> None:
+        if step == 3:
+            raise UserError("picture 7 is gone")
+
+    toy.on_step = fail
+    with pytest.raises(UserError, match="picture 7 is gone"):
+        train().run(toy.stages(a=5))
+    assert read_checkpoint(path).step == 3
+    again, trainer = Toy(), train()
+    trainer.run(again.stages(a=5), read_checkpoint(path))
+    assert stand(again, trainer) == wanted
+
+
+def test_what_cannot_be_read_at_first_leaves_nothing(train, path):
+    toy = Toy()
+    toy.on_step = lambda name, step: (_ for _ in ()).throw(UserError("no list"))
+    with pytest.raises(UserError, match="no list"):
+        train().run(toy.stages(a=5))
+    assert not path.exists()
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(train, path, monkeypatch):

@@ -119,8 +119,19 @@ def test_reports_come_every_so_many_updates_from_the_process_that_writes(train):
     train(make_stage(7), callbacks=[Report(3, seen.append)], checkpoint_steps=None)
     assert seen == [3, 6]
     other = Trainer("nowhere", {}, max_grad_norm=1.0, is_writer=False)
-    Report(1, seen.append).after_update(other, make_stage(1), 0)
+    Report(1, seen.append).after_step(other, make_stage(1), 0)
     assert seen == [3, 6]
+
+
+def test_what_is_due_is_saved_before_it_is_reported(train, tmp_path):
+    """A report that fails costs no step."""
+
+    def fail(done: int) -> None:
+        raise OSError("no room for a picture")
+
+    with pytest.raises(OSError, match="no room"):
+        train(make_stage(7), callbacks=[Report(4, fail)], checkpoint_steps=4)
+    assert read_checkpoint(tmp_path / "checkpoint.safetensors").step == 4
 
 
 def test_a_time_fixes_the_steps_half_way_and_a_file_keeps_them(tmp_path, monkeypatch):

@@ -265,10 +265,10 @@ def test_a_loss_that_is_not_finite(model, work, fails):
 
 
 def test_painting_samples_changes_nothing(model, work, whole):
-    main(usual(model, "O", *STEPS, "--sample_steps", "2", "--sample_items", "1"))
+    main(usual(model, "O", *STEPS, "--sample_steps", "3", "--sample_items", "1"))
     check_same(Path("O"), whole)
     sheets = sorted(os.listdir("O/samples"))
-    assert sheets == ["0000002.png", "0000004.png"]
+    assert sheets == ["0000003.png", "0000004.png"]  # the last one is of the result
     one, two = (Path("O/samples", name).read_bytes() for name in sheets)
     assert one != two
     with Image.open(f"O/samples/{sheets[0]}") as image:
@@ -315,10 +315,11 @@ def test_dry_run(model, work, capsys, monkeypatch):
     told = capsys.readouterr().out.splitlines()
     assert told[:3] == [
         "6 records",
-        "30 steps of 4 samples (20 epochs), rate 3.54e-06 after 1,000 steps",
+        "30 steps of 4 samples (20 epochs), rate 3.54e-06 after 1,000 steps, of which it comes to "
+        "1.03e-07: give fewer --warmup_steps",
         "seed 5, 1 × cpu in float32",
     ]
-    assert told[3].startswith("195,504 of 225,016 weights learn; a process takes about 0.0")
+    assert told[3].startswith("195,504 of 225,016 weights learn; a process takes about 5.")
     assert len(told) == 4
     assert contents(work) == before and not Path("O").exists()
 
@@ -458,6 +459,15 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (begun, "--resume --weight_decay 0.1", "had other settings (--weight_decay 0.03); go on"),
         (begun, "--resume --seed 6 --parts fusion", "had other settings (--seed 5, --parts ["),
         (begun, "--resume --overwrite", "--resume and --overwrite are both given; give one"),
+        (begun, "--resume --dropout 0.3", "had other settings (--dropout 0.1); go on"),
+        (begun, "--resume --conditioning_rate 0.1", "had other settings (no --conditioning_rate)"),
+        (begun, "--resume --steps 1", "O has 4 steps already, and 1 are asked for; give more"),
+        (
+            begun,
+            "--model O --output P",
+            "O is no model folder: it has no model_index.json; give O/model",
+        ),
+        (as_it_is, "--output F/x", "--output F/x lies in --features F; give another"),
         (another_model, "--resume", "--model is not what the training in O had; put that back"),
         (another_list, "--resume", "--data is not what the training in O had; put that back"),
         (half_a_checkpoint, "--resume", f"O/{CHECKPOINT} cannot be read as safetensors ("),
@@ -478,7 +488,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (as_it_is, "--learning_rate 0", "--learning_rate is 0, with which nothing is learned"),
         (as_it_is, "--learning_rate nan", "--learning_rate is nan; give a number from 0 to 1"),
         (as_it_is, "--ema 1", "--ema is 1.0; give a number from 0 to"),
-        (as_it_is, "--dropout 1", "--dropout is 1.0; give a number from 0 to 1"),
+        (as_it_is, "--dropout 1", "--dropout is 1.0; give a number from 0 to 0.9"),
         (as_it_is, "--seed -1", "the seed is -1; give a whole number from 0 to 2**63 - 1"),
         (as_it_is, "--device tpu", "--device tpu is not available here; available: cpu"),
     ],
