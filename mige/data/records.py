@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from imagelab.errors import UserError, shorten, shown
+from imagelab.errors import UserError, cut, shorten, shown
 from imagelab.io.tensors import misfit
 from imagelab.training.seeds import seed_for
 from mige.folder import (
@@ -54,6 +54,7 @@ FEATURE_FOLDERS = {
     "add": "vae_add",
 }
 MOST_TOLD = 100  # problems that are listed; of more there is a count
+FIRST = 1000  # records, of which one has to have a picture
 KEPT_PATHS = 1 << 16  # paths of which it is remembered whether they are there
 FORM = {"image": str, "multi_prompt": str, "entity_path": [str]}
 MOST_ASPECT = 4.0  # width over height, beyond which the release leaves a record out
@@ -124,6 +125,10 @@ class RecordList(Sequence[Record]):
             raise UserError(f"{self.path}: record {place}: {error}") from error
 
 
+class NoTask(UserError):
+    """A record says nothing of its task."""
+
+
 def parse_record(facts: dict) -> Record:
     """A record out of its JSON object; UserError where it is not as it should be."""
     if wrong := misfit(facts, FORM, "it"):
@@ -137,7 +142,7 @@ def parse_record(facts: dict) -> Record:
     if task is None:
         task = PATHS.get(part_of(target))
         if task is None:
-            raise UserError(
+            raise NoTask(
                 f'the path {shorten(target)!r} tells no task; write "task", which is one of '
                 f"{', '.join(TASKS)}"
             )
@@ -319,6 +324,44 @@ class BadRecords(UserError):
         self.lines = list(lines)
 
 
+class Alike:
+    """What is wrong with every record so far, as long as it is the same with all."""
+
+    def __init__(self, path: Path, root: Path):
+        self.path, self.root, self.count = path, root, 0
+        self.missing: dict[str, None] | None = {}  # pictures; None: some are there
+        self.errors: dict[object, UserError] | None = {}  # by what is told; None: some can be read
+
+    def add_read(self, record: Record, lacking: Sequence[str]) -> None:
+        """A record that can be read, and those of its pictures that are missing."""
+        self.count, self.errors = self.count + 1, None
+        if self.missing is not None:
+            self.missing.update(dict.fromkeys(lacking))
+            self.missing = self.missing if len(lacking) == len(record.paths) else None
+
+    def add_unread(self, error: UserError) -> None:
+        """A record that cannot be read."""
+        self.count, self.missing = self.count + 1, None
+        if self.errors is not None:
+            reason = error.__cause__
+            self.errors.setdefault(NoTask if type(reason) is NoTask else str(reason), error)
+            self.errors = self.errors if len(self.errors) == 1 else None
+
+    def check_root(self, of: str = "") -> None:
+        """Raises UserError where not one picture is there; ``of``: of which records."""
+        if self.missing and len(self.missing) > 1:
+            raise UserError(
+                f"{self.path}: none of the {len(self.missing)} pictures{of} is under {self.root}, "
+                f"such as {cut(next(iter(self.missing)))}: is --root right?"
+            )
+
+    def check_reason(self) -> None:
+        """Raises UserError where no record can be read, all for the same reason."""
+        if self.errors and self.count > 1:
+            error = next(iter(self.errors.values()))
+            raise UserError(f"all {self.count} records are wrong alike: {error}; {SEE}")
+
+
 def check_records(records: RecordList, root: Path, limits: Limits) -> np.ndarray:
     """The indices of the records to train on, int64 [n], once all are found to be right.
 
@@ -329,10 +372,11 @@ def check_records(records: RecordList, root: Path, limits: Limits) -> np.ndarray
 
     Raises:
         BadRecords: some cannot be trained on; the first MOST_TOLD problems are logged.
+        UserError: all are wrong alike, or none is left.
     """
     is_there = lru_cache(KEPT_PATHS)(lambda path: (root / path).is_file())
     kept = np.ones(len(records), dtype=bool)
-    lines, count = [], 0
+    lines, count, alike = [], 0, Alike(records.path, root)
     hidden = len(records) < 1000
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=hidden):
         try:
@@ -342,11 +386,18 @@ def check_records(records: RecordList, root: Path, limits: Limits) -> np.ndarray
                 continue
             where = f"{records.path}: record {index}"
             told = [where + problem for problem in limits.problems(record)]
-            told += [f"{where}: there is no {root / p}" for p in record.paths if not is_there(p)]
+            lacking = [path for path in record.paths if not is_there(path)]
+            told += [f"{where}: there is no {root / path}" for path in lacking]
+            alike.add_read(record, lacking)
         except UserError as error:
             told = [str(error)]
+            alike.add_unread(error)
+        if alike.count == FIRST:
+            alike.check_root(f" of the first {FIRST} records")
         count += len(told)
         lines += told[: MOST_TOLD - len(lines)]
+    alike.check_root()
+    alike.check_reason()
     if wide := len(kept) - np.count_nonzero(kept):
         log.info("%s: %d records are wider than 4 : 1 and left out", records.path, wide)
     if count:

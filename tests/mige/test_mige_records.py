@@ -194,6 +194,52 @@ def test_of_many_problems_the_first_are_listed(pictures, caplog):
     assert caplog.messages[100] == "and 3 more"
 
 
+def all_alike(path: Path, root: Path, caplog) -> str:
+    """What is said of a list whose records are all wrong in one way, which is a single line."""
+    with pytest.raises(UserError) as error:
+        check_records(RecordList(path), root, LIMITS)
+    assert not isinstance(error.value, BadRecords) and not caplog.messages
+    return str(error.value)
+
+
+def test_a_wrong_root_is_told_once(pictures, caplog):
+    """The four records have eleven pictures."""
+    path = write(pictures / "d.json", [*ALL, SUBJECT | {"width": 9000}])
+    found = all_alike(path, pictures / "x", caplog)
+    assert found == (
+        f"{path}: none of the 11 pictures is under {pictures / 'x'}, such as "
+        "x/Subjects200K/t/7.jpg: is --root right?"
+    )
+    for left in ("x/add/s/3.jpg", "x/Subjects200K/t/7.jpg"):  # of the last record, of the first
+        for name in {name for each in ALL for name in parse_record(each).paths} - {left}:
+            (pictures / name).unlink(missing_ok=True)
+        (pictures / left).touch()
+        assert len(told(pictures, ALL)) == 10
+
+
+def test_a_wrong_root_is_found_early(pictures, caplog, monkeypatch):
+    """What is wrong with the third record is not looked at."""
+    monkeypatch.setattr(records, "FIRST", 2)
+    path = write(pictures / "d.json", [SUBJECT, EDIT, REPLACE, {"image": "x"}])
+    told = "none of the 5 pictures of the first 2 records is under"
+    assert told in all_alike(path, pictures / "x", caplog)
+
+
+def test_records_that_are_all_wrong_alike(pictures, caplog):
+    paths = [{"image": f"mine/{n}.jpg"} for n in range(3)]
+    path = write(pictures / "d.json", [EDIT | each for each in paths])
+    assert all_alike(path, pictures, caplog) == (
+        f"all 3 records are wrong alike: {path}: record 0: the path 'mine/0.jpg' tells no task; "
+        'write "task", which is one of subject, edit, subject_edit; docs/mige_training.md shows '
+        "a list"
+    )
+    write(path, paths)
+    assert "alike: " in (found := all_alike(path, pictures, caplog))
+    assert "record 0: it has no 'multi_prompt'; docs" in found
+    assert len(told(pictures, [EDIT | paths[0], paths[1]])) == 2  # for two reasons
+    assert len(told(pictures, [EDIT | paths[0], EDIT | paths[1], EDIT])) == 2
+
+
 @pytest.mark.parametrize("word", ["a" * 12, "ä" * 6])
 def test_prompts_that_would_be_cut(pictures, word):
     """The prefix has three letters, and a picture takes two positions, the end one.
