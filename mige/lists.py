@@ -2,12 +2,19 @@
 
 import codecs
 import json
+import mmap
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 from imagelab.errors import UserError, shorten
+from imagelab.io.tensors import misfit
 
 BOM = codecs.BOM_UTF8  # which some editors write before a text
 HEAD = 1 << 16  # bytes that tell what is in a file
+BLOCK = 1 << 24  # bytes that are looked through at a time
+LONGEST = 1 << 22  # bytes of an object
 
 
 def read_text(path: Path, advice: str) -> str:
@@ -52,3 +59,72 @@ def _is_of_lines(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return text[end:].lstrip().startswith("{")
+
+
+# ----------------------------------------------------------------------------------------------
+# lists of millions
+
+
+def find_objects(path: Path, advice: str) -> np.ndarray:
+    """Where the objects of a JSON array begin and end in a file, in bytes, int64 [n, 2].
+
+    Bytes are taken for characters: all that JSON is built of is ASCII, and within texts nothing is
+    read yet. A UserError, ending with ``advice``, for a file that is no such array.
+    """
+    decoder, places = json.JSONDecoder(strict=False), []
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty")
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        tqdm(total=len(data), desc="reading", unit="B", unit_scale=True, disable=len(data) < BLOCK)
+        as bar,
+    ):  # fmt: skip
+        if told := unlike_array(data[:HEAD]):
+            raise UserError(f"{path} {told}; {advice}")
+        at = _expect(data, len(BOM) if data[: len(BOM)] == BOM else 0, b"[", path, advice)
+        while data[at : at + 1] != b"]":
+            if places:
+                at = _expect(data, at, b",", path, advice)
+            text = data[at : at + BLOCK].decode("latin-1")
+            shift, found = at, 0
+            while True:
+                try:
+                    value, end = decoder.raw_decode(text, found)
+                except (ValueError, RecursionError) as error:
+                    if found and len(text) == BLOCK:
+                        break  # cut in the middle: the next block begins here
+                    raise _broken(data, shift + found, path, advice) from error
+                if wrong := misfit(value, {}, f"record {len(places)}"):
+                    raise UserError(f"{path}: {wrong}; {advice}")
+                if end - found > LONGEST:
+                    raise _broken(data, shift + found, path, advice)
+                places.append((shift + found, shift + end))
+                at = _skip(data, shift + end)
+                if data[at : at + 1] != b"," or at - shift > BLOCK - LONGEST:
+                    break
+                found = _skip(data, at + 1) - shift
+            bar.update(at - bar.n)
+        if data[_skip(data, at + 1) :]:
+            raise _broken(data, at + 1, path, advice)
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _skip(data: mmap.mmap, at: int) -> int:
+    """The next place that is no blank."""
+    while data[at : at + 1] in (b" ", b"\n", b"\r", b"\t"):
+        at += 1
+    return at
+
+
+def _expect(data: mmap.mmap, at: int, sign: bytes, path: Path, advice: str) -> int:
+    """The next place behind a sign, which has to stand here."""
+    at = _skip(data, at)
+    if data[at : at + 1] != sign:
+        raise _broken(data, at, path, advice)
+    return _skip(data, at + 1)
+
+
+def _broken(data: mmap.mmap, at: int, path: Path, advice: str) -> UserError:
+    line = data[:at].count(b"\n") + 1
+    return UserError(f"{path} is no JSON array of objects: see line {line}; {advice}")

@@ -13,7 +13,6 @@ path, or from a key "task". A list is checked as a whole before any work: `check
 
 import json
 import logging
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +32,7 @@ from mige.folder import (
     read_settings,
     read_tokenizer,
 )
-from mige.lists import BOM, HEAD, unlike_array
+from mige.lists import find_objects
 from mige.method.instruction import length_of, segment_ids
 from mige.method.wording import MOST_WORDS, TASKS, clean, prompt_for, split
 
@@ -58,8 +57,6 @@ FIRST = 1000  # records, of which one has to have a picture
 KEPT_PATHS = 1 << 16  # paths of which it is remembered whether they are there
 FORM = {"image": str, "multi_prompt": str, "entity_path": [str]}
 MOST_ASPECT = 4.0  # width over height, beyond which the release leaves a record out
-BLOCK = 1 << 24  # bytes that are looked through at a time
-LONGEST = 1 << 22  # bytes of a record
 SEE = "docs/mige_training.md shows a list"
 
 
@@ -105,7 +102,7 @@ class RecordList(Sequence[Record]):
         self.path = path
         if not path.is_file():
             raise UserError(f"there is no list {path}; give a JSON file of records")
-        self._places = _find_objects(path)
+        self._places = find_objects(path, SEE)
         if not len(self._places):
             raise UserError(f"{path} holds no records")
 
@@ -180,71 +177,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _find_objects(path: Path) -> np.ndarray:
-    """Where the objects of a JSON array begin and end in a file, in bytes, int64 [n, 2].
-
-    Bytes are taken for characters: all that JSON is built of is ASCII, and within texts nothing is
-    read yet.
-    """
-    decoder, places = json.JSONDecoder(strict=False), []
-    if not path.stat().st_size:
-        raise UserError(f"{path} is empty")
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        tqdm(total=len(data), desc="reading", unit="B", unit_scale=True, disable=len(data) < BLOCK)
-        as bar,
-    ):  # fmt: skip
-        if told := unlike_array(data[:HEAD]):
-            raise UserError(f"{path} {told}; {SEE}")
-        at = _expect(data, len(BOM) if data[: len(BOM)] == BOM else 0, b"[", path)
-        while data[at : at + 1] != b"]":
-            if places:
-                at = _expect(data, at, b",", path)
-            text = data[at : at + BLOCK].decode("latin-1")
-            shift, found = at, 0
-            while True:
-                try:
-                    value, end = decoder.raw_decode(text, found)
-                except (ValueError, RecursionError) as error:
-                    if found and len(text) == BLOCK:
-                        break  # cut in the middle: the next block begins here
-                    raise _broken(data, shift + found, path) from error
-                if wrong := misfit(value, {}, f"record {len(places)}"):
-                    raise UserError(f"{path}: {wrong}; {SEE}")
-                if end - found > LONGEST:
-                    raise _broken(data, shift + found, path)
-                places.append((shift + found, shift + end))
-                at = _skip(data, shift + end)
-                if data[at : at + 1] != b"," or at - shift > BLOCK - LONGEST:
-                    break
-                found = _skip(data, at + 1) - shift
-            bar.update(at - bar.n)
-        if data[_skip(data, at + 1) :]:
-            raise _broken(data, at + 1, path)
-    return np.array(places, dtype=np.int64).reshape(-1, 2)
-
-
-def _skip(data: mmap.mmap, at: int) -> int:
-    """The next place that is no blank."""
-    while data[at : at + 1] in (b" ", b"\n", b"\r", b"\t"):
-        at += 1
-    return at
-
-
-def _expect(data: mmap.mmap, at: int, sign: bytes, path: Path) -> int:
-    """The next place behind a sign, which has to stand here."""
-    at = _skip(data, at)
-    if data[at : at + 1] != sign:
-        raise _broken(data, at, path)
-    return _skip(data, at + 1)
-
-
-def _broken(data: mmap.mmap, at: int, path: Path) -> UserError:
-    line = data[:at].count(b"\n") + 1
-    return UserError(f"{path} is no JSON array of objects: see line {line}; {SEE}")
 
 
 # ----------------------------------------------------------------------------------------------

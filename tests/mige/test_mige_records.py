@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from imagelab.errors import UserError
+from mige import lists
 from mige.data import records
 from mige.data.records import (
     BadRecords,
@@ -74,8 +75,8 @@ def test_the_release_s_records(tmp_path):
 @pytest.mark.parametrize("block", [400, 1 << 24])
 def test_places_in_a_file_of_any_layout(tmp_path, monkeypatch, indent, block):
     """Texts of several bytes a letter, brackets and quotes within them, records across blocks."""
-    monkeypatch.setattr(records, "BLOCK", block)
-    monkeypatch.setattr(records, "LONGEST", 390)
+    monkeypatch.setattr(lists, "BLOCK", block)
+    monkeypatch.setattr(lists, "LONGEST", 390)
     texts = ["ein <imagehere> Bär }, {", '"[\\"]', "日本 <imagehere>", "x" * 40] * 10
     wanted = [EDIT | {"multi_prompt": f"{text} {n}"} for n, text in enumerate(texts)]
     text = json.dumps(wanted, indent=indent, ensure_ascii=False)
