@@ -106,6 +106,20 @@ def check_options(options: argparse.Namespace) -> None:
     if options.detector and not (options.clip or options.dino):
         raise UserError("entities are measured by --clip or --dino; give one of them")
     check_writable(options.report, "report")
+    check_report(options)
+
+
+def check_report(options: argparse.Namespace) -> None:
+    """Raises UserError where a report would take the place of something else."""
+    bench, report = options.bench.resolve(), options.report.resolve()
+    own = bench if bench.is_dir() else bench.parent
+    for folder, name in ((options.outputs.resolve(), "that of --outputs"), (own, "the bench's")):
+        if report == folder:
+            raise UserError(f"the folder {options.report} is {name}; give another --report")
+    from mige.evaluation.report import FACTS, read_bench_of
+
+    if (report / FACTS).exists() and read_bench_of(report) != bench:
+        raise UserError(f"{options.report} holds a report of another bench; give another --report")
 
 
 def write_items(items: list, options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What a benchmark found: means with their intervals and protocols, rows, contact sheets."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ import numpy as np
 from imagelab.evaluation.report import Mean, mean_interval
 from imagelab.io.atomic import write_json, written_aside
 from imagelab.io.pictures import encode_png
+from imagelab.io.tensors import read_json
 from mige.evaluation.item import BenchItem
 from mige.evaluation.measuring import PLACES, Bench
 from mige.evaluation.models import USUAL
 from mige.evaluation.outputs import Output
 from mige.evaluation.sheets import SHEET_ITEMS, sheet
 
+FACTS = "report.json"
 MEASURES = ("CLIP-I", "CLIP-T", "CLIP-dir", "DINO", "L1", "L2")
 NAMES = (
     *(name + place for place in PLACES for name in MEASURES),
     "CLIP-I of the entity",
     "DINO of the entity",
 )
+MOST_NAMED = 10  # items of a note
 #: What of the pictures is measured, by the place.
 VIEWS = {
     "": "",
@@ -118,11 +122,13 @@ def protocol(name: str, found: Findings, measured: Sequence[tuple[Output, dict]]
 
 def notes(found: Findings, task: str | None) -> list[str]:
     """What is to be known beside the numbers of a task."""
-    measured, told = found.of(task), []
-    items = {output.place: found.item(output) for output, _ in measured}.values()
-    equal = sum(item.has_equal_captions for item in items)
-    if equal and "clip" in found.protocols:
-        told.append(f"{equal} of {len(items)} items have equal captions, and no CLIP-dir.")
+    measured = found.of(task)
+    items = list({output.place: found.item(output) for output, _ in measured}.values())
+    told = [
+        f"{len(which)} of {len(items)} items {reason} ({_named(which)})."
+        for reason, which in _lacking(found, items).items()
+        if which
+    ]
     entities = [record["entity"] for _, record in measured if "entity" in record]
     if entities:
         lost = sum(entity["box"] is None for entity in entities)
@@ -130,6 +136,41 @@ def notes(found: Findings, task: str | None) -> list[str]:
             f"Entity not found in {lost} of {len(entities)} outputs; there the whole output counts."
         )
     return told
+
+
+def _lacking(found: Findings, items: Sequence[BenchItem]) -> dict[str, list[BenchItem]]:
+    """What items lack and which measures that takes from them, of those that are taken."""
+    lacking: dict[str, list[BenchItem]] = {}
+    if "clip" in found.protocols:
+        told = [item for item in items if item.target_caption]
+        edits = [item for item in told if item.source is not None]
+        lacking |= {
+            "have no caption of what is wanted, and neither CLIP-T nor CLIP-dir": [
+                item for item in items if not item.target_caption
+            ],
+            "have no caption of the source, and no CLIP-dir": [
+                item for item in edits if not item.caption
+            ],
+            "have equal captions, and no CLIP-dir": [
+                item for item in edits if item.has_equal_captions
+            ],
+        }
+    if found.bench.use_masks and any(item.mask for item in items):
+        lacking["have no mask, and no measures inside and outside"] = [
+            item for item in items if not item.mask
+        ]
+    if "entity" in found.protocols:
+        lacking["have no object to look for, and no measures of the entity"] = [
+            item for item in items if not (item.entities and item.noun)
+        ]
+    return lacking
+
+
+def _named(items: Sequence[BenchItem]) -> str:
+    """The first of some items, by their numbers, and by their tasks if these are several."""
+    several = len({item.task for item in items}) > 1
+    names = [f"{item.task} {item.idx}" if several else f"{item.idx}" for item in items]
+    return "idx " + _plain(", ".join(names[:MOST_NAMED])) + ", …" * (len(names) > MOST_NAMED)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -143,10 +184,18 @@ def write_report(found: Findings, folder: Path) -> str:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", task)
         with written_aside(folder / f"sheet_{number}_{name}.png") as aside:
             aside.write_bytes(encode_png(sheet(found.bench, [each for each, _ in found.of(task)])))
-    write_json(folder / "report.json", as_facts(found))
+    bench = os.path.relpath(Path(found.title["bench"]).resolve(), folder.resolve())
+    write_json(folder / FACTS, as_facts(found) | {"bench_from_here": Path(bench).as_posix()})
     with written_aside(folder / "report.md") as aside:
         aside.write_text(text, encoding="utf-8")
     return text
+
+
+def read_bench_of(folder: Path) -> Path:
+    """The bench that a report is of; a UserError where it is no report of one."""
+    facts = read_json(folder / FACTS, {"bench": str}, "give another --report")
+    here = facts.get("bench_from_here")  # older reports have none
+    return (folder / here if type(here) is str else Path(facts["bench"])).resolve()
 
 
 def as_facts(found: Findings) -> dict:

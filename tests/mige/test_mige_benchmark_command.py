@@ -191,7 +191,7 @@ def test_emu_edit_against_its_sources(tmp_path, monkeypatch, judges):
     assert (means["CLIP-T"]["n"], means["CLIP-dir"]["n"], means["L1"]["n"]) == (3, 2, 3)
     assert "against the source" in means["L1"]["protocol"]
     assert found["tasks"]["color"]["notes"] == [
-        "1 of 2 items have equal captions, and no CLIP-dir."
+        "1 of 2 items have equal captions, and no CLIP-dir (idx 6)."
     ]
     assert found["tasks"]["global"]["notes"] == []
     clip = Clip(find("clip", judges["clip"], True), "cpu")
@@ -211,6 +211,37 @@ def test_emu_edit_against_its_sources(tmp_path, monkeypatch, judges):
     assert found["rows"][0]["values"]["L1"] == pytest.approx(wanted)
     one = run("--bench", bench, "--format", "emu", "--task", "global")
     assert list(one["tasks"]) == ["global"] and one["outputs"] == {"measured": 1, "of": 1}
+
+
+def test_why_items_lack_measures(tmp_path, monkeypatch, judges):
+    monkeypatch.chdir(tmp_path)
+    save_mask(Path("mask.png"), 40, 30, (5, 6, 25, 20))
+    bench = emu({"mask": "mask.png"}, {"output_caption": None}, {"input_caption": ""}, {})
+    found = run("--bench", bench, "--clip", judges["clip"])
+    assert found["tasks"]["edit"]["notes"] == [
+        "1 of 4 items have no caption of what is wanted, and neither CLIP-T nor CLIP-dir (idx 6).",
+        "1 of 4 items have no caption of the source, and no CLIP-dir (idx 7).",
+        "3 of 4 items have no mask, and no measures inside and outside (idx 6, 7, 8).",
+    ]
+    means = found["all"]["means"]
+    counts = [means[name]["n"] for name in ("CLIP-I", "CLIP-T", "CLIP-dir", "L1 inside")]
+    assert counts == [4, 3, 2, 1]
+    assert "items have no caption of the source" in Path("report/report.md").read_text()
+    found = run("--bench", bench, "--no_mask")
+    assert found["all"]["notes"] == []
+
+
+def test_a_note_names_the_first_items():
+    """Eleven are of one task; the tenth is the last that is named."""
+    tasks = ["edit"] * 11 + ["a|b"]
+    items = [BenchItem(Item(n, "a", (Path("in"),), 0), task, n) for n, task in enumerate(tasks)]
+    measured = [(Output(n, 0, Path("o")), {"values": {}}) for n in range(12)]
+    found = report.Findings({}, Bench(items, {}), measured, [], {"clip": ""})
+    (told,) = report.notes(found, "edit")
+    assert told.startswith("11 of 11 items have no caption of what is wanted, and neither CLIP-T")
+    assert told.endswith("(idx 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …).")
+    (told,) = report.notes(replace(found, measured=measured[9:]), None)
+    assert told.endswith("(idx edit 9, edit 10, a\\|b 11).")
 
 
 def test_the_swapped_split_ends_the_command(tmp_path, monkeypatch, fails):
@@ -519,6 +550,42 @@ def test_a_file_of_records_that_is_none(brush, fails):
     told = fails(benchmark.main, arguments(*brush)).err
     assert "no record of an evaluation; move it away or give another --report" in told
     assert Path("report/records.jsonl").read_text() == "mine\n"
+
+
+def test_a_report_of_another_bench_stays(brush, fails, tmp_path, monkeypatch):
+    run(*brush)
+    before = Path("report/report.json").read_bytes()
+    other = shutil.copy("list.json", "other.json")
+    command = arguments("--bench", other, *brush[2:])
+    told = "report holds a report of another bench; give another --report"
+    assert told in fails(benchmark.main, command).err
+    facts = json.loads(before)
+    assert facts.pop("bench_from_here") == "../list.json"
+    Path("report/report.json").write_text(json.dumps(facts))  # as earlier ones are
+    assert told in fails(benchmark.main, command).err
+    flat("out/1.png", 153, 153, 0, 0)
+    assert run(*brush)["rows"][1]["values"]["L1"] == pytest.approx(0.3)
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")  # from where the same bench is called otherwise
+    away = ["--outputs", "../out", "--report", "../report", "--device", "cpu", *brush[2:]]
+    benchmark.main([*away, "--bench", "../list.json"])
+    shutil.copy("../list.json", "list.json")
+    assert told in fails(benchmark.main, [*away, "--bench", "list.json"]).err
+
+
+def test_a_report_has_a_folder_of_its_own(bench, brush, fails):
+    before = sorted(Path().rglob("*"))
+    for options, told in (
+        ([*brush, "--report", "out"], "the folder out is that of --outputs; give another --report"),
+        ([*brush, "--report", "out/../"], "is the bench's; give another --report"),
+        (["--bench", "bench", "--report", "bench"], "the folder bench is the bench's; give"),
+    ):
+        assert told in fails(benchmark.main, [*arguments(), *options]).err
+    assert sorted(Path().rglob("*")) == before
+    Path("report").mkdir()
+    Path("report/report.json").write_text('{"mine": 1}')
+    told = fails(benchmark.main, arguments(*brush)).err
+    assert "report.json: it has no 'bench'; give another --report" in told
 
 
 def test_a_list_of_migebench_by_its_name(bench):
