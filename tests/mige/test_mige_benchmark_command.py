@@ -565,11 +565,11 @@ def test_a_report_of_another_bench_stays(brush, fails, tmp_path, monkeypatch):
     assert told in fails(benchmark.main, command).err
     flat("out/1.png", 153, 153, 0, 0)
     assert run(*brush)["rows"][1]["values"]["L1"] == pytest.approx(0.3)
-    (tmp_path / "else").mkdir()
-    monkeypatch.chdir(tmp_path / "else")  # from where the same bench is called otherwise
-    away = ["--outputs", "../out", "--report", "../report", "--device", "cpu", *brush[2:]]
-    benchmark.main([*away, "--bench", "../list.json"])
-    shutil.copy("../list.json", "list.json")
+    (tmp_path / "some/where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "some/where")  # from where the same bench is called otherwise
+    away = ["--outputs", "../../out", "--report", "../../report", "--device", "cpu", *brush[2:]]
+    benchmark.main([*away, "--bench", "../../list.json"])
+    shutil.copy("../../list.json", "list.json")
     assert told in fails(benchmark.main, [*away, "--bench", "list.json"]).err
 
 
