@@ -145,7 +145,7 @@ def read_json(path: Path, form: object, advice: str, clip: bool = False) -> dict
     try:
         if path.stat().st_size > MOST_JSON:
             raise UserError(f"{path} is too large, {path.stat().st_size >> 20} MiB; {advice}")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; {advice}") from error
     return parse_json(text, form, str(path), advice, clip)

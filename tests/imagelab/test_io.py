@@ -286,6 +286,13 @@ def test_json_that_cannot_be_used(tmp_path, content, sentence):
         read_json(path, {"a": int}, "delete it")
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    """Editors on Windows write one."""
+    path = tmp_path / "facts.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(path, {"a": int}, "delete it") == {"a": 1}
+
+
 def test_json_is_read():
     assert parse_json('{"a": [1, 2.5, null]}', {}, "it", "") == {"a": [1, 2.5, None]}
 
