@@ -183,6 +183,9 @@ class Trainer:
                     self.stop.raise_if_asked(f"after step {done} of {stage.name}")
                 for callback in self.callbacks:
                     callback.after_step(self, stage, done - 1)
+                if self.stop.asked:  # meanwhile
+                    self.save(stage, done)
+                    self.stop.raise_if_asked(f"after step {done} of {stage.name}")
 
     def update(self, stage: Stage, step: int) -> None:
         """Make one update. In fp16 an overflow halves the scale and repeats the step."""

