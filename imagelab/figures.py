@@ -10,6 +10,7 @@ from matplotlib.ticker import LogFormatter
 
 from imagelab.boxes import color_of
 
+MOST_PANELS = 4  # beside each other
 MARKS = {"solid": "-", "dotted": ":", "dashed": "--"}
 
 
@@ -27,9 +28,13 @@ def plot_losses(
     """
     curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
     marks = dict(zip(MARKS, (marks or {}).items(), strict=False))
-    figure = Figure(figsize=(4.2 * len(curves), 3.2))
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (name, values) in zip(panels, curves.items(), strict=True):
+    columns = min(len(curves), MOST_PANELS)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    for panel, (name, values) in zip(panels, curves.items(), strict=False):
         values = np.asarray(values)
         steps = np.flatnonzero(np.isfinite(values))
         finite = values[steps]
