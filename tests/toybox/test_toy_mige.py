@@ -113,11 +113,11 @@ def test_prompts_fit_with_room_for_a_persons_own_words(monkeypatch):
     words_alone(monkeypatch)
     config = ToyMigeConfig()
     sizes = config.slots, PREFIXES, the_tokenizer(), config.queries
-    drawn = [draw_triplet(0, "train", index) for index in range(3000)]
+    drawn = [draw_triplet(0, "train", index) for index in range(600)]
     records = {
         Record(each.task, "t", ("e",) * len(each.entities), None, each.prompt) for each in drawn
     }
-    assert len(records) > 1000
+    assert len(records) > 300
     limits = Limits(*sizes, 34)
     assert not [problem for record in records for problem in limits.problems(record)]
     longest = Record(
