@@ -14,7 +14,7 @@ from tqdm import tqdm
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, sweep, write_json, write_new, written_aside
 from imagelab.io.images import read_image
-from imagelab.io.pictures import Tile, contact_sheet, encode_png, next_number, save_picture
+from imagelab.io.pictures import Tile, encode_png, next_number, save_picture, sheet_of_lines
 from imagelab.io.tensors import read_json
 from imagelab.processes import Processes
 from mige.config import PaintingConfig
@@ -255,10 +255,7 @@ def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image
         ]
         text = item.text.replace(MARK, " <image> ").strip()
         lines.append([*given, *(Tile(path, text) for path in painted)])
-    columns = max(map(len, lines))
-    blank = Tile(Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white"))
-    tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
-    return contact_sheet(tiles, columns=columns, side=SHEET_SIDE)
+    return sheet_of_lines(lines, SHEET_SIDE)
 
 
 def _small(path: Path) -> Image.Image:

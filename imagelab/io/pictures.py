@@ -122,6 +122,14 @@ def contact_sheet(
     return sheet
 
 
+def sheet_of_lines(lines: Sequence[Sequence[Tile]], side: int) -> Image.Image:
+    """A contact sheet with a line for each of ``lines``, which may be of different lengths."""
+    columns = max(map(len, lines))
+    blank = Tile(Image.new("RGB", (side, side), "white"))
+    tiles = [tile for line in lines for tile in (*line, *[blank] * (columns - len(line)))]
+    return contact_sheet(tiles, columns, side)
+
+
 def _scaled(size: tuple[int, int], side: int | None) -> tuple[int, int]:
     """A size whose longer side is ``side``."""
     if side is None:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from imagelab.io.images import read_image
-from imagelab.io.pictures import Tile, contact_sheet
+from imagelab.io.pictures import Tile, sheet_of_lines
 from mige.evaluation.item import BenchItem
 from mige.evaluation.measuring import Bench
 from mige.evaluation.outputs import Output
@@ -25,10 +25,7 @@ def sheet(bench: Bench, outputs: Sequence[Output]) -> Image.Image:
         _line(bench, bench.items[place], painted)
         for place, painted in list(paths.items())[:SHEET_ITEMS]
     ]
-    columns = max(map(len, lines))
-    blank = Tile(Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white"))
-    tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
-    return contact_sheet(tiles, columns, SHEET_SIDE)
+    return sheet_of_lines(lines, SHEET_SIDE)
 
 
 def _line(bench: Bench, item: BenchItem, outputs: Sequence[Path]) -> list[Tile]:

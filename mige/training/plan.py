@@ -26,6 +26,7 @@ from mige.data.features import Features, open_features
 from mige.data.records import MOST_TOLD, Limits, RecordList, check_records, tell
 from mige.folder import find_folder, model_digest
 from mige.training.config import FREE_SETTINGS, TrainingConfig, check_settings
+from mige.training.samples import Facts
 
 CHECKPOINT, CURVES, SAMPLES, MODEL = "checkpoint.safetensors", "curves.png", "samples", "model"
 OWN = (CHECKPOINT, CURVES, SAMPLES, MODEL)  # what a training writes into its output folder
@@ -67,6 +68,11 @@ class Plan:
         """Updates in all."""
         recipe = self.config.recipe
         return recipe.steps or max(1, recipe.epochs * len(self.which) // recipe.batch_size)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What of the model its samples depend on."""
+        return Facts.of(self.folder)
 
     @cached_property
     def inputs(self) -> dict[str, str]:

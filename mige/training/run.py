@@ -42,7 +42,7 @@ from mige.training.plan import (
 )
 from mige.training.probe import Probe
 from mige.training.result import write_model
-from mige.training.samples import Facts, Reader, Samples, dropout_seed
+from mige.training.samples import Reader, Samples, dropout_seed
 from mige.training.sheets import SamplePainter
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,8 @@ def make_model(plan: Plan, parts: dict) -> TrainedModel:
 
 def make_samples(plan: Plan) -> Samples:
     """What this process reads."""
-    facts = Facts.of(plan.folder)
     return Samples(
-        plan.records, plan.which, plan.features, Path(plan.config.root), facts,
+        plan.records, plan.which, plan.features, Path(plan.config.root), plan.facts,
         plan.config.seed, plan.config.recipe.batch_size, plan.share,
         plan.processes.index * plan.share, plan.config.running.micro_batch_size,
     )  # fmt: skip

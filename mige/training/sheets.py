@@ -9,7 +9,7 @@ from PIL import Image
 from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import written_aside
 from imagelab.io.images import open_picture
-from imagelab.io.pictures import Tile, contact_sheet, encode_png
+from imagelab.io.pictures import Tile, encode_png, sheet_of_lines
 from mige.config import DEFAULTS
 from mige.data.records import Record
 from mige.method.wording import MARK, TASKS
@@ -48,11 +48,8 @@ class SamplePainter:
                 pipeline.device.type, model.autocast, model.autocast != torch.float32
             ):
                 lines = [self._line(pipeline, record) for record in self.records]
-        columns = max(map(len, lines))
-        blank = Tile(Image.new("RGB", (SIDE, SIDE), "white"))
-        tiles = [tile for line in lines for tile in (line + [blank] * columns)[:columns]]
         with written_aside(path) as aside:
-            aside.write_bytes(encode_png(contact_sheet(tiles, columns=columns, side=SIDE)))
+            aside.write_bytes(encode_png(sheet_of_lines(lines, SIDE)))
         return path
 
     def _line(self, pipeline: MigePipeline, record: Record) -> list[Tile]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_mige import save_tiny
 
@@ -13,6 +14,15 @@ def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the golden arrays were computed, and so that sums have one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

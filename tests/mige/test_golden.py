@@ -35,12 +35,7 @@ from mige.pipeline import Condition, MigePipeline
 SLOTS, LENGTH, END, PAD = 4, 24, 1, 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -54,12 +54,7 @@ TEXTS = [
 PARTS_OF_WEIGHTS = ("transformer", "vae", "text_encoder", "vision_encoder", "qformer", "fusion")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
