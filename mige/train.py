@@ -8,11 +8,9 @@ training takes. Ctrl-C saves, and --resume goes on from there. The trained model
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors, seed_option
-from imagelab.errors import UserError
 from imagelab.models.device import PRECISIONS
 from mige.training.config import PARTS, TrainingConfig
 
@@ -92,15 +90,16 @@ def main(argv: list[str] | None = None) -> None:
     with report_errors(parser, options.debug):
         from imagelab.models.device import choose_device
         from imagelab.processes import Processes
+        from mige.training.launcher import asked_to_shard
         from mige.training.memory import estimate
         from mige.training.plan import check_output, check_same, make_plan
         from mige.training.run import train
 
         names = TrainingConfig().settings()
         settings = {name: getattr(options, name) for name in names}
-        settings["shard"] |= asked_to_shard()
         if settings["root"] is None:
             settings["root"] = str(Path(options.data).parent)
+        settings["shard"] |= asked_to_shard(TrainingConfig.from_settings(**settings))
         config = TrainingConfig.from_settings(**settings)
         processes = Processes(choose_device(config.running.device))
         check_output(config, options.resume, options.overwrite)
@@ -115,16 +114,6 @@ def main(argv: list[str] | None = None) -> None:
             if processes.is_first:
                 print(folder)
         processes.end()
-
-
-def asked_to_shard() -> bool:
-    """Whether accelerate's launcher or its config asks for FSDP; a UserError for DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError(
-            "DeepSpeed is not supported; start the command without it, and give --shard, which "
-            "splits weights, gradients and moments likewise"
-        )
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def describe(plan) -> str:

@@ -497,12 +497,6 @@ def test_what_is_refused(change, options, sentence, model, work, whole, fails, m
     assert contents(work) == before
 
 
-def test_deepspeed_is_refused(model, work, fails, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    told = fails(main, usual(model, "O")).err
-    assert "DeepSpeed is not supported; start the command without it, and give --shard" in told
-
-
 def test_fsdp_s_config_shards(model, work, fails, monkeypatch):
     """Of one process there is nothing to split."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
