@@ -124,15 +124,16 @@ def vae(model) -> AutoencoderKL:
 
 
 def test_the_middle_of_each_picture_is_encoded_as_it_is(make, vae):
-    wide, tall = picture(1, 40, 30), picture(2, 30, 50)
+    wide, tall = picture(1, 40, 30), picture(2, 30, 52)
     wide.save(SUBJECT["image"])
     tall.save(EDIT["source_path"][0])
     make()
-    # 40×30 becomes 42×32, of which the columns 5 to 36 are the middle; 30×50 becomes 32×53
+    # 40×30 becomes 42×32, of which the columns 5 to 36 are the middle; 30×52 becomes 32×55, of
+    # which half of 23 rows goes above: 11.5, rounded to the even 12
     bilinear = Image.Resampling.BILINEAR
     middles = {
         SUBJECT["image"]: wide.resize((42, 32), bilinear).crop((5, 0, 37, 32)),
-        EDIT["source_path"][0]: tall.resize((32, 53), bilinear).crop((0, 10, 32, 42)),
+        EDIT["source_path"][0]: tall.resize((32, 55), bilinear).crop((0, 12, 32, 44)),
     }
     found = tensors()
     assert sorted(found) == sorted(PATHS)
@@ -588,6 +589,11 @@ def test_features_that_are_missing(make, model):
     for path in PATHS[3:]:  # in shards that are there, and in others
         with pytest.raises(UserError, match=f"there are no features of {path} in F"):
             features.posterior(records[0], path, "target")
+    for path in Path("F").glob("*.safetensors"):
+        path.unlink()
+    assert sorted(open_features(Path("F"), model).missing(records, np.array([1]))) == [
+        f"d.json: record 1: there are no features of {path}" for path in sorted(PATHS[:3])
+    ]
 
 
 def test_no_features(model, work):

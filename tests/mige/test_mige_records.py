@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,6 +252,9 @@ def test_prompts_that_would_be_cut(pictures, word):
     fits = f"make <imagehere> {word}"  # 3 + 5 + 2 + 13 + 1 = 24
     found = told(pictures, [EDIT | {"multi_prompt": text} for text in (fits, fits + "b")], limits)
     assert found == ["record 1 takes 25 tokens with its pictures, and the model reads 24"]
+    blanks = replace(limits, tokenizer=lambda text, **_: octets(f" {text}", False))
+    (found,) = told(pictures, [EDIT | {"multi_prompt": fits}], blanks)  # one before each text
+    assert found == "record 0 takes 26 tokens with its pictures, and the model reads 24"
 
 
 def test_prompts_of_too_many_words(pictures):

@@ -42,26 +42,29 @@ def test_the_whole_model_s_loss_and_gradients():
     given = arrays("loss_model")
     model = golden_model()
     choose_trained(model, Recipe(dropout=0.0), 0)
-    segments = [segment_ids(WordTokenizer(), prompt) for prompt in PROMPTS]
-    counts = [len(each) - 1 for each in segments]
-    terms = model(
-        Batch(
-            tasks=("edit",) * len(segments),
-            segments=tuple(segments),
-            counts=tuple(counts),
-            clean=given["x_start"],
-            noise=given["noise"],
-            source=given["source"],
-            timesteps=given["t"],
-            draws=torch.ones(len(segments)),
-            vision=first_of_each(given["ref_clip"], counts),
-            latents=first_of_each(given["ref_vae"], counts),
-        )
-    )
+    terms = model(golden_batch(given))
     for term, name in zip(terms, ("mse", "vb", "loss"), strict=True):
         close(term, given[name], 3e-6, 1e-6)
     terms.loss.mean().backward()
     check_gradients(dict(model.parts))
+
+
+def golden_batch(given: dict[str, torch.Tensor], draw: float = 1.0) -> Batch:
+    """The authors' batch of the two prompts; with a draw below 0.15 something is left out."""
+    segments = [segment_ids(WordTokenizer(), prompt) for prompt in PROMPTS]
+    counts = [len(each) - 1 for each in segments]
+    return Batch(
+        tasks=("edit",) * len(segments),
+        segments=tuple(segments),
+        counts=tuple(counts),
+        clean=given["x_start"],
+        noise=given["noise"],
+        source=given["source"],
+        timesteps=given["t"],
+        draws=torch.full((len(segments),), draw),
+        vision=first_of_each(given["ref_clip"], counts),
+        latents=first_of_each(given["ref_vae"], counts),
+    )
 
 
 def first_of_each(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -129,6 +132,21 @@ def test_dropout_s_choice_and_effect():
 
 # ----------------------------------------------------------------------------------------------
 # by hand
+
+
+def test_null_text_has_the_mask_of_its_own_prompt():
+    """5 words, two pictures of 4 vectors and the end; and 7 words, a picture and the end."""
+    model, read = golden_model(), {}
+    model.parts["transformer"].register_forward_pre_hook(
+        lambda _, args, named: read.update(named), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(golden_batch(arrays("loss_model"), draw=0.02))
+    null_text = model.parts["fusion"].null_text
+    assert torch.equal(read["encoder_hidden_states"], null_text.expand(2, -1, -1))
+    assert read["encoder_attention_mask"].tolist() == [
+        [1] * 14 + [0] * 10, [1] * 12 + [0] * 12,
+    ]  # fmt: skip
 
 
 def test_shares_of_dropout():
