@@ -103,6 +103,10 @@ def test_what_was_erased_is_inside_a_mask_of_magicbrush(brush):
     Image.fromarray(pixels).save("mask.png")
     means = run(*brush)["tasks"]["edit"]["means"]
     assert means["L1 inside"]["mean"] == pytest.approx(0.4)
+    pixels[:, :, 3], pixels[:, 2:, :3] = 255, 0  # nothing was erased: white on the left
+    Image.fromarray(pixels).save("mask.png")
+    means = run(*brush)["tasks"]["edit"]["means"]
+    assert means["L1 inside"]["mean"] == pytest.approx(0.4)
 
 
 def test_without_masks(brush):

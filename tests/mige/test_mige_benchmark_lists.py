@@ -98,11 +98,12 @@ EMU = {
 
 
 def test_emu_edit(bench):
-    items, notes = read([EMU, EMU | {"task": "add", "output_caption": "a dog"}], "emu", "test")
+    other = EMU | {"task": "add", "output_caption": "a dog", "idx": 0}
+    items, notes = read([EMU, other], "emu", "test")
     first, second = items
     assert first.against == "source" and first.compared == (Path("in.jpg"),)
     assert first.item.is_global and not second.item.is_global
-    assert (first.task, second.task, first.idx) == ("global", "add", 5)
+    assert [(each.task, each.idx) for each in items] == [("global", 5), ("add", 0)]
     assert not first.has_equal_captions and second.has_equal_captions
     assert notes == [
         "list.json has 2 items, and the test split of Emu Edit has 3589: these are the other "
