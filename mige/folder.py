@@ -17,12 +17,14 @@ from imagelab.io.tensors import misfit, read_json
 from imagelab.models.digests import weights_digest
 from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
+from imagelab.models.sources import embedded_folder
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from mige.method.schedule import BETA_SCHEDULES, PREDICTION_TYPES
 from mige.method.wording import MARK, PREFIXES
 from mige.vocabulary import is_charsmap
 
 INDEX = "model_index.json"
+EMBEDDED = "mige.models"  # group of entry points at which packages announce their models
 PARTS = {
     "transformer": Part(
         "diffusers", ("PixArtTransformer2DModel",), "config.json",
@@ -138,8 +140,8 @@ def load_parts(
 
 
 def find_folder(source: str) -> Path:
-    """The local folder of a model; a UserError where there is none."""
-    folder = Path(source).expanduser()
+    """The local folder of a model, or of an embedded one; a UserError where there is none."""
+    folder = embedded_folder(source, EMBEDDED) or Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"there is no model folder {shorten(source)}; `python -m mige.convert` makes one from "

@@ -28,6 +28,7 @@ RECIPE = {
     "learning_rate": "after the warm-up; None: the release's 3.54e-6, or 1e-4 for a LoRA",
     "conditioning_rate": "of all but the transformer; None: --learning_rate",
     "cooldown": "last share of the steps, in which the rates fall to 0 as a cosine",
+    "timestep_shift": "above 1: noisier timesteps are drawn more often; 1: all alike",
     "weight_decay": "of every weight",
     "warmup_steps": "updates in which the rate rises",
     "max_grad_norm": "gradients of a larger norm are scaled down to it",

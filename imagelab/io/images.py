@@ -31,7 +31,11 @@ class MissingPicture(UserError):
 
     def __init__(self, path: Path, advice: str = "give a JPEG, PNG or WebP file that is there"):
         super().__init__(f"there is no picture {cut(str(path))}; {advice}")
-        self.path = path
+        self.path, self.advice = path, advice
+
+    def __reduce__(self) -> tuple:
+        """Made anew of the same path in another process, in place of its sentence."""
+        return type(self), (self.path, self.advice)
 
 
 @dataclass(frozen=True)

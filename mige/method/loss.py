@@ -55,6 +55,12 @@ class Diffusion:
             + _at((1 - table["alpha_bar"]).sqrt(), timesteps, clean) * noise
         )
 
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a model is to predict, [b, c, h, w]: the noise n, or v = √ᾱ n − √(1 − ᾱ) x₀."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self.noised(noise, -clean, timesteps)
+
     def noise_in(self, noised: Tensor, timesteps: Tensor, predicted: Tensor) -> Tensor:
         """The noise e that a model means, [b, c, h, w]: its prediction, or √ᾱ v + √(1 − ᾱ) x_t."""
         if self.prediction_type == "epsilon":
@@ -69,18 +75,21 @@ class Diffusion:
         predicted: Tensor,
         variance: Tensor,
     ) -> Terms:
-        """mean (n − e)² + the bound of step t, in which e is held fixed.
+        """mean (target − prediction)² + the bound of step t, in which the prediction is held fixed.
+
+        The error of v is that of the noise over ᾱ: it tells as much of the noisiest steps as of all
+        others, where instructions alone say what is to be painted.
 
         Args:
             clean, noise: x₀ and n, [b, c, h, w].
             timesteps: int [b].
-            predicted, variance: the model's e and v, [b, c, h, w]; v from −1 (the posterior's
-                variance) to 1 (β).
+            predicted, variance: the model's outputs, [b, c, h, w]; the variance from −1 (the
+                posterior's) to 1 (β).
         """
-        mse = _mean((noise - predicted).square())
-        bound = self.bound(
-            clean, self.noised(clean, noise, timesteps), timesteps, predicted.detach(), variance
-        )
+        mse = _mean((self.target(clean, noise, timesteps) - predicted).square())
+        noised = self.noised(clean, noise, timesteps)
+        meant = self.noise_in(noised, timesteps, predicted.detach())
+        bound = self.bound(clean, noised, timesteps, meant, variance)
         return Terms(mse, bound, mse + bound)
 
     def bound(

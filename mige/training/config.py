@@ -22,6 +22,7 @@ BOUNDS = {
     "learning_rate": (0.0, 1.0),
     "conditioning_rate": (0.0, 1.0),
     "cooldown": (0.0, 1.0),
+    "timestep_shift": (0.01, 100.0),
     "weight_decay": (0.0, 1.0),
     "warmup_steps": (0, 100_000_000),
     "max_grad_norm": (1e-12, 1e12),
@@ -47,6 +48,7 @@ class Recipe:
     scale_rate: bool = False  # multiply it by √(batch_size / 256), the release's rule
     conditioning_rate: float | None = None  # of all but the transformer; None: the same
     cooldown: float = 0.0  # last share of the steps, in which the rates fall to 0 as a cosine
+    timestep_shift: float = 1.0  # above 1 noisier steps are drawn more often
     weight_decay: float = 0.03  # of every weight
     warmup_steps: int = 1000  # updates
     max_grad_norm: float = 0.01
@@ -73,12 +75,20 @@ class Recipe:
     def _scale(self) -> float:
         return (self.batch_size / RULE_BATCH) ** 0.5 if self.scale_rate else 1.0
 
+    def updates(self, records: int) -> int:
+        """Updates in all, for a list of so many records."""
+        return self.steps or max(1, self.epochs * records // self.batch_size)
+
     def factor(self, step: int, steps: int) -> float:
         """What the rates of update ``step``, from 0, of ``steps`` are multiplied by."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         left, falling = max(steps - step, 0), self.cooldown * steps
         return 0.5 - 0.5 * cos(pi * left / falling) if left < falling else 1.0
+
+    def has_cooled(self, done: int, steps: int) -> bool:
+        """Whether one of the first ``done`` updates, of ``steps``, had a falling rate."""
+        return self.cooldown > 0 and steps - (done - 1) < self.cooldown * steps
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-10
 FREE_SETTINGS = {
     "data", "root", "features", "model", "output", *Running.__dataclass_fields__,
 }  # fmt: skip
+#: Settings that may, as long as no rate has begun to fall.
+LENGTH_SETTINGS = ("steps", "epochs", "cooldown")
 
 
 def check_settings(config: TrainingConfig) -> None:

@@ -89,7 +89,6 @@ class TrainedModel(nn.Module):
                 embedded.mask,
                 self.round_timesteps,
             )
-        predicted = self.process.noise_in(noised, batch.timesteps, predicted)
         return self.process.loss(batch.clean, batch.noise, batch.timesteps, predicted, variance)
 
     def embed(self, batch: Batch) -> Embedded:

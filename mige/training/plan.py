@@ -9,7 +9,7 @@ The output folder holds
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,12 +20,17 @@ from imagelab.errors import UserError
 from imagelab.io.folders import check_writable
 from imagelab.models.device import choose_precision
 from imagelab.processes import Processes
-from imagelab.training.checkpoint import read_facts
+from imagelab.training.checkpoint import Checkpoint, read_facts
 from imagelab.training.seeds import check_seed
 from mige.data.features import Features, open_features
 from mige.data.records import MOST_TOLD, Limits, RecordList, check_records, tell
 from mige.folder import find_folder, model_digest
-from mige.training.config import FREE_SETTINGS, TrainingConfig, check_settings
+from mige.training.config import (
+    FREE_SETTINGS,
+    LENGTH_SETTINGS,
+    TrainingConfig,
+    check_settings,
+)
 from mige.training.samples import Facts
 
 CHECKPOINT, CURVES, SAMPLES, MODEL = "checkpoint.safetensors", "curves.png", "samples", "model"
@@ -66,8 +71,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Updates in all."""
-        recipe = self.config.recipe
-        return recipe.steps or max(1, recipe.epochs * len(self.which) // recipe.batch_size)
+        return self.config.recipe.updates(len(self.which))
 
     @cached_property
     def facts(self) -> Facts:
@@ -170,7 +174,7 @@ def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
     """Raises UserError unless an unfinished training had these settings and inputs."""
     facts = read_facts(Path(config.output) / CHECKPOINT)
     now, then = kept_settings(config), facts.get("settings", {})
-    changed = [name for name in now if then.get(name) != now[name]]
+    changed = [n for n in now if n not in LENGTH_SETTINGS and then.get(n) != now[n]]
     if changed:
         shown = ", ".join(
             f"no --{name}" if then.get(name) is None else f"--{name} {then[name]}"
@@ -188,14 +192,38 @@ def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
         )
 
 
-def kept_settings(config: TrainingConfig) -> dict:
-    """The settings that a resumed run has to share, in JSON's types.
+def check_rates(plan: Plan, saved: Checkpoint) -> None:
+    """Raises UserError where the updates that were made had other rates than they would have now.
 
-    It may be longer, unless its rates fall at the end.
+    A training may become longer, and may be told when to end, before its rates fall.
     """
-    free = FREE_SETTINGS if config.recipe.cooldown else FREE_SETTINGS | {"epochs", "steps"}
+    done, recipe = saved.step, plan.config.recipe
+    if done > plan.steps:
+        raise UserError(
+            f"{plan.output} has {done} steps already, and {plan.steps} are asked for; give more "
+            "--steps, or use the model that is there"
+        )
+    then = saved.facts.get("settings", {})
+    before = replace(recipe, **{n: then[n] for n in LENGTH_SETTINGS if n in then})
+    steps = before.updates(len(plan.which))
+    if (before.cooldown, steps) == (recipe.cooldown, plan.steps):
+        return
+    if before.has_cooled(done, steps):
+        raise UserError(
+            f"the rates of the training in {plan.output} have begun to fall; go on with --steps "
+            f"{steps} --cooldown {before.cooldown:g}, or start anew with --overwrite"
+        )
+    if recipe.has_cooled(done, plan.steps):
+        raise UserError(
+            f"{plan.output} has {done} steps already, and with --cooldown {recipe.cooldown:g} the "
+            f"rates of {plan.steps} would have begun to fall; give more --steps"
+        )
+
+
+def kept_settings(config: TrainingConfig) -> dict:
+    """The settings that a checkpoint tells of, in JSON's types."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.settings().items()
-        if name not in free
+        if name not in FREE_SETTINGS
     }

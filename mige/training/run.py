@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagelab.errors import FAILURES, UserError, memory_errors
+from imagelab.errors import FAILURES, memory_errors
 from imagelab.figures import plot_losses
 from imagelab.io.atomic import folder_lock, sweep, written_aside
 from imagelab.processes import Processes
@@ -37,6 +37,7 @@ from mige.training.plan import (
     SAMPLES,
     Plan,
     check_output,
+    check_rates,
     check_same,
     kept_settings,
 )
@@ -70,11 +71,7 @@ def train(plan: Plan, resume: bool = False, overwrite: bool = False) -> Path:
         if resume:
             check_same(plan.config, plan.inputs)
             saved = read_checkpoint(output / CHECKPOINT)
-            if saved.step > plan.steps:
-                raise UserError(
-                    f"{output} has {saved.step} steps already, and {plan.steps} are asked for; "
-                    "give more --steps, or use the model that is there"
-                )
+            check_rates(plan, saved)
         plan.processes.gather(None)  # nobody writes before all have looked
         then = _written(output / CHECKPOINT)
         try:
@@ -170,6 +167,7 @@ def make_samples(plan: Plan) -> Samples:
         plan.records, plan.which, plan.features, Path(plan.config.root), plan.facts,
         plan.config.seed, plan.config.recipe.batch_size, plan.share,
         plan.processes.index * plan.share, plan.config.running.micro_batch_size,
+        plan.config.recipe.timestep_shift,
     )  # fmt: skip
 
 

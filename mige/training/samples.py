@@ -6,10 +6,13 @@ processes, nor where a run was stopped changes them.
 Axes: b samples, r pictures of all their marks, c latent channels, h and w latent rows and columns.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +105,8 @@ class Samples(Dataset):
     Attributes:
         which: records to train on, by their position in the list.
         share: samples of this process in a step; ``first``: where they begin among all of the step.
-        total: samples of a step, over all processes.
+        total: samples of a step, over all processes; ``micro``: of a batch.
+        shift: of the timesteps, see :func:`shifted`.
     """
 
     records: RecordList
@@ -115,6 +119,7 @@ class Samples(Dataset):
     share: int
     first: int
     micro: int
+    shift: float = 1.0
 
     def __getitem__(self, step: int) -> list[Batch] | Exception:
         """The batches of a step; an error is returned, for the process that learns to raise."""
@@ -164,18 +169,17 @@ class Samples(Dataset):
             ),
             noise=torch.stack([self._normal("noise", place) for place in places]),
             source=torch.stack([self._source(record, place) for place, record in pairs]),
-            timesteps=torch.stack(
-                [
-                    torch.randint(facts.timesteps, (), generator=self._generator("timestep", place))
-                    for place in places
-                ]
-            ),
+            timesteps=torch.stack([self._timestep(place) for place in places]),
             draws=torch.stack(
                 [torch.rand((), generator=self._generator("dropout", place)) for place in places]
             ),
             vision=torch.stack(vision) if vision else torch.zeros(0, 3, side, side),
             latents=torch.stack(latents) if latents else torch.zeros(0, *shape),
         )
+
+    def _timestep(self, place: int) -> Tensor:
+        most, generator = self.facts.timesteps, self._generator("timestep", place)
+        return shifted(torch.randint(most, (), generator=generator), most, self.shift)
 
     def segments(self, record: Record) -> list[list[int]]:
         """Token ids of a record's prompt."""
@@ -204,6 +208,18 @@ class Samples(Dataset):
         return generator_for(self.seed, label, *place)
 
 
+def shifted(timestep: Tensor, timesteps: int, shift: float) -> Tensor:
+    """A timestep moved towards the noise: u = (t + ½) / T becomes s u / (1 + (s − 1) u).
+
+    Esser et al. (arXiv 2403.03206), section 5.3.2, shift the sampler's in the same way. With a
+    shift of 1 it stays.
+    """
+    if shift == 1:
+        return timestep
+    share = (timestep + 0.5) / timesteps
+    return (shift * share / (1 + (shift - 1) * share) * timesteps).long()
+
+
 class Reader:
     """Hands out the batches of steps that follow each other, read ahead by worker processes."""
 
@@ -225,23 +241,32 @@ class Reader:
         return found
 
     def _read_from(self, step: int) -> Iterator[list[Batch] | Exception]:
+        ending = multiprocessing.Event()
         loader = DataLoader(
             self.samples,
             batch_size=None,
             sampler=range(step, self.steps),
             num_workers=self.workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=partial(_leave_signals, ending),
         )
-        return iter(loader)
+        steps = iter(loader)
+        atexit.register(ending.set)  # before torch and Python end the workers, and wait for them
+        return steps
 
 
-def _leave_signals(worker: int) -> None:
+def _leave_signals(ending, worker: int) -> None:
     """Ctrl-C and being asked to end are for the process that learns, which ends its workers.
 
-    A terminal, or a batch system whose time is up, sends them to all processes.
+    A terminal, or a batch system whose time is up, sends them to all processes. Once ``ending`` is
+    set, being asked to end is for the worker.
     """
+
+    def end(*_) -> None:
+        if ending.is_set():
+            os._exit(0)
+
     for each in (signal.SIGINT, *ENDINGS):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, end if each == signal.SIGTERM else signal.SIG_IGN)
 
 
 def dropout_seed(seed: int, step: int, process: int, part: int) -> int:

@@ -229,8 +229,14 @@ def test_noise_out_of_a_predicted_velocity():
     velocity = alpha * noise - sigma * clean
     found = process.noise_in(process.noised(clean, noise, timesteps), timesteps, velocity)
     assert torch.allclose(found, noise, atol=1e-6)
-    plain = Diffusion(4, 0.1, 0.4)
+    plain = Diffusion(4, 0.1, 0.4, "scaled_linear")
     assert plain.noise_in(clean, timesteps, velocity) is velocity
+    # and the loss is that of the velocity, its bound that of the noise which the velocity means
+    terms = process.loss(clean, noise, timesteps, velocity + 0.5, torch.zeros_like(clean))
+    assert terms.mse.tolist() == pytest.approx([0.25] * 3, rel=1e-5)
+    wanted = plain.loss(clean, noise, timesteps, noise + 0.5 * alpha, torch.zeros_like(clean))
+    assert torch.allclose(terms.bound, wanted.bound, rtol=1e-4)
+    assert torch.allclose(wanted.mse, 0.25 * alpha.flatten() ** 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])

@@ -2,15 +2,18 @@
 
 import logging
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_mige_train import data, options_of, work  # noqa: F401 (fixtures)
 
+from imagelab.errors import UserError
 from imagelab.processes import Processes
 from mige.folder import load_parts
 from mige.training.config import Recipe
-from mige.training.plan import make_plan
+from mige.training.plan import check_rates, make_plan
 from mige.training.probe import Probe, other_pictures, other_words, undropped
 from mige.training.run import make_model, make_samples, parameter_groups
 
@@ -22,6 +25,31 @@ def test_rates_rise_stay_and_fall():
     falling = [0.5 + 0.5 * math.cos(math.pi * done / 4) for done in range(4)]
     assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, *falling])
     assert Recipe(warmup_steps=0).factor(9, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    "done, then, now, told",
+    [
+        (7, {"steps": 10, "cooldown": 0.4}, {"steps": 20}, None),  # update 6 had the whole rate
+        (8, {"steps": 10, "cooldown": 0.4}, {"epochs": 1, "cooldown": 0.4}, None),
+        (8, {"steps": 10}, {"steps": 20, "cooldown": 0.4}, None),
+        (8, {"steps": 10, "cooldown": 0.4}, {"steps": 20}, "--steps 10 --cooldown 0.4, or start"),
+        (8, {"epochs": 1, "cooldown": 0.4}, {"steps": 10}, "--steps 10 --cooldown 0.4, or start"),
+        (8, {"steps": 20}, {"steps": 10, "cooldown": 0.4}, "with --cooldown 0.4 the rates of 10"),
+        (11, {"steps": 20}, {"steps": 10}, "O has 11 steps already, and 10 are asked for; give"),
+    ],
+)
+def test_a_length_may_change_until_rates_fall(done, then, now, told):
+    """Of 100 records in batches of ten."""
+    recipe = Recipe(batch_size=10, warmup_steps=0, **now)
+    plan = SimpleNamespace(
+        config=SimpleNamespace(recipe=recipe), which=range(100), output="O",
+        steps=recipe.updates(100),
+    )  # fmt: skip
+    whole = {"steps": None, "epochs": 20, "cooldown": 0.0} | then
+    saved = SimpleNamespace(step=done, facts={"settings": whole})
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        check_rates(plan, saved)
 
 
 def test_the_transformer_has_a_rate_of_its_own():
