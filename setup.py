@@ -33,6 +33,7 @@ setup(
         "toybox.scenes": ["sprites/*"],
         "toybox.stable_diffusion": ["weights/*", "weights/*/*"],
         "toybox.classifier": ["classifier.*"],
+        "toybox.mige": ["weights/*", "weights/*/*"],
     },
     license="MIT",
     license_files=["LICENSE", "toybox/scenes/sprites/LICENSE"],
@@ -68,6 +69,7 @@ setup(
             "mige-benchmark = mige.benchmark:main",
         ],
         "imagelab.models": ["toybox = toybox.stable_diffusion:FOLDER"],
+        "mige.models": ["toybox = toybox.mige:FOLDER"],
         "imagelab.features": ["toybox = toybox.classifier.features:feature_space"],
     },
 )

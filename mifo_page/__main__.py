@@ -21,7 +21,7 @@ from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors
 from imagelab.errors import UserError
 from mifo.learning.config import LearningConfig
 from mifo.synthesis.config import SynthesisConfig
-from mifo_page import MAX_FILE, MAX_SENT
+from mifo_page import MAX_FILE, MAX_SENT, MIGE_MODEL
 from mifo_page.uploads import upload_folder
 
 LOCAL = "127.0.0.1"
@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add_setting(
         parser, learning, "model_path", "diffusers folder, .safetensors file, hub id, or toybox"
     )
+    parser.add_argument("--mige_model", default=MIGE_MODEL, help="model folder of MIGE, or toybox")
     add_setting(parser, learning, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
     parser.add_argument("--offline", action="store_true", help="never ask the hub for anything")
     parser.add_argument(

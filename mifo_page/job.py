@@ -23,15 +23,19 @@ LINES = 12  # the last ones of what a command prints
 
 
 def command(
-    module: str, defaults: Mapping, values: Mapping, flags: Sequence[str] = ()
+    module: str,
+    defaults: Mapping,
+    values: Mapping,
+    flags: Sequence[str] = (),
+    given: Sequence[str] = ("instance", "model_id", "prompt"),
 ) -> list[str]:
-    """``python -m module`` with the values that are not the defaults; names are always given.
+    """``python -m module`` with the values that are not the defaults, and those always ``given``.
 
     Whatever a value holds, it stays the value of its option: none can become another option.
     """
     words = ["python", "-m", module]
     for name, value in values.items():
-        is_given = name in ("instance", "model_id", "prompt") or value != defaults[name]
+        is_given = name in given or value != defaults[name]
         if value is None or not is_given:
             continue
         if isinstance(value, tuple):

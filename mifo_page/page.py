@@ -10,6 +10,7 @@ import gradio as gr
 from imagelab.errors import FAILURES, sentence
 from mifo_page import places as folders
 from mifo_page.fields import report_on_page
+from mifo_page.instruct import instruct_tab
 from mifo_page.job import LINES, Job
 from mifo_page.places import Places
 from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset
@@ -17,6 +18,11 @@ from mifo_page.tabs import learning_tab, masks_tab, painting_tab, read_asset
 log = logging.getLogger(__name__)
 
 CSS = read_asset("page.css")
+TITLE = "MIFO and MIGE"
+ABOUT = (
+    "Mask the things in a photo, learn them, paint each inside its box. Or give pictures, and say "
+    "what to make of them."
+)
 
 
 def theme() -> gr.Theme:
@@ -27,14 +33,16 @@ def theme() -> gr.Theme:
 
 def build_page(places: Places, job: Job) -> gr.Blocks:
     """The whole page; ``job`` runs its commands."""
-    with gr.Blocks(title="MIFO", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# MIFO\nMask the things in a photo, learn them, paint each inside its box.")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"# {TITLE}\n{ABOUT}")
         with gr.Tab("1  Masks"):
             masks_tab(places)
         with gr.Tab("2  Learn"):
             instance, curves, maps = learning_tab(places, job)
         with gr.Tab("3  Paint") as tab:
             model_id, gallery = painting_tab(places, job, tab)
+        with gr.Tab("Instructions"):
+            made = instruct_tab(places, job)
         with gr.Row(equal_height=True):
             status = gr.Textbox(label="Now", scale=5, elem_id="status")
             stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
@@ -48,7 +56,7 @@ def build_page(places: Places, job: Job) -> gr.Blocks:
             elem_classes="code",
         )
         stop.click(report_on_page(job.stop))
-        _watch(places, job, instance, model_id, [status, printed, curves, maps, gallery])
+        _watch(places, job, instance, model_id, [status, printed, curves, maps, gallery, *made])
     return page
 
 
@@ -67,7 +75,8 @@ def look(places: Places, job: Job, instance: str | None, model_id: str | None, b
     """
     now = folders.stamps(places, instance, model_id)
     new = {key for key in now if now[key] != before.get(key)}
-    choices, figures, pictures = [gr.skip()] * 2, [gr.skip()] * 2, gr.skip()
+    choices, figures, made = ([gr.skip()] * 2 for _ in range(3))
+    pictures = gr.skip()
     if "names" in new:
         choices = [
             _choose(_found(folders.instances, places), instance),
@@ -80,7 +89,9 @@ def look(places: Places, job: Job, instance: str | None, model_id: str | None, b
         ]
     if "pictures" in new:
         pictures = _found(folders.pictures, places, model_id)
-    return now, *choices, job.status(), job.output(), *figures, pictures
+    if "instructed" in new:
+        made = _found(folders.instructed, places) or [None, None]
+    return now, *choices, job.status(), job.output(), *figures, pictures, *made
 
 
 def _found(function: Callable, *where):

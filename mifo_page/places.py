@@ -22,6 +22,10 @@ from mifo.learning.config import LearningConfig, Runtime
 from mifo.learning.instance import list_instances
 from mifo.learning.places import CHECKPOINT, work_folder
 from mifo.synthesis.config import SynthesisConfig
+from mifo_page import MIGE_MODEL
+
+#: Folder, among those of the learned ones, of what instructions have made.
+INSTRUCTED = "mige"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Places:
     model_path: str = LearningConfig.model_path
     device: str = Runtime.device
     offline: bool = Runtime.offline
+    mige_model: str = MIGE_MODEL
 
 
 def folder_in(root: str | Path, name: str | None, option: str) -> Path:
@@ -120,6 +125,16 @@ def pictures(places: Places, model_id: str, most: int = 40) -> list[tuple[str, s
     return [(str(path), _caption(path)) for path in paths[:most]]
 
 
+def instructed(places: Places) -> tuple[Image.Image | None, list[tuple[str, str]]]:
+    """The newest sheet of what instructions have made, and its pictures, newest first."""
+    sheets = sorted(_output(places, INSTRUCTED).glob("sheet_*.png"), key=_modified)
+    found = pictures(places, INSTRUCTED)
+    return (
+        read_image(sheets[-1]) if sheets else None,
+        [each for each in found if not Path(each[0]).name.startswith("sheet_")],
+    )
+
+
 def _output(places: Places, model_id: str) -> Path:
     return folder_in(places.output_path, model_id, "model_id")
 
@@ -128,7 +143,10 @@ def _caption(path: Path) -> str:
     """The name of a picture, and its seed if that is in the picture."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            seed = json.loads(picture.info["mifo"])["settings"]["seed"]
+            if "mige" in picture.info:
+                seed = json.loads(picture.info["mige"])["seed"]
+            else:
+                seed = json.loads(picture.info["mifo"])["settings"]["seed"]
     except Exception:  # of another program or damaged: Pillow raises almost anything
         return path.name
     return f"{path.name}, seed {seed}"
@@ -139,7 +157,10 @@ def stamps(places: Places, instance: str | None, model_id: str | None) -> dict[s
 
     Where one cannot be found out, its stamp is the error in words: that is new too.
     """
-    found = {"names": lambda: (instances(places), learned(places))}
+    found = {
+        "names": lambda: (instances(places), learned(places)),
+        "instructed": lambda: (_modified(_output(places, INSTRUCTED)),),
+    }
     if instance:
         found["learning"] = lambda: (instance, *map(_modified, _traces(places, instance)))
     if model_id:

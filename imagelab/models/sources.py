@@ -26,12 +26,13 @@ FETCH = (
 )
 
 
-def embedded_folder(name: str) -> Path | None:
+def embedded_folder(name: str, group: str = "imagelab.models") -> Path | None:
     """Where an embedded model lies, such as ``toybox``; None if no installed package brings it.
 
-    A package announces its models as entry points of the group ``imagelab.models``.
+    A package announces its models as entry points of a group: that of Stable Diffusion's is
+    ``imagelab.models``.
     """
-    for found in entry_points(group="imagelab.models", name=name):
+    for found in entry_points(group=group, name=name):
         return found.load()
     return None
 

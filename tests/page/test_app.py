@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import NEEDED, fill, shoot, value_of, wait_until
 from PIL import ExifTags, Image, PngImagePlugin
 
 from imagelab.errors import UserError
@@ -33,8 +32,6 @@ from mifo_page.job import Job, as_words, learning_command, shown, synthesis_comm
 from mifo_page.places import folder_in
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = "/usr/bin/chromium"
-NEEDED = "the page needs gradio: pip install '.[app]'"
 BOXES = "[[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]"
 
 
@@ -433,28 +430,6 @@ def test_a_part_that_cannot_be_read_hides_no_other(places, tmp_path, monkeypatch
 # the page itself
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder that a page works in, and its address."""
-    pytest.importorskip("gradio", reason=NEEDED)
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "example").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mifo_page", "--model_path", "toybox", "--device", "cpu"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "lora-master")))},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        address = re.match(r"open (http://127\.0\.0\.1:\d+)/ ", process.stdout.readline())[1]
-        yield folder, address
-        process.terminate()
-        assert process.wait(90) == 0
-    finally:
-        process.kill()
-
-
 def answer(address, headers=None, data=None) -> tuple[int, dict, bytes]:
     request = urllib.request.Request(address, headers=headers or {}, data=data)
     try:
@@ -523,56 +498,12 @@ def test_large_uploads_are_refused(site):
     assert answer(f"{site[1]}/gradio_api/upload", headers, data)[0] == 413
 
 
-@pytest.fixture
-def browser_page(site):
-    """The page in a real browser; every address it asks for and every error is kept."""
-    if not Path(CHROMIUM).is_file():
-        pytest.skip("the browser test needs Debian's chromium: apt-get install chromium")
-    sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    off = "sandbox first-run"
-    disabled = "gpu quic background-networking component-update sync"
-    args = [f"--no-{x}" for x in off.split()] + [f"--disable-{x}" for x in disabled.split()]
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        page = browser.new_page(viewport={"width": 1300, "height": 1500})
-        page.set_default_timeout(120_000)
-        asked, errors = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(site[1])
-        yield page
-        assert not errors
-        assert all(url.startswith((site[1], "data:", "blob:")) for url in asked), asked
-        browser.close()
-
-
-def value_of(page, name) -> str:
-    return page.locator(f"#{name} textarea, #{name} input").first.input_value()
-
-
-def wait_until(page, name, text):
-    """Wait until a field of the page holds a text."""
-    script = """([name, text]) => document.querySelector(`#${name} textarea, #${name} input`)
-        .value.includes(text)"""
-    page.wait_for_function(script, arg=[name, text])
-
-
-def fill(page, name, text):
-    page.locator(f"#{name} textarea, #{name} input").first.fill(text)
-
-
 def stroke(page, *points):
     page.mouse.move(*points[0])
     page.mouse.down()
     for point in points[1:]:
         page.mouse.move(*point, steps=4)
     page.mouse.up()
-
-
-def shoot(page, name):
-    """A screenshot to look at, where MIFO_SCREENSHOTS names a folder."""
-    if folder := os.environ.get("MIFO_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 def test_from_photo_to_picture_in_a_browser(browser_page, site):

@@ -1,0 +1,56 @@
+"""A trained toy MIGE as it ships: in half precision, with a record of its training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from imagelab.training.checkpoint import read_curves, read_facts
+from mige.pipeline import MigePipeline
+from mige.training.plan import CHECKPOINT, CURVES, MODEL
+from toybox.mige.architecture import save
+from toybox.mige.folders import RECORD
+
+TRAINING, PICTURE = "training.json", "training.png"
+LAST = 500  # updates, over which losses are told
+
+
+def pack(run: Path, begun: Path, output: Path) -> None:
+    """Write the model of a finished training in half precision; it is read in float32 again.
+
+    The autoencoder's file stays toybox's own.
+
+    Args:
+        begun: folder of the model that training began with, and of its record.
+
+    Raises:
+        UserError: the training is not finished, or another process writes there.
+    """
+    pipeline = MigePipeline.from_pretrained(run / MODEL)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to(torch.float16)
+    records = {
+        RECORD: json.loads((begun / RECORD).read_text(encoding="utf-8")),
+        TRAINING: record_of(run / CHECKPOINT),
+    }
+    save(pipeline, output, records)
+    shutil.copyfile(run / CURVES, output / PICTURE)
+
+
+def record_of(checkpoint: Path) -> dict:
+    """What a training was told, how long it was, and its losses at the end."""
+    curves = read_curves(checkpoint)
+    return {
+        "settings": read_facts(checkpoint)["settings"],
+        "steps": len(curves["loss"]),
+        "last": {name: mean_of(values[-LAST:]) for name, values in curves.items()},
+    }
+
+
+def mean_of(values: list[float]) -> float | None:
+    """The mean of those that are numbers."""
+    known = [value for value in values if value == value]
+    return round(sum(known) / len(known), 5) if known else None

@@ -1,0 +1,116 @@
+"""Train toybox's MIGE from nothing, by one command: python -m toybox.mige.train.
+
+    python -m toybox.mige.train --work W --output M
+
+It renders triplets, makes the model that training begins with, computes features, trains, and
+writes the model in half precision. Each part is a command of its own, which is printed. The same
+command goes on where it was stopped.
+"""
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from imagelab.cli import HelpFormatter, Parser, report_errors
+from imagelab.errors import UserError
+
+#: How `mige.train` trains it. Batch size and rates are from trials; see toybox/mige/README.md.
+RECIPE = {
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "warmup_steps": 100,
+    "learning_rate": 1e-3,
+    "conditioning_rate": 3e-5,
+    "timestep_shift": 3,
+    "cooldown": 0.3,
+    "max_grad_norm": 1,
+    "weight_decay": 0.01,
+    "ema": 0.999,
+    "probe_steps": 100,
+    "mixed_precision": "no",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = Parser(
+        prog="python -m toybox.mige.train", description=__doc__, formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of all that is made on the way")
+    add("--output", type=Path, required=True, help="model folder to write")
+    add("--overwrite", action="store_true", help="replace a model that is there")
+    add("--seed", type=int, default=1, help="of the triplets")
+    add("--triplets", type=int, default=24_000, help="to train on")
+    add("--steps", type=int, default=25_000, help="updates, of 16 triplets each")
+    add("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu")
+    add("--workers", type=int, default=0, help="processes that render and read ahead")
+    add("--debug", action="store_true", help="show the traceback of a failure")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, options = parse_args(argv)
+    with report_errors(parser, options.debug):
+        check_output(options.output, options.overwrite)
+    for module, words in commands(options):
+        print(shlex.join(["python", "-m", module, *words]), flush=True)
+        main_of(module)(words)
+    with report_errors(parser, options.debug):
+        from toybox.mige.packing import pack
+
+        pack(options.work / "run", options.work / "begin", options.output)
+        print(options.output)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises UserError where something is that was not asked to be replaced."""
+    from imagelab.io.folders import check_writable
+    from mige.folder import INDEX
+
+    check_writable(output, "output")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / INDEX).is_file():
+            raise UserError(f"{output} holds other files; give another --output")
+        if not overwrite:
+            raise UserError(
+                f"{output} holds a model; replace it with --overwrite, or give another --output"
+            )
+
+
+def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Modules and their arguments, of what is still to be done, in order."""
+    work, device = options.work, ["--device", options.device]
+    workers = ["--workers", str(options.workers)]
+    triplets, begun, features, run = (
+        str(work / name) for name in ("triplets", "begin", "features", "run")
+    )
+    data = ["--data", f"{triplets}/triplets.json", "--model", begun]
+    found = [
+        (
+            "toybox.triplets",
+            ["--output", triplets, "--count", str(options.triplets), "--seed", str(options.seed)],
+        )
+    ]
+    if not (work / "begin" / "model_index.json").is_file():
+        words = ["--output", begun, "--work", str(work / "begin_work"), *device, *workers]
+        found.append(("toybox.mige.begin", words))
+    found.append(("mige.features", [*data, "--output", features, *device]))
+    if not (work / "run" / "model").is_dir():
+        words = [*data, "--features", features, "--output", run, *device, *workers]
+        words += ["--steps", str(options.steps)]
+        words += [word for name, value in RECIPE.items() for word in (f"--{name}", str(value))]
+        is_begun = (work / "run" / "checkpoint.safetensors").is_file()
+        found.append(("mige.train", [*words, "--resume"] if is_begun else words))
+    return found
+
+
+def main_of(module: str) -> Callable[[list[str]], None]:
+    """The command that a module is."""
+    from importlib import import_module
+
+    return import_module(module).main
+
+
+if __name__ == "__main__":
+    main()
