@@ -63,7 +63,10 @@ PARTS = {
     ),
     "fusion": Part(
         "mige.method.fusion", ("InstructionFusion",), "config.json",
-        ("queries", "width", "heads", "patch_width", "text_width", "text_length"),
+        (
+            "queries", "width", "heads", "patch_width", "text_width", "text_length",
+            "reads_latents",
+        ),
         weights="diffusion_pytorch_model",
     ),
     "scheduler": Part(
@@ -213,6 +216,11 @@ def check_widths(configs: dict[str, dict], folder: Path) -> None:
         value = number("transformer", key)
         agree(f"transformer's {key}", value, "twice vae's latent_channels", latents)
     number("text_encoder", "vocab_size")
+    if type(reads := configs["fusion"].get("reads_latents", True)) is not bool:
+        raise UserError(
+            f"{folder / 'fusion'}: reads_latents is {shorten(str(reads))}, and not true or false; "
+            f"{ADVICE}"
+        )
 
 
 def check_finite(module, folder: Path) -> None:

@@ -57,6 +57,8 @@ class InstructionFusion(ModelMixin, ConfigMixin):
         heads: of the fusion's attention.
         patch_width: of the transformer's patch embedding.
         text_width, text_length: of the text encoder's states.
+        reads_latents: False leaves out what pictures show, as in the paper's ablation: vectors say
+            what they mean alone.
     """
 
     @register_to_config
@@ -68,6 +70,7 @@ class InstructionFusion(ModelMixin, ConfigMixin):
         patch_width: int = 1152,
         text_width: int = 4096,
         text_length: int = 256,
+        reads_latents: bool = True,
     ):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.randn(1, queries, width) * 0.02)
@@ -83,4 +86,6 @@ class InstructionFusion(ModelMixin, ConfigMixin):
             meaning: [r, q, w], the Q-Former's.
             patches: [r, n, p], the latents as the transformer embeds them, without positions.
         """
+        if not self.config.reads_latents:
+            return self.projection(self.features.norm_out(meaning))
         return self.projection(self.features(meaning, patches))

@@ -7,6 +7,7 @@ from golden_mige import WordTokenizer, arrays
 from PIL import Image
 
 from imagelab.errors import UserError
+from mige.method.fusion import InstructionFusion
 from mige.method.guidance import Branch, branches, guide
 from mige.method.instruction import interleave, length_of, segment_ids
 from mige.method.loss import Diffusion
@@ -258,3 +259,15 @@ def test_either_prediction_is_sampled_alike(schedule):
         found[kind] = latents
     assert torch.allclose(found["epsilon"], found["v_prediction"], atol=1e-4)
     assert (found["epsilon"] - mean).abs().max() < 4 * deviation
+
+
+def test_a_fusion_that_reads_no_latents():
+    """What pictures show changes nothing; the rest is the projection of LN(c)."""
+    fusion = InstructionFusion(2, 8, 2, 6, 5, 4, reads_latents=False)
+    torch.nn.init.normal_(fusion.features.mix.weight)
+    meaning, patches, others = torch.randn(1, 2, 8), torch.randn(1, 3, 6), torch.randn(1, 3, 6)
+    found = fusion(meaning, patches)
+    assert torch.equal(found, fusion(meaning, others))
+    centred = meaning - meaning.mean(-1, keepdim=True)
+    norm = centred / (meaning.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(found, fusion.projection(norm), atol=1e-5)

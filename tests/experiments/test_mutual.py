@@ -1,0 +1,160 @@
+"""The six trainings of toybox's MIGE: their lists, starts, painting in words, rows and table."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.mutual import command
+from experiments.mutual.painting import WordsPainter, text_of
+from experiments.mutual.report import table_of
+from experiments.mutual.variants import VARIANTS, in_words, write_list, write_start
+from mige import features
+from mige.config import PaintingConfig
+from mige.folder import load_parts
+from mige.method.encoder import encode_text
+from mige.method.instruction import Embedded, length_of
+from toybox import triplets
+from toybox.mige.architecture import (
+    ToyMigeConfig,
+    build_parts,
+    build_pipeline,
+    build_tokenizer,
+    load_vae,
+    save,
+)
+from toybox.mige.evaluation.items import ROWS, draw_item
+from toybox.mige.evaluation.painters import request_of
+
+TINY = ToyMigeConfig(
+    width=32, head_width=16, blocks=1,
+    text_width=32, text_heads=2, text_inner=32, text_layers=1,
+    vision_width=32, vision_heads=2, vision_inner=32, vision_layers=1,
+    queries=3, query_width=32, query_heads=2, query_inner=32, query_layers=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    vae, tokenizer = load_vae(), build_tokenizer()
+    return build_pipeline(build_parts(TINY, vae, tokenizer, 0), vae, tokenizer, TINY.slots)
+
+
+@pytest.fixture(scope="module")
+def work(pipeline, tmp_path_factory):
+    """begin, triplets and features."""
+    folder = tmp_path_factory.mktemp("mutual")
+    save(pipeline, folder / "begin")
+    triplets.main(["--output", str(folder / "triplets"), "--count", "12", "--seed", "3"])
+    features.main(
+        ["--data", str(folder / "triplets/triplets.json"), "--model", str(folder / "begin")]
+        + ["--output", str(folder / "features"), "--device", "cpu"]
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "prompt, plain, source, kinds, wanted",
+    [
+        ("make it blue in<imagehere>", "make it blue", 0, {}, "make it blue"),
+        ("a<imagehere>and a<imagehere>", None, None, {0: "car", 1: "fox"}, "a car and a fox"),
+        (
+            "swap the fox in<imagehere>for<imagehere>", None, 0, {1: "tropical_fish"},
+            "swap the fox in the picture for tropical fish",
+        ),
+        ("put<imagehere>into<imagehere>", None, 1, {0: "bear"}, "put bear into the picture"),
+    ],
+)  # fmt: skip
+def test_words_stand_for_pictures(prompt, plain, source, kinds, wanted):
+    assert in_words(prompt, plain, source, kinds) == wanted
+
+
+def test_the_list_of_each_variant(work, tmp_path):
+    whole = json.loads((work / "triplets/triplets.json").read_text())
+    found = {}
+    for name, variant in VARIANTS.items():
+        write_list(variant, work / "triplets", tmp_path / "list.json")
+        found[name] = json.loads((tmp_path / "list.json").read_text())
+    assert found["together"] == found["no_latents"] == whole
+    for task in ("subject", "edit", "subject_edit"):
+        assert found[task] == [record for record in whole if record["task"] == task] != []
+    for before, after in zip(whole, found["no_pictures"], strict=True):
+        assert after["entity_path"] == [] and "<imagehere>" not in after["multi_prompt"]
+        same = before.keys() - {"entity_path", "multi_prompt"}
+        assert {key: after[key] for key in same} == {key: before[key] for key in same}
+
+
+def test_one_start_reads_no_latents(work, tmp_path):
+    for name, reads in (("together", True), ("no_latents", False)):
+        write_start(VARIANTS[name], work / "begin", tmp_path / name)
+        fusion = load_parts(tmp_path / name)["fusion"]
+        whole = load_parts(work / "begin")["fusion"]
+        assert fusion.config.reads_latents is reads
+        for key, value in whole.state_dict().items():
+            assert torch.equal(fusion.state_dict()[key], value)
+
+
+def test_what_is_painted_in_words(pipeline):
+    """The instruction has no picture; the picture to edit is the same as with pictures."""
+    painter = WordsPainter(pipeline, "d", PaintingConfig.from_settings(seed=0, steps=2), "m")
+    item = draw_item(0, "subject-edit-replace", 0)
+    whole = pipeline.encode(request_of(item), 0)
+    found = painter._in_words(item, whole)
+    assert torch.equal(found.source, whole.source) and found.has_source
+    ids = pipeline.tokenizer("combine " + text_of(item)).input_ids  # with its end
+    assert int(found.mask.sum()) == len(ids) == length_of([ids], 0) - 1
+    wanted = encode_text(pipeline.text_encoder, embedded_of(pipeline, ids))
+    assert torch.allclose(found.text[: len(ids)], wanted[: len(ids)], atol=1e-5)
+    (picture,) = painter.paint([item])
+    assert picture.size == (128, 128)
+    assert painter.facts("edit-add") != WordsPainter.__mro__[1].facts(painter, "edit-add")
+
+
+def embedded_of(pipeline, ids):
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    return Embedded(table[torch.tensor(ids)], torch.ones(len(ids)))
+
+
+def test_the_table():
+    """Two of four: Wilson's interval is 15.0% to 85.0%."""
+    rows = [
+        {"variant": name, "seed": 0, "task": "edit", "checks": {"right": at < 2}, "l1": 0.02,
+         "autoencoder_l1": 0.01}
+        for name in ("together", "edit") for at in range(4)
+    ]  # fmt: skip
+    rows[0] = rows[0] | {"seed": 1, "l1": 0.06}
+    assert table_of(rows).splitlines()[2:] == [
+        "| all tasks together | 2 | – | 50.0% (15.0% to 85.0%) | – | 0.030 ± 0.032 (0.010) |",
+        "| edits alone | 1 | – | 50.0% (15.0% to 85.0%) | – | 0.020 ± 0.000 (0.010) |",
+    ]
+
+
+def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, capsys):
+    """One update each, two rows; then nothing is trained or painted anew."""
+    some = {name: ROWS[name] for name in ("subject-one", "edit-recolour")}
+    monkeypatch.setattr("toybox.mige.evaluation.items.ROWS", some)
+    monkeypatch.setattr("toybox.mige.evaluate.ROWS", some)
+    argv = ["--work", str(tmp_path / "W"), "--steps", "1", "--items", "1", "--device", "cpu"]
+    argv += ["--variants", "edit", "no_pictures"]
+    for name in ("begin", "triplets", "features"):
+        argv += [f"--{name}", str(work / name)]
+    command.main(argv)
+    table = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "W/rows.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["task"]) for row in rows] == [
+        ("edit", "edit"), ("no_pictures", "subject"), ("no_pictures", "edit"),
+    ]  # fmt: skip
+    assert all(row["l1"] > 0 for row in rows if row["task"] == "edit")
+    assert "| edits alone | 1 | – | " in table
+    monkeypatch.setattr(command, "train", None)
+    command.main(argv)
+    assert table_of(rows) in capsys.readouterr().out
+    told = fails(command.main, [*argv, "--steps", "2"]).err
+    assert "was made with --steps 1; go on with that, or give another --work" in told
+
+
+def test_bad_input(tmp_path, fails):
+    argv = ["--begin", "b", "--triplets", str(tmp_path), "--features", "f"]
+    told = fails(command.main, [*argv, "--work", str(tmp_path / "W")]).err
+    assert "triplets.json; `python -m toybox.triplets` writes it" in told
+    assert "--items is 0" in fails(command.main, [*argv, "--items", "0"]).err
