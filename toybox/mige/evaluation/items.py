@@ -13,7 +13,7 @@ class Row(NamedTuple):
     """Items of one task and op.
 
     Attributes:
-        aims: the shares that issue 19 asks for, by the check.
+        aims: the shares to reach, by the check.
     """
 
     title: str
