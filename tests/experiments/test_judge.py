@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.judge import _covered, find_instances, judge_boxes, read_box
+from experiments.judge import find_instances, judge_boxes
 from imagelab.boxes import Box
+from toybox.classifier.boxes import covered, read_boxes
 from toybox.classifier.network import CROP, SCENE, load_classifier
 from toybox.scenes.instances import EXAMPLES, example_scene
 from toybox.scenes.scenes import Placement, Scene, render
@@ -153,10 +154,10 @@ def test_a_box_that_hardly_shows_its_toy_is_wrong(cells, is_right):
 
 
 def test_covered():
-    covered = _covered(0.1, 0.8, 8).tolist()  # eighths end at 0.125, …, 0.75, 0.875
-    assert covered == pytest.approx([0.2, 1, 1, 1, 1, 1, 0.4, 0], abs=1e-6)
-    assert _covered(0.3, 0.4, 4).tolist() == pytest.approx([0, 0.4, 0, 0], abs=1e-6)
-    assert _covered(-0.5, 1.5, 3).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    found = covered((0.1, 0.8), 8).tolist()  # eighths end at 0.125, …, 0.75, 0.875
+    assert found == pytest.approx([0.2, 1, 1, 1, 1, 1, 0.4, 0], abs=1e-6)
+    assert covered((0.3, 0.4), 4).tolist() == pytest.approx([0, 0.4, 0, 0], abs=1e-6)
+    assert covered((-0.5, 1.5), 3).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
 
 
 def test_only_what_is_inside_the_box_counts():
@@ -164,19 +165,19 @@ def test_only_what_is_inside_the_box_counts():
     kinds, hues = np.full((8, 8), "bus", dtype=object), np.full((8, 8), 90)
     kinds[:6, :4], hues[:6, :4] = "car", 0
     kinds[0], hues[0] = "", 180  # background, whose hue says nothing
-    kind, cover, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.5))
+    ((kind, cover, hue),) = read_boxes(Told(kinds, hues), BLANK, [Box(0, 0, 0.5, 0.5)])
     # car: 5 rows of 4; bus: 5 rows of 2.4 and 0.4 rows of 6.4 (in the window: 20 cells and 36)
     assert kind == "car"
     assert cover == pytest.approx(20 / 6.4**2, abs=1e-4)
     assert hue == pytest.approx(np.rad2deg(np.arctan2(14.56, 20)), abs=1e-3)
-    assert read_box(Told(kinds, hues), BLANK, WHOLE)[0] == "bus"
+    assert read_boxes(Told(kinds, hues), BLANK, [WHOLE])[0].kind == "bus"
 
 
 def test_a_wide_box_covers_columns_of_its_window():
     """64 by 32 pixels of a window of 80: 6.4 columns and 3.2 rows."""
     kinds, hues = np.full((8, 8), "bus", dtype=object), np.full((8, 8), 90)
     kinds[:3], hues[:3] = "car", 0
-    kind, cover, hue = read_box(Told(kinds, hues), BLANK, Box(0, 0, 0.5, 0.25))
+    ((kind, cover, hue),) = read_boxes(Told(kinds, hues), BLANK, [Box(0, 0, 0.5, 0.25)])
     assert kind == "car"  # 3 rows of 6.4, and 0.2 of them of the bus
     assert hue == pytest.approx(np.rad2deg(np.arctan2(1.28, 19.2)), abs=1e-3)
 
@@ -195,7 +196,7 @@ def test_the_window_around_a_box(box, left, top, side):
     ramp = np.arange(128, dtype=np.uint8)
     pixels = np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], 0), -1)
     told = Told("car", 0)
-    read_box(told, Image.fromarray(pixels.astype(np.uint8)), box)
+    read_boxes(told, Image.fromarray(pixels.astype(np.uint8)), [box])
     assert told.shown.shape == (1, 3, CROP, CROP)
     red, green, _ = (told.shown[0] + 1) * 127.5  # each pixel's column and row
     at = (np.arange(4, 60) + 0.5) * side / CROP - 0.5  # where the middles of its pixels lie
@@ -209,7 +210,7 @@ def test_the_window_in_a_wide_picture():
     kinds[:, 5:] = "bus"
     wide = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (64, 1)))
     told = Told(kinds, 0)
-    assert read_box(told, wide, WHOLE)[0] == "car"  # 5 columns of 8
+    assert read_boxes(told, wide, [WHOLE])[0].kind == "car"  # 5 columns of 8
     red = (told.shown[0, 0] + 1) * 127.5
     np.testing.assert_allclose(red[30, 4:60], np.arange(36, 92), atol=0.51)
 

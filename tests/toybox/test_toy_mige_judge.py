@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from toybox.classifier.boxes import Seen, read_boxes
 from toybox.classifier.network import load_classifier
 from toybox.mige.judge import (
     detail,
@@ -18,7 +19,7 @@ from toybox.mige.judge import (
     judge_subject_edit,
     l1,
 )
-from toybox.mige.sight import Seen, Sight, View, read_boxes
+from toybox.mige.sight import Sight, View
 from toybox.scenes import triplets
 from toybox.scenes.edits import Change
 from toybox.scenes.scenes import GROUNDS, Placement, Scene, render

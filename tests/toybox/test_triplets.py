@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.judge import read_box
-from imagelab.boxes import Box
+from toybox.classifier.boxes import read_boxes
 from toybox.classifier.network import SCENE, load_classifier, to_input
 from toybox.scenes import edits
 from toybox.scenes.layouts import (
@@ -64,7 +63,7 @@ def classifier():
 
 
 def read(picture: Image.Image, box) -> tuple[str, float, float]:
-    return read_box(classifier(), picture, Box(*box))
+    return read_boxes(classifier(), picture, [box])[0]
 
 
 def new_of(triplet: Triplet):
