@@ -54,9 +54,10 @@ def run(options: argparse.Namespace) -> None:
     """Check everything, then make the features; exit code 2 where pictures cannot be read."""
     from imagelab.models.device import choose_device
     from imagelab.processes import Processes
+    from mige.data.checking import Limits, check_records, tell
     from mige.data.extraction import Extraction, check_place, extract, load_vae
     from mige.data.features import Kind
-    from mige.data.records import Limits, RecordList, check_records, tell
+    from mige.data.records import RecordList
     from mige.data.references import References
     from mige.folder import find_folder
 

@@ -27,8 +27,9 @@ from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import checked_folder, find_weights
 from imagelab.processes import Processes
 from imagelab.training.interrupt import Interrupt, finish_step_on_interrupt
+from mige.data.checking import MOST_TOLD
 from mige.data.features import AGAIN, FACTS, Kind, read_shards, shard_path
-from mige.data.records import MOST_TOLD, RecordList
+from mige.data.records import RecordList
 from mige.data.references import References
 from mige.folder import PARTS, check_finite
 from mige.pictures import crop, to_pixels

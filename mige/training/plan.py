@@ -22,8 +22,9 @@ from imagelab.models.device import choose_precision
 from imagelab.processes import Processes
 from imagelab.training.checkpoint import Checkpoint, read_facts
 from imagelab.training.seeds import check_seed
+from mige.data.checking import MOST_TOLD, Limits, check_records, tell
 from mige.data.features import Features, open_features
-from mige.data.records import MOST_TOLD, Limits, RecordList, check_records, tell
+from mige.data.records import RecordList
 from mige.folder import find_folder, model_digest
 from mige.training.config import (
     FREE_SETTINGS,

@@ -24,8 +24,9 @@ from imagelab.errors import FAILURES
 from imagelab.io.images import open_picture
 from imagelab.training.interrupt import ENDINGS
 from imagelab.training.seeds import generator_for, seed_for
+from mige.data.checking import Limits
 from mige.data.features import Features, Kind
-from mige.data.records import Limits, Record, RecordList, shuffled
+from mige.data.records import Record, RecordList, shuffled
 from mige.folder import config_of, read_schedule
 from mige.method.instruction import segment_ids
 from mige.pictures import to_vision

@@ -12,15 +12,9 @@ import pytest
 
 from imagelab.errors import UserError
 from mige import lists
-from mige.data import records
-from mige.data.records import (
-    BadRecords,
-    Limits,
-    RecordList,
-    check_records,
-    parse_record,
-    shuffled,
-)
+from mige.data import checking
+from mige.data.checking import BadRecords, Limits, check_records
+from mige.data.records import RecordList, parse_record, shuffled
 
 SUBJECT = {
     "image": "x/Subjects200K/t/7.jpg", "width": 800, "height": 600, "source_path": [],
@@ -221,7 +215,7 @@ def test_a_wrong_root_is_told_once(pictures, caplog):
 
 def test_a_wrong_root_is_found_early(pictures, caplog, monkeypatch):
     """What is wrong with the third record is not looked at."""
-    monkeypatch.setattr(records, "FIRST", 2)
+    monkeypatch.setattr(checking, "FIRST", 2)
     path = write(pictures / "d.json", [SUBJECT, EDIT, REPLACE, {"image": "x"}])
     told = "none of the 5 pictures of the first 2 records is under"
     assert told in all_alike(path, pictures / "x", caplog)

@@ -7,7 +7,8 @@ import torch
 from tiny_toy_mige import TINY, the_tokenizer, the_vae, tiny_parts, words_alone
 from torch import nn
 
-from mige.data.records import Limits, Record
+from mige.data.checking import Limits
+from mige.data.records import Record
 from mige.folder import read_tokenizer
 from mige.method.wording import MARK, TASKS, prompt_for
 from mige.pipeline import MigePipeline

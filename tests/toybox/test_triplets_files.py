@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from thin import contents
 
-from mige.data.records import Limits, RecordList, check_records
+from mige.data.checking import Limits, check_records
+from mige.data.records import RecordList
 from mige.items import read_items, read_pictures
 from mige.method.wording import PREFIXES, split
 from toybox.scenes import triplet_files
