@@ -4,17 +4,17 @@
 
 trains a toy MIGE in six ways from one start, each for as many samples: all tasks together, each
 task alone, without the autoencoder's features, and without pictures in the instruction. Then each
-paints held-out items, which toybox's classifier judges. Writes rows.jsonl and mutual.md into W. The
-same command goes on where it was stopped; several, with other --variants or --seeds, may share W.
+paints held-out items, which toybox's classifier judges, and its error is measured on held-out
+triplets. Writes rows.jsonl, errors.jsonl and mutual.md into W. The same command goes on where it
+was stopped; several, with other --variants or --seeds, may share W once one of them has begun.
 What it begins with is made by the first commands of `python -m toybox.mige.train`.
 """
 
 import argparse
-import json
-import logging
+from dataclasses import replace
 from pathlib import Path
 
-from experiments.mutual.report import write_mutual
+from experiments.mutual.report import ERRORS, ROWS, write_lines, write_mutual
 from experiments.mutual.variants import VARIANTS, write_list, write_start
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
@@ -22,11 +22,14 @@ from imagelab.io.atomic import folder_lock, write_json
 from imagelab.io.folders import check_writable
 from imagelab.io.tensors import read_json
 from imagelab.settings import check_within
+from mige.method.wording import TASKS
 
-log = logging.getLogger(__name__)
-
-BOUNDS = {"steps": (1, 10_000_000), "items": (1, 100_000), "batch_size": (1, 10_000)}
-SETTINGS, RUN = "settings.json", "run"
+BOUNDS = {
+    "steps": (1, 10_000_000), "items": (1, 100_000), "held_out": (3, 100_000),
+    "batch_size": (1, 10_000),
+}  # fmt: skip
+KEPT = ("index", "checks", "l1", "autoencoder_l1")  # of a painted item's record
+SETTINGS, RUN, HELD_OUT = "settings.json", "run", "held_out"
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -40,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("--features", type=Path, required=True, help="folder that mige.features wrote of them")
     add("--steps", type=int, default=4000, help="updates of each training")
     add("--items", type=int, default=64, help="held-out items of each row: of a task and an op")
+    add("--held_out", type=int, default=600, help="triplets whose error is measured")
     add("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     add(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -55,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
         check_options(options)
+    prepare(options)
     try:
         for seed in dict.fromkeys(options.seeds):
             for name in dict.fromkeys(options.variants):
@@ -72,7 +77,7 @@ def check_options(options: argparse.Namespace) -> None:
     if not path.is_file():
         raise UserError(f"there is no {path}; `python -m toybox.triplets` writes it")
     options.work.mkdir(parents=True, exist_ok=True)
-    now = {name: getattr(options, name) for name in ("steps", "items")}
+    now = {name: getattr(options, name) for name in ("steps", "items", "held_out")}
     if (options.work / SETTINGS).is_file():
         then = read_json(options.work / SETTINGS, dict.fromkeys(now, int), "give another --work")
         if changed := [name for name in now if then[name] != now[name]]:
@@ -82,6 +87,19 @@ def check_options(options: argparse.Namespace) -> None:
             )
     else:
         write_json(options.work / SETTINGS, now)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Held-out triplets and their features, by the commands that make those of training."""
+    from mige.features import main as features_main
+    from toybox.triplets import main as triplets_main
+
+    folder = str(options.work / HELD_OUT)
+    triplets_main(["--output", folder, "--split", "test", "--count", str(options.held_out)])
+    features_main(
+        ["--data", f"{folder}/triplets.json", "--model", str(options.begin)]
+        + ["--output", f"{folder}_features", "--device", options.device]
+    )
 
 
 def run_variant(parser, options: argparse.Namespace, name: str, seed: int) -> None:
@@ -96,6 +114,7 @@ def run_variant(parser, options: argparse.Namespace, name: str, seed: int) -> No
         train(options, folder, seed)
     with report_errors(parser, options.debug), folder_lock(folder, "--work"):
         measure(options, name, folder)
+        measure_errors(options, name, folder)
 
 
 def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
@@ -117,30 +136,39 @@ def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
 def measure(options: argparse.Namespace, name: str, folder: Path) -> None:
     """Paint and judge the held-out items of a variant's tasks."""
     from experiments.mutual.painting import WordsPainter
-    from mige.config import PaintingConfig
     from toybox.mige.evaluate import parse_args as usual
-    from toybox.mige.evaluation.items import ROWS
+    from toybox.mige.evaluation import items
     from toybox.mige.evaluation.painters import load_painter
     from toybox.mige.evaluation.running import evaluate
 
     variant, model = VARIANTS[name], folder / RUN / "model"
-    rows = [row for row, found in ROWS.items() if found.task in variant.tasks]
+    rows = [row for row, found in items.ROWS.items() if found.task in variant.tasks]
     _, given = usual(
         ["--model", str(model), "--output", str(folder), "--device", options.device]
         + ["--batch_size", str(options.batch_size)]
     )
     painter = load_painter(given, rows)
     if not variant.reads_pictures:
-        config: PaintingConfig = painter.config
-        painter = WordsPainter(painter.pipeline, painter.digest, config, str(model))
+        painter = WordsPainter(painter.pipeline, painter.digest, painter.config, str(model))
     found = evaluate(painter, rows, options.items, 0, given.seed, folder / "evaluation")
     kept = [
-        {"row": row, "task": ROWS[row].task, **{k: record[k] for k in KEPT if k in record}}
+        {"row": row, "task": items.ROWS[row].task, **{k: record[k] for k in KEPT if k in record}}
         for row, records in found.rows.items()
         for record in records
     ]
-    text = "".join(json.dumps(each) + "\n" for each in kept)
-    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    write_lines(folder / ROWS, kept)
 
 
-KEPT = ("index", "checks", "l1", "autoencoder_l1")
+def measure_errors(options: argparse.Namespace, name: str, folder: Path) -> None:
+    """The errors of a variant on the held-out triplets of its tasks."""
+    from experiments.mutual.errors import held_out_errors
+    from imagelab.models.device import choose_device
+
+    variant, root = VARIANTS[name], options.work / HELD_OUT
+    whole = replace(variant, tasks=TASKS)  # of all variants a triplet has the same place
+    write_list(whole, root, folder / "held_out.json")
+    found = held_out_errors(
+        folder / RUN / "model", folder / "held_out.json", root, Path(f"{root}_features"), 0,
+        choose_device(options.device),
+    )  # fmt: skip
+    write_lines(folder / ERRORS, [each for each in found if each["task"] in variant.tasks])

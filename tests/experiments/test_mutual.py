@@ -1,19 +1,27 @@
 """The six trainings of toybox's MIGE: their lists, starts, painting in words, rows and table."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from experiments.mutual import command
+from experiments.mutual.errors import held_out_errors
 from experiments.mutual.painting import WordsPainter, text_of
-from experiments.mutual.report import table_of
+from experiments.mutual.report import error_table, table_of
 from experiments.mutual.variants import VARIANTS, in_words, write_list, write_start
 from mige import features
 from mige.config import PaintingConfig
+from mige.data.features import open_features
+from mige.data.records import RecordList
 from mige.folder import load_parts
 from mige.method.encoder import encode_text
 from mige.method.instruction import Embedded, length_of
+from mige.method.loss import Diffusion
+from mige.training.model import TrainedModel
+from mige.training.samples import Facts, Samples
 from toybox import triplets
 from toybox.mige.architecture import (
     ToyMigeConfig,
@@ -129,13 +137,54 @@ def test_the_table():
     ]
 
 
+def test_the_table_of_errors():
+    """Of two triplets: 0.3 and 0.1 for 0.2 and 0.1, a rise of 0.05 over 0.15, ± 12.7 · 0.05."""
+    errors = [
+        {"variant": name, "seed": seed, "task": "edit", "place": place, "error": error}
+        for name, seed, place, error in (
+            ("together", 0, 4, 0.1), ("together", 1, 4, 0.3), ("together", 0, 7, 0.1),
+            ("no_latents", 0, 4, 0.3), ("no_latents", 0, 7, 0.1),
+        )
+    ]  # fmt: skip
+    assert error_table(errors).splitlines()[2:] == [
+        "| all tasks together | – | 0.1500 | – |",
+        "| without the autoencoder's features | – | 0.2000 (+33.3% ± 423.5) | – |",
+    ]
+    assert error_table([]) == ""
+
+
+def test_errors_are_those_of_each_triplet_alone(work):
+    """The same noise and steps, whatever else is in the list's batches."""
+    model, root = work / "begin", work / "triplets"
+    args = (root, work / "features", 3, "cpu")
+    found = held_out_errors(model, root / "triplets.json", *args)
+    assert [each["place"] for each in found] == list(range(12))
+    parts = load_parts(model)
+    trained = TrainedModel(
+        parts, Diffusion.of(parts["scheduler"]), slots=2, end=1, round_timesteps=False
+    ).eval()
+    samples = Samples(
+        RecordList(root / "triplets.json"), np.arange(12), open_features(args[1], model), root,
+        Facts.of(model), 3, 12, 1, 5, 1,
+    )  # fmt: skip
+    (batch,) = samples[0]  # place 5 alone
+    batch = replace(batch, draws=torch.ones(1))
+    with torch.no_grad():
+        errors = [
+            trained(replace(batch, timesteps=torch.tensor([step]))).mse.item()
+            for step in (100, 300, 500, 700, 900)
+        ]
+    assert found[5]["task"] == batch.tasks[0]
+    assert found[5]["error"] == pytest.approx(sum(errors) / 5, rel=1e-5)
+
+
 def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, capsys):
     """One update each, two rows; then nothing is trained or painted anew."""
     some = {name: ROWS[name] for name in ("subject-one", "edit-recolour")}
     monkeypatch.setattr("toybox.mige.evaluation.items.ROWS", some)
     monkeypatch.setattr("toybox.mige.evaluate.ROWS", some)
     argv = ["--work", str(tmp_path / "W"), "--steps", "1", "--items", "1", "--device", "cpu"]
-    argv += ["--variants", "edit", "no_pictures"]
+    argv += ["--variants", "edit", "no_pictures", "--held_out", "6"]
     for name in ("begin", "triplets", "features"):
         argv += [f"--{name}", str(work / name)]
     command.main(argv)
@@ -145,7 +194,14 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
         ("edit", "edit"), ("no_pictures", "subject"), ("no_pictures", "edit"),
     ]  # fmt: skip
     assert all(row["l1"] > 0 for row in rows if row["task"] == "edit")
-    assert "| edits alone | 1 | – | " in table
+    assert "| edits alone | 1 | – | " in table and "| edits alone | – | 1." in table
+    lines = (tmp_path / "W/errors.jsonl").read_text().splitlines()
+    errors = [json.loads(line) for line in lines]
+    places = {
+        name: {row["place"] for row in errors if row["variant"] == name}
+        for name in ("edit", "no_pictures")
+    }
+    assert places["no_pictures"] == set(range(6)) > places["edit"] != set()
     monkeypatch.setattr(command, "train", None)
     command.main(argv)
     assert table_of(rows) in capsys.readouterr().out
