@@ -194,7 +194,7 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
         ("edit", "edit"), ("no_pictures", "subject"), ("no_pictures", "edit"),
     ]  # fmt: skip
     assert all(row["l1"] > 0 for row in rows if row["task"] == "edit")
-    assert "| edits alone | 1 | – | " in table and "| edits alone | – | 1." in table
+    assert "| edits alone | 1 | – | " in table and "| edits alone | – | 0." in table
     lines = (tmp_path / "W/errors.jsonl").read_text().splitlines()
     errors = [json.loads(line) for line in lines]
     places = {
