@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser, report_errors
+from imagelab.errors import UserError
 from toybox.scenes.wording import SPLITS, TASKS
 
 
@@ -35,6 +36,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         "--tasks", nargs="+", default=[], choices=TASKS, metavar="TASK",
         help=f"some of {', '.join(TASKS)}; several take turns (default: all, each as often)",
     )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=0,
+        help="processes that share the rendering of a list for training; 0: this one alone",
+    )  # fmt: skip
     parser.add_argument("--bench", action="store_true", help="lists to measure a model with")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
@@ -46,9 +51,11 @@ def main(argv: list[str] | None = None) -> None:
         from toybox.scenes.triplet_files import Job, write
 
         split = args.split or ("test" if args.bench else "train")
+        if not 0 <= args.workers <= 256:
+            raise UserError(f"--workers is {args.workers}; give a whole number from 0 to 256")
         job = Job(args.seed, split, args.count, tuple(args.tasks), args.bench)
         try:
-            paths = write(job, args.output)
+            paths = write(job, args.output, args.workers)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         for path in paths:

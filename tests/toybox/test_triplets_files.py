@@ -136,6 +136,13 @@ def test_a_stopped_list_goes_on(written, tmp_path, monkeypatch, capsys, stopped_
     assert drawn == ["stop"]
 
 
+def test_processes_write_the_same(written, tmp_path):
+    folder = tmp_path / "ten"
+    options = ["--output", str(folder), "--count", "10", "--seed", "8"]
+    main([*options, "--workers", "2"])
+    assert contents(folder) == contents(written)
+
+
 def test_a_folder_of_other_things_is_refused(written, tmp_path, fails):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -161,6 +168,7 @@ def test_a_folder_of_other_things_is_refused(written, tmp_path, fails):
         (["--tasks", "edit", "edit"], "--tasks edit edit names one twice"),
         (["--tasks", "paint"], "invalid choice: 'paint'"),
         (["--bench", "--split", "train"], "--bench is of the split test"),
+        (["--workers", "-1"], "--workers is -1; give a whole number from 0 to 256"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, fails, options, message):

@@ -89,7 +89,8 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     found = [
         (
             "toybox.triplets",
-            ["--output", triplets, "--count", str(options.triplets), "--seed", str(options.seed)],
+            ["--output", triplets, "--count", str(options.triplets), "--seed", str(options.seed)]
+            + workers,
         )
     ]
     if not (work / "begin" / "model_index.json").is_file():

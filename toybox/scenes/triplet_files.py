@@ -5,7 +5,9 @@ who starts again goes on behind the last part.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -53,8 +55,12 @@ class Job:
             raise UserError("--bench is of the split test, which no training sees; leave out train")
 
 
-def write(job: Job, folder: Path) -> list[Path]:
+def write(job: Job, folder: Path, workers: int = 0) -> list[Path]:
     """Write a job's lists into a folder of its own, or go on with them; their paths.
+
+    Args:
+        workers: processes that share the parts of a list for training; 0: this one alone. They
+            change nothing of what is written.
 
     Raises:
         UserError: the folder holds anything else.
@@ -62,7 +68,7 @@ def write(job: Job, folder: Path) -> list[Path]:
     check_writable(folder, "output")
     with folder_lock(folder, "--output"):
         _claim(job, folder)
-        return _write_bench(job, folder) if job.bench else [_write_list(job, folder)]
+        return _write_bench(job, folder) if job.bench else [_write_list(job, folder, workers)]
 
 
 def _claim(job: Job, folder: Path) -> None:
@@ -88,23 +94,45 @@ def _claim(job: Job, folder: Path) -> None:
 # a list for training
 
 
-def _write_list(job: Job, folder: Path) -> Path:
+def _write_list(job: Job, folder: Path, workers: int) -> Path:
     """The parts that are not there yet, then the list of all."""
-    pictures = folder / "pictures"
-    starts = range(0, job.count, PART)
-    parts = {start: pictures / f"{start // PART:05d}" for start in starts}
-    with tqdm(total=job.count, desc="triplets", unit=" triplets") as bar:
-        for start, part in parts.items():
-            indices = range(start, min(start + PART, job.count))
-            if not part.is_dir():
-                triplets = ((index, _nth(job, index)) for index in indices)
-                _write_part(part, f"pictures/{part.name}", triplets, _record, bar.update)
-            else:
-                bar.update(len(indices))
+    parts = {
+        folder / "pictures" / f"{start // PART:05d}": range(start, min(start + PART, job.count))
+        for start in range(0, job.count, PART)
+    }
+    todo = {part: indices for part, indices in parts.items() if not part.is_dir()}
+    done = job.count - sum(map(len, todo.values()))
+    with tqdm(total=job.count, initial=done, desc="triplets", unit=" triplets") as bar:
+        if workers:
+            with ProcessPoolExecutor(workers, initializer=_leave_interrupts) as pool:
+                try:
+                    given = [pool.submit(_write_nth, job, *each) for each in todo.items()]
+                    for each in as_completed(given):
+                        bar.update(each.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)  # those that are begun come to their end
+                    raise
+        else:
+            for part, indices in todo.items():
+                _write_nth(job, part, indices, bar.update)
     if not (folder / LIST).is_file():
-        records = (part / RECORDS for part in parts.values())
+        records = (part / RECORDS for part in parts)
         _write_records(folder / LIST, (each for path in records for each in _read(path)))
     return folder / LIST
+
+
+def _write_nth(
+    job: Job, part: Path, indices: range, tell: Callable[[], object] = lambda: None
+) -> int:
+    """Write one part of a list; how many triplets it has."""
+    triplets = ((index, _nth(job, index)) for index in indices)
+    _write_part(part, f"pictures/{part.name}", triplets, _record, tell)
+    return len(indices)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that gave out the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _nth(job: Job, index: int) -> Triplet:
