@@ -126,6 +126,7 @@ def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
         "data": folder / "list.json", "root": options.triplets, "features": options.features,
         "model": folder / "begin", "output": folder / RUN, "steps": options.steps, "seed": seed,
         "device": options.device, "workers": 0, "sample_steps": 0, "checkpoint_steps": 250,
+        "batch_size": 16, "micro_batch_size": 16,
         **RECIPE,
     }  # fmt: skip
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]

@@ -54,16 +54,21 @@ def test_each_part_is_a_command_of_its_own(tmp_path):
         assert Path(one.model) == tmp_path / "begin"
     assert Path(learning.features) == features.output == tmp_path / "features"
     assert (learning.steps, learning.resume, learning.device) == (7, False, "cpu")
+    assert learning.batch_size == learning.micro_batch_size == 16
     told = {name: getattr(learning, name) for name in train.RECIPE}
     assert told == train.RECIPE
 
 
 def test_what_is_done_is_not_done_again(tmp_path, run):
+    modules = [module for module, _ in train.commands(given(tmp_path, "--begin_from", "N"))]
+    assert modules == [PARTS[0], *PARTS[2:]]
     shutil.copytree(run / "begin", tmp_path / "begin")
     assert [module for module, _ in train.commands(given(tmp_path))] == [PARTS[0], *PARTS[2:]]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     assert train.commands(given(tmp_path))[-1][1][-1] == "--resume"
+    learning = train.commands(given(tmp_path, "--begin_from", "N"))[-1][1]
+    assert learning[learning.index("--model") + 1] == "N"
     (tmp_path / "run" / "model").mkdir()
     assert [module for module, _ in train.commands(given(tmp_path))] == [PARTS[0], PARTS[2]]
 
@@ -85,6 +90,10 @@ def test_nothing_is_replaced_unasked(run, tmp_path, monkeypatch, fails):
     (tmp_path / "thesis.txt").touch()
     told = fails(train.main, ["--work", "W", "--output", str(tmp_path), "--overwrite"]).err
     assert "holds other files; give another --output" in told
+    argv = ["--work", "W", "--output", str(tmp_path / "M"), "--begin_from"]
+    told = fails(train.main, [*argv, str(run / "run" / "model")]).err
+    assert "is no toy MIGE: it has no begin.json; give a folder that toybox.mige.begin or" in told
+    assert "there is no model folder nowhere" in fails(train.main, [*argv, "nowhere"]).err
 
 
 def test_a_model_ships_in_half_precision(run, tmp_path):
@@ -103,4 +112,7 @@ def test_a_model_ships_in_half_precision(run, tmp_path):
     told = json.loads((tmp_path / "M" / "training.json").read_text())
     assert told["settings"] == {"steps": 600} and told["steps"] == 600
     assert LAST == 500  # from 100 to 599, and of those the even ones
-    assert told["last"] == {"loss": 349.5, "edit": 349.0}
+    assert told["last"] == {"loss": 349.5, "edit": 349.0} and told["began_from"] is None
+    pack(run / "run", tmp_path / "M", tmp_path / "N")  # which went on from M
+    again = json.loads((tmp_path / "N" / "training.json").read_text())
+    assert again == told | {"began_from": told}

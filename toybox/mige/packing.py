@@ -1,12 +1,12 @@
 """A trained toy MIGE as it ships: in half precision, with a record of its training."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from imagelab.io.tensors import read_json
 from imagelab.training.checkpoint import read_curves, read_facts
 from mige.pipeline import MigePipeline
 from mige.training.plan import CHECKPOINT, CURVES, MODEL
@@ -14,6 +14,7 @@ from toybox.mige.architecture import save
 from toybox.mige.folders import RECORD
 
 TRAINING, PICTURE = "training.json", "training.png"
+ADVICE = "give a model that toybox.mige.begin or toybox.mige.train wrote"
 LAST = 500  # updates, over which losses are told
 
 
@@ -32,9 +33,11 @@ def pack(run: Path, begun: Path, output: Path) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(torch.float16)
+    former = begun / TRAINING  # of a model that was trained before
     records = {
-        RECORD: json.loads((begun / RECORD).read_text(encoding="utf-8")),
-        TRAINING: record_of(run / CHECKPOINT),
+        RECORD: read_json(begun / RECORD, {}, ADVICE),
+        TRAINING: record_of(run / CHECKPOINT)
+        | {"began_from": read_json(former, {}, ADVICE) if former.is_file() else None},
     }
     save(pipeline, output, records)
     shutil.copyfile(run / CURVES, output / PICTURE)

@@ -17,8 +17,6 @@ from imagelab.errors import UserError
 
 #: How `mige.train` trains it. Batch size and rates are from trials; see toybox/mige/README.md.
 RECIPE = {
-    "batch_size": 16,
-    "micro_batch_size": 16,
     "warmup_steps": 100,
     "learning_rate": 1e-3,
     "conditioning_rate": 3e-5,
@@ -42,7 +40,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("--overwrite", action="store_true", help="replace a model that is there")
     add("--seed", type=int, default=1, help="of the triplets")
     add("--triplets", type=int, default=24_000, help="to train on")
-    add("--steps", type=int, default=25_000, help="updates, of 16 triplets each")
+    add("--steps", type=int, default=25_000, help="updates")
+    add("--batch_size", type=int, default=16, help="triplets of an update")
+    add("--begin_from", type=Path, help="a toy MIGE to go on from; None: one is made")
     add("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu")
     add("--workers", type=int, default=0, help="processes that render and read ahead")
     add("--debug", action="store_true", help="show the traceback of a failure")
@@ -52,27 +52,34 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
-        check_output(options.output, options.overwrite)
+        check(options)
     for module, words in commands(options):
         print(shlex.join(["python", "-m", module, *words]), flush=True)
         main_of(module)(words)
     with report_errors(parser, options.debug):
         from toybox.mige.packing import pack
 
-        pack(options.work / "run", options.work / "begin", options.output)
+        pack(options.work / "run", begun(options), options.output)
         print(options.output)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises UserError where something is that was not asked to be replaced."""
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError where something is that was not asked to be replaced, or nothing to begin."""
     from imagelab.io.folders import check_writable
-    from mige.folder import INDEX
+    from mige.folder import INDEX, find_folder
+    from toybox.mige.folders import RECORD
 
+    output = options.output
     check_writable(output, "output")
+    if options.begin_from and not (find_folder(str(options.begin_from)) / RECORD).is_file():
+        raise UserError(
+            f"--begin_from {options.begin_from} is no toy MIGE: it has no {RECORD}; give a folder "
+            "that toybox.mige.begin or toybox.mige.train wrote"
+        )
     if output.is_dir() and any(output.iterdir()):
         if not (output / INDEX).is_file():
             raise UserError(f"{output} holds other files; give another --output")
-        if not overwrite:
+        if not options.overwrite:
             raise UserError(
                 f"{output} holds a model; replace it with --overwrite, or give another --output"
             )
@@ -82,10 +89,8 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Modules and their arguments, of what is still to be done, in order."""
     work, device = options.work, ["--device", options.device]
     workers = ["--workers", str(options.workers)]
-    triplets, begun, features, run = (
-        str(work / name) for name in ("triplets", "begin", "features", "run")
-    )
-    data = ["--data", f"{triplets}/triplets.json", "--model", begun]
+    triplets, features, run = (str(work / name) for name in ("triplets", "features", "run"))
+    data = ["--data", f"{triplets}/triplets.json", "--model", str(begun(options))]
     found = [
         (
             "toybox.triplets",
@@ -93,17 +98,24 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
             + workers,
         )
     ]
-    if not (work / "begin" / "model_index.json").is_file():
-        words = ["--output", begun, "--work", str(work / "begin_work"), *device, *workers]
+    if options.begin_from is None and not (work / "begin" / "model_index.json").is_file():
+        words = ["--output", str(work / "begin"), "--work", str(work / "begin_work")]
+        words += [*device, *workers]
         found.append(("toybox.mige.begin", words))
     found.append(("mige.features", [*data, "--output", features, *device]))
     if not (work / "run" / "model").is_dir():
         words = [*data, "--features", features, "--output", run, *device, *workers]
-        words += ["--steps", str(options.steps)]
+        size = str(options.batch_size)
+        words += ["--steps", str(options.steps), "--batch_size", size, "--micro_batch_size", size]
         words += [word for name, value in RECIPE.items() for word in (f"--{name}", str(value))]
         is_begun = (work / "run" / "checkpoint.safetensors").is_file()
         found.append(("mige.train", [*words, "--resume"] if is_begun else words))
     return found
+
+
+def begun(options: argparse.Namespace) -> Path:
+    """The model that training begins with."""
+    return options.begin_from or options.work / "begin"
 
 
 def main_of(module: str) -> Callable[[list[str]], None]:
