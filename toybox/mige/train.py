@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError where something is that was not asked to be replaced, or nothing to begin."""
+    """Raises UserError for a place that holds other things, and for a model that is no toy MIGE."""
     from imagelab.io.folders import check_writable
     from mige.folder import INDEX, find_folder
     from toybox.mige.folders import RECORD
