@@ -8,6 +8,7 @@ no other place is asked, and it takes no longer.
 import json
 import os
 import pickle
+import random
 import struct
 import sys
 import time
@@ -52,6 +53,14 @@ def _watch(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_watch)
+
+
+def some(cases: list) -> list:
+    """A third of many cases, always the same; all of them where the environment has ATTACKS=all."""
+    if os.environ.get("ATTACKS") == "all":
+        return cases
+    chosen = random.Random(0).sample(range(len(cases)), -(-len(cases) // 3))
+    return [cases[index] for index in sorted(chosen)]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import CANARY, join_header, json_changes, outcome, split_header, tensor_changes
+from hostile import CANARY, join_header, json_changes, outcome, some, split_header, tensor_changes
 
 from imagelab.io.tensors import read_tensors, write_tensors
 from imagelab.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -47,8 +47,10 @@ def test_manifests(folder, change):
     assert MANIFEST in outcome(lambda: use(folder)) or change.startswith("a number")
 
 
-@pytest.mark.parametrize("file", [LORA, "asset0.safetensors"])
-@pytest.mark.parametrize("change", tensor_changes())
+@pytest.mark.parametrize(
+    ("file", "change"),
+    some([(file, change) for file in (LORA, "asset0.safetensors") for change in tensor_changes()]),
+)
 def test_tensors(folder, file, change):
     tensor_changes()[change](folder / file)
     assert file in outcome(lambda: use(folder))

@@ -1,14 +1,22 @@
 """MIGE's model folders and lists from strangers. ATTACKS=all in the environment tries all cases."""
 
 import json
-import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from hostile import CANARY, Bomb, join_header, json_changes, outcome, split_header, tensor_changes
+from hostile import (
+    CANARY,
+    Bomb,
+    join_header,
+    json_changes,
+    outcome,
+    some,
+    split_header,
+    tensor_changes,
+)
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mige"))
@@ -65,11 +73,6 @@ def use(folder: Path) -> None:
 
 def test_a_good_folder_is_read(folder):
     assert outcome(lambda: use(folder)) == ""
-
-
-def some(cases: list) -> list:
-    """Every third of many cases; all of them where the environment has ATTACKS=all."""
-    return cases if os.environ.get("ATTACKS") == "all" else cases[::3]
 
 
 @pytest.mark.parametrize(
