@@ -33,7 +33,7 @@ def add_painting_options(parser: Parser) -> None:
     """The options of both commands."""
     defaults = PaintingConfig()
     parser.add_argument(
-        "--model", required=True, help="model folder; docs/mige.md says how to make one"
+        "--model", required=True, help="model folder, or toybox; docs/mige.md says how to make one"
     )
     parser.add_argument("--items", type=Path, help="a JSON list of items; see docs/mige.md")
     parser.add_argument(
