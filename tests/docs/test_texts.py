@@ -36,7 +36,7 @@ COMMANDS = {
     "docs/mige_training.md": 6,
     "docs/mige_measuring.md": 3,
     "toybox/stable_diffusion/README.md": 10,
-    "toybox/mige/README.md": 7,
+    "toybox/mige/README.md": 6,
     "benchmarks/README.md": 9,
 }
 OURS = ("mifo_page", "mige", "toybox", "benchmarks", "experiments")
