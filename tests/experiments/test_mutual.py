@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from experiments.mutual import command
 from experiments.mutual.errors import held_out_errors
 from experiments.mutual.painting import WordsPainter, text_of
-from experiments.mutual.report import error_table, table_of
+from experiments.mutual.report import error_table, table_of, write_mutual
 from experiments.mutual.variants import VARIANTS, in_words, write_list, write_start
+from imagelab.training.checkpoint import read_facts
 from mige import features
 from mige.config import PaintingConfig
 from mige.data.features import open_features
@@ -33,6 +35,7 @@ from toybox.mige.architecture import (
 )
 from toybox.mige.evaluation.items import ROWS, draw_item
 from toybox.mige.evaluation.painters import request_of
+from toybox.scenes.wording import noun
 
 TINY = ToyMigeConfig(
     width=32, head_width=16, blocks=1,
@@ -100,6 +103,24 @@ def test_one_start_reads_no_latents(work, tmp_path):
         assert fusion.config.reads_latents is reads
         for key, value in whole.state_dict().items():
             assert torch.equal(fusion.state_dict()[key], value)
+        # at the start no latents are mixed in, and both say the projection of LN(c)
+        meaning, patches = 3 * torch.randn(1, 3, 32) + 1, torch.randn(1, 5, 32)
+        wanted = fusion.projection(F.layer_norm(meaning, (32,), eps=1e-6))
+        assert torch.allclose(fusion(meaning, patches), wanted, atol=1e-5)
+        torch.nn.init.eye_(fusion.features.mix.weight)
+        assert torch.allclose(fusion(meaning, patches), wanted, atol=1e-5) is not reads
+
+
+@pytest.mark.parametrize("row", ["subject-two", "subject-edit-replace", "subject-edit-add"])
+def test_words_name_what_each_picture_shows(row):
+    for index in range(2):
+        item = draw_item(0, row, index)
+        shown = {toy.reference: toy.look.kind for toy in item.triplet.toys}
+        words = item.triplet.prompt
+        for place in range(len(item.triplet.entities)):
+            name = "the picture" if place == item.triplet.source else noun(shown[place])
+            words = words.replace("<imagehere>", f" {name} ", 1)
+        assert text_of(item) == " ".join(words.split())
 
 
 def test_what_is_painted_in_words(pipeline):
@@ -135,6 +156,18 @@ def test_the_table():
         "| all tasks together | 2 | – | 50.0% (15.0% to 85.0%) | – | 0.030 ± 0.032 (0.010) |",
         "| edits alone | 1 | – | 50.0% (15.0% to 85.0%) | – | 0.020 ± 0.000 (0.010) |",
     ]
+
+
+def test_rows_go_to_the_variant_of_their_folder(tmp_path):
+    for folder in ("subject-0", "subject_edit-0", "subject_edit-12"):
+        (tmp_path / folder).mkdir()
+        row = {"task": "subject", "checks": {"right": True}}
+        (tmp_path / folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    write_mutual(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("subject", 0), ("subject_edit", 0), ("subject_edit", 12),
+    ]  # fmt: skip
 
 
 def test_the_table_of_errors():
@@ -185,10 +218,20 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
     monkeypatch.setattr("toybox.mige.evaluate.ROWS", some)
     argv = ["--work", str(tmp_path / "W"), "--steps", "1", "--items", "1", "--device", "cpu"]
     argv += ["--variants", "edit", "no_pictures", "--held_out", "6"]
+    in_words, write = [], WordsPainter._in_words
+
+    def written(self, item, whole):
+        in_words.append(item.row)
+        return write(self, item, whole)
+
+    monkeypatch.setattr(WordsPainter, "_in_words", written)
     for name in ("begin", "triplets", "features"):
         argv += [f"--{name}", str(work / name)]
     command.main(argv)
     table = capsys.readouterr().out
+    assert in_words == [*some]  # of the variant without pictures, and of no other
+    facts = read_facts(tmp_path / "W/edit-0/run/checkpoint.safetensors")
+    assert facts["settings"]["seed"] == 0
     rows = [json.loads(line) for line in (tmp_path / "W/rows.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["task"]) for row in rows] == [
         ("edit", "edit"), ("no_pictures", "subject"), ("no_pictures", "edit"),

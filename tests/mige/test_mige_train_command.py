@@ -455,7 +455,11 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (begun, "--resume --seed 6 --parts fusion", "had other settings (--seed 5, --parts ["),
         (begun, "--resume --overwrite", "--resume and --overwrite are both given; give one"),
         (begun, "--resume --dropout 0.3", "had other settings (--dropout 0.1); go on"),
-        (begun, "--resume --conditioning_rate 0.1", "had other settings (no --conditioning_rate)"),
+        (
+            begun,
+            "--resume --conditioning_rate 0.1 --timestep_shift 2",
+            "had other settings (no --conditioning_rate, --timestep_shift 1.0)",
+        ),
         (begun, "--resume --steps 1", "O has 4 steps already, and 1 are asked for; give more"),
         (
             begun,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from mifo_page import places as folders
 from mifo_page.instruct import instruction_command
 from mige import edit, generate
 from toybox.scenes.triplets import draw_triplet
+
+WITHOUT_MARK = ("make it blue", "/a/in.png", [])
 
 
 def test_without_a_picture_to_edit_subjects_are_painted(places):
@@ -36,8 +39,12 @@ def test_with_one_it_is_edited(places):
     assert (options.images, options.order) == ([Path("/a/1.png")], 2)
     assert (options.text_scale, options.num_images) == (3.5, 1)
     # the only picture may go without a mark
-    argv = instruction_command(places, "make it blue", "/a/in.png", [])
+    argv = instruction_command(places, *WITHOUT_MARK)
     assert edit.parse_args(argv[3:])[1].images == []
+    # the model and the device are those that the page was started with
+    argv = instruction_command(replace(places, mige_model="O/model", device="cpu"), *WITHOUT_MARK)
+    options = edit.parse_args(argv[3:])[1]
+    assert (options.model, options.device) == ("O/model", "cpu")
 
 
 @pytest.mark.parametrize("text", ["--output_path=/etc <image>", "-h <image>", "$(reboot) <image>"])
@@ -52,6 +59,12 @@ def test_no_text_becomes_an_option(places, text):
         ("a <image>", None, [], "has 1 <image> and there are 0 pictures; write one for each"),
         ("a dog", None, ["1.png"], "has 0 <image> and there are 1 pictures"),
         ("replace <image>", "in.png", ["1.png"], "has 1 <image> and there are 2 pictures"),
+        (  # "the image" is a mark where one picture alone is edited
+            "put <image> into the image",
+            "in.png",
+            ["1.png"],
+            "has 1 <image> and there are 2 pictures",
+        ),
         (" ", "in.png", [], "the instruction is empty; write what to paint, or what to change"),
     ],
 )
@@ -61,10 +74,11 @@ def test_each_picture_has_its_mark(places, text, source, pictures, told):
 
 
 def test_the_newest_sheet_and_pictures_are_shown(places):
+    """The newest are those that were written last, whatever their names."""
     assert folders.instructed(places) == (None, [])
     folder = Path(places.output_path, "mige")
     folder.mkdir(parents=True)
-    for number, name in enumerate(("0000", "sheet_0000-0000", "0001", "sheet_0001-0001")):
+    for number, name in enumerate(("0001", "sheet_0001-0001", "0000", "sheet_0000-0000")):
         words = PngImagePlugin.PngInfo()
         if name.isdigit():
             words.add_text("mige", json.dumps({"seed": 7 + number}))
@@ -73,9 +87,11 @@ def test_the_newest_sheet_and_pictures_are_shown(places):
     sheet, pictures = folders.instructed(places)
     assert sheet.size == (11, 8)
     assert pictures == [
-        (str(folder / "0001.png"), "0001.png, seed 9"),
-        (str(folder / "0000.png"), "0000.png, seed 7"),
+        (str(folder / "0000.png"), "0000.png, seed 9"),
+        (str(folder / "0001.png"), "0001.png, seed 7"),
     ]
+    os.utime(folder, ns=(5, 5))  # when something was last written into it
+    assert folders.stamps(places, None, None)["instructed"] == (5,)
 
 
 def test_what_the_page_says_is_the_command(events, tmp_path):

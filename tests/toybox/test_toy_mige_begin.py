@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_toy_mige import SHORT, TINY, tiny_model, weights_of
 from tiny_toybox import ctrl_c_in_step
 
+from imagelab.io.tensors import read_tensors
 from imagelab.training.checkpoint import read_curves
 from mige.pipeline import MigePipeline
 from toybox.mige import pretraining
@@ -16,6 +17,7 @@ from toybox.mige.begin import main
 from toybox.mige.config import HELP, BeginConfig
 from toybox.mige.heads import ReadingHeads, ViewHeads
 from toybox.mige.pretraining import LEAST, Pretraining, warning_of
+from toybox.mige.reading import look
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 PARTS = ("transformer", "text_encoder", "vision_encoder", "qformer", "fusion")
@@ -107,6 +109,52 @@ def test_the_vision_encoder_is_frozen_while_the_others_learn(begun):
         losses["loss"].backward()
     assert all(p.grad is not None for p in stage.parameters)
     assert model.parts["vision_encoder"].post_layernorm.weight.grad.any()
+
+
+def test_no_two_draws_of_a_step_share_a_seed(begun, monkeypatch):
+    run = Pretraining(BeginConfig(views=8, triplets=8, batch=4), begun / "work", shape=TINY)
+    model, drawn = tiny_model(), []
+    stages = [
+        pretraining.vision_stage(run, model, ViewHeads(TINY.vision_width)),
+        reading_stage(run, model),
+    ]
+    seed_for = pretraining.seed_for
+    monkeypatch.setattr(
+        pretraining, "seed_for", lambda *where: drawn.append(seed_for(*where)) or drawn[-1]
+    )
+    for stage in stages:
+        for step in (0, 1):
+            with stage.losses(step):
+                pass
+    assert len(drawn) == len(set(drawn)) == 2 * 3  # views, how they move, and triplets
+
+
+def test_what_is_looked_at_and_measured(begun, monkeypatch):
+    """Pictures are seen by the encoder that has learned; nothing is measured on what is learned."""
+    config = BeginConfig.from_settings(
+        views=8, vision_steps=4, triplets=8, stack_steps=4, batch=4, held_out=6, warmup=1
+    )
+    given = {}
+
+    def watch(name: str) -> None:
+        called = getattr(pretraining, name)
+        monkeypatch.setattr(
+            pretraining, name, lambda *args: given.update({name: args}) or called(*args)
+        )
+
+    for name in ("measure_views", "stack_stage", "measure"):
+        watch(name)
+    done = pretraining.pretrain(Pretraining(config, begun / "work", shape=TINY))
+
+    def pixels(file: str) -> torch.Tensor:
+        return read_tensors(begun / "work" / f"{file}.safetensors", "")[0]["pixels"]
+
+    assert torch.equal(given["measure_views"][2]["pixels"], pixels("views_test_6"))
+    assert torch.equal(given["measure"][2].data["pixels"], pixels("triplets_test_6"))
+    learned = given["stack_stage"][3]
+    assert torch.equal(learned.data["pixels"], pixels("triplets_train_8"))
+    seen = look(done.parts["vision_encoder"], learned.data["pixels"])
+    assert torch.equal(learned.seen, seen)
 
 
 def test_a_run_that_was_stopped_ends_as_an_unbroken_one(begun, tmp_path):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mige.pictures import to_vision
 from toybox.mige import heads, views
+from toybox.mige.pretraining import calibrate, told_states
 from toybox.mige.reading import (
     ASKED,
     HUE_WORDS,
@@ -158,7 +159,7 @@ def test_words_of_a_prompt():
 
 
 def test_a_batch_says_what_its_triplets_mean(readings):
-    rows = [7, 2, 11]
+    rows = [7, 8, 5]  # of 8 the source is second; of 5 the first toy is the second reference
     batch, truth = readings.read(rows)
     at = 0
     for place, row in enumerate(rows):
@@ -170,6 +171,9 @@ def test_a_batch_says_what_its_triplets_mean(readings):
         looks = {toy.reference: toy.look for toy in triplet.toys if toy.reference is not None}
         for slot, picture in enumerate(triplet.entities):
             assert torch.allclose(batch.vision[at], to_vision(picture, 64), atol=1e-6)
+            pixels = torch.from_numpy(np.asarray(picture) / 127.5 - 1).float().permute(2, 0, 1)
+            latents = the_vae().encode(pixels[None]).latent_dist.mean[0]  # unscaled
+            assert torch.allclose(batch.latents[at], latents, atol=0.01)
             if slot == triplet.source:
                 assert truth.kind[at] == -1 and truth.kinds[at].any()
             else:
@@ -200,14 +204,16 @@ def test_pictures_begin_where_their_vectors_stand(readings):
             at += 1
     states = read_states(model, batch)
     assert states.pictures.shape == (at, 3, 32) and states.end.shape == (4, 32)
-    # each instruction alone, with all of its padding, is read the same
-    alone = read_states(model, readings.read([2])[0])
-    assert torch.allclose(alone.end[0], states.end[2], atol=1e-5)
+    for row in range(4):  # each instruction alone, with all of its padding, is read the same
+        alone = read_states(model, readings.read([row])[0])
+        assert torch.allclose(alone.end[0], states.end[row], atol=1e-5)
 
 
 def test_what_was_seen_once_is_read_as_the_picture_is(readings):
     model = tiny_model()
     encoder = model.parts["vision_encoder"]
+    norm = encoder.post_layernorm  # as if it had learned: twice is not the same as once
+    norm.weight.data[:], norm.bias.data[:] = torch.linspace(0.2, 2, 32), torch.linspace(1, -1, 32)
     model.parts["vision_encoder"] = Remembered(encoder)
     kept = Readings(readings.data, the_tokenizer(), seen=look(encoder, readings.data["pixels"]))
     remembered = read_states(model, kept.read([1, 4])[0])
@@ -215,6 +221,16 @@ def test_what_was_seen_once_is_read_as_the_picture_is(readings):
     seen = read_states(model, readings.read([1, 4])[0])
     assert torch.allclose(remembered.pictures, seen.pictures, atol=0.02)
     assert not torch.allclose(seen.pictures[0], seen.pictures[1], atol=0.02)
+
+
+def test_each_layer_of_the_caption_projection_gives_the_deviation_1(readings):
+    model, batch = tiny_model(), readings.some()
+    layer = model.parts["transformer"].caption_projection
+    layer.linear_1.weight.data *= 5  # what the second layer reads is not of its size yet
+    calibrate(model, batch)
+    states = told_states(model, batch)
+    for values in (layer.linear_1(states), layer(states)):
+        assert values.var(0).mean().item() == pytest.approx(1, rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def test_what_is_done_is_not_done_again(tmp_path, run):
     assert modules == [PARTS[0], *PARTS[2:]]
     shutil.copytree(run / "begin", tmp_path / "begin")
     assert [module for module, _ in train.commands(given(tmp_path))] == [PARTS[0], *PARTS[2:]]
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run").mkdir()  # of a training that was stopped before its first checkpoint
+    assert "--resume" not in train.commands(given(tmp_path))[-1][1]
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     assert train.commands(given(tmp_path))[-1][1][-1] == "--resume"
     learning = train.commands(given(tmp_path, "--begin_from", "N"))[-1][1]
