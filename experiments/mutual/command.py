@@ -11,6 +11,7 @@ What it begins with is made by the first commands of `python -m toybox.mige.trai
 """
 
 import argparse
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from imagelab.io.atomic import folder_lock, write_json
 from imagelab.io.folders import check_writable
 from imagelab.io.tensors import read_json
 from imagelab.settings import check_within
+from mige.folder import find_folder, model_digest
 from mige.method.wording import TASKS
 
 BOUNDS = {
@@ -76,14 +78,20 @@ def check_options(options: argparse.Namespace) -> None:
     path = options.triplets / "triplets.json"
     if not path.is_file():
         raise UserError(f"there is no {path}; `python -m toybox.triplets` writes it")
-    options.work.mkdir(parents=True, exist_ok=True)
+    begin = model_digest(find_folder(str(options.begin)))
+    with path.open("rb") as file:
+        triplets = hashlib.file_digest(file, "sha256").hexdigest()
     now = {name: getattr(options, name) for name in ("steps", "items", "held_out")}
+    now |= {"begin": begin, "triplets": triplets}
+    options.work.mkdir(parents=True, exist_ok=True)
     if (options.work / SETTINGS).is_file():
-        then = read_json(options.work / SETTINGS, dict.fromkeys(now, int), "give another --work")
-        if changed := [name for name in now if then[name] != now[name]]:
+        then = read_json(options.work / SETTINGS, {}, "give another --work")
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            name = changed[0]
+            is_digest = name in ("begin", "triplets")
+            was = f"another --{name}" if is_digest else f"--{name} {then.get(name)}"
             raise UserError(
-                f"{options.work} was made with --{changed[0]} {then[changed[0]]}; go on with that, "
-                "or give another --work"
+                f"{options.work} was made with {was}; go on with that, or give another --work"
             )
     else:
         write_json(options.work / SETTINGS, now)

@@ -1,6 +1,7 @@
 """The six trainings of toybox's MIGE: their lists, starts, painting in words, rows and table."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -250,6 +251,11 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
     assert table_of(rows) in capsys.readouterr().out
     told = fails(command.main, [*argv, "--steps", "2"]).err
     assert "was made with --steps 1; go on with that, or give another --work" in told
+    shutil.copytree(work / "begin", tmp_path / "other")
+    index = tmp_path / "other/model_index.json"
+    index.write_text(index.read_text().replace('"compose "', '"composed "'))
+    told = fails(command.main, [*argv, "--begin", str(tmp_path / "other")]).err
+    assert "was made with another --begin; go on with that, or give another --work" in told
 
 
 def test_bad_input(tmp_path, fails):

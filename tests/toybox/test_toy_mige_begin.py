@@ -16,7 +16,8 @@ from toybox.mige import pretraining
 from toybox.mige.begin import main
 from toybox.mige.config import HELP, BeginConfig
 from toybox.mige.heads import ReadingHeads, ViewHeads
-from toybox.mige.pretraining import LEAST, Pretraining, warning_of
+from toybox.mige.measures import LEAST, warning_of
+from toybox.mige.pretraining import Pretraining
 from toybox.mige.reading import look
 
 pytestmark = pytest.mark.usefixtures("interruptible")

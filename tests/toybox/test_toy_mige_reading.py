@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mige.pictures import to_vision
 from toybox.mige import heads, views
-from toybox.mige.pretraining import calibrate, told_states
+from toybox.mige.measures import calibrate, told_states
 from toybox.mige.reading import (
     ASKED,
     HUE_WORDS,

@@ -29,7 +29,12 @@ def run(tmp_path_factory) -> Path:
     (work / "run" / "curves.png").write_bytes(b"curves")
     losses = torch.arange(600.0).double()
     curves = {"loss": losses, "edit": torch.where(losses % 2 == 0, losses, float("nan"))}
-    facts = {"settings": {"steps": 600}, "schedule": {}, "scaler": {}, "curves": [*curves]}
+    facts = {
+        "settings": {"steps": 600, "batch_size": 16},
+        "schedule": {},
+        "scaler": {},
+        "curves": [*curves],
+    }
     tensors = {f"curves.{name}": values for name, values in curves.items()}
     write_checkpoint(
         work / "run" / "checkpoint.safetensors", Checkpoint("training", 600, tensors, facts)
@@ -77,7 +82,7 @@ def test_what_is_done_is_not_done_again(tmp_path, run):
 def test_the_parts_run_in_order_and_the_model_is_written(run, tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(train, "main_of", lambda module: lambda words: ran.append(module))
-    train.main(["--work", str(run), "--output", str(tmp_path / "M")])
+    train.main(["--work", str(run), "--output", str(tmp_path / "M"), "--steps", "600"])
     assert ran == ["toybox.triplets", "mige.features"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("python -m toybox.triplets --output ")
@@ -95,6 +100,8 @@ def test_nothing_is_replaced_unasked(run, tmp_path, monkeypatch, fails):
     told = fails(train.main, [*argv, str(run / "run" / "model")]).err
     assert "is no toy MIGE: it has no begin.json; give a folder that toybox.mige.begin or" in told
     assert "there is no model folder nowhere" in fails(train.main, [*argv, "nowhere"]).err
+    told = fails(train.main, ["--work", str(run), "--output", "M", "--steps", "700"]).err
+    assert "run was trained with --steps 600; give that, or another --work" in told
 
 
 def test_a_model_ships_in_half_precision(run, tmp_path):
@@ -111,7 +118,7 @@ def test_a_model_ships_in_half_precision(run, tmp_path):
     assert (tmp_path / "M" / "training.png").read_bytes() == b"curves"
     assert json.loads((tmp_path / "M" / "begin.json").read_text()) == {"held_out": {"kind": 0.98}}
     told = json.loads((tmp_path / "M" / "training.json").read_text())
-    assert told["settings"] == {"steps": 600} and told["steps"] == 600
+    assert told["settings"] == {"steps": 600, "batch_size": 16} and told["steps"] == 600
     assert LAST == 500  # from 100 to 599, and of those the even ones
     assert told["last"] == {"loss": 349.5, "edit": 349.0} and told["began_from"] is None
     pack(run / "run", tmp_path / "M", tmp_path / "N")  # which went on from M

@@ -29,11 +29,9 @@ from imagelab.training.callbacks import SharedGradients
 from imagelab.training.checkpoint import read_checkpoint
 from imagelab.training.loop import Stage, Tensors, Trainer
 from imagelab.training.seeds import seed_for
-from mige.method.encoder import encode_text
 from mige.method.loss import Diffusion
 from mige.pipeline import MigePipeline
 from mige.training.model import TrainedModel
-from mige.training.samples import Batch
 from toybox.mige.architecture import (
     ToyMigeConfig,
     build_parts,
@@ -49,12 +47,11 @@ from toybox.mige.heads import (
     ReadingHeads,
     ViewHeads,
     cells_of,
-    collapse,
-    measure_readings,
     measure_views,
     reading_losses,
     view_losses,
 )
+from toybox.mige.measures import calibrate, measure, warning_of
 from toybox.mige.reading import Readings, Remembered, draw_readings, look, read_states
 from toybox.mige.views import draw_moves, render_views, varied
 from toybox.stable_diffusion.stages import lr_factor
@@ -64,8 +61,6 @@ log = logging.getLogger("toybox")
 SAVE_EVERY = 60  # seconds
 READ_EVERY = 20  # steps between two looks at the losses on a GPU
 MAX_GRAD_NORM = 1.0
-#: What held-out triplets should reach, so that training has something to begin with.
-LEAST = {"kind": 0.98, "hue": 0.98, "between_pictures": 0.3, "between_queries": 0.1}
 
 
 @dataclass(frozen=True)
@@ -280,47 +275,6 @@ def run_stage(run: Pretraining, stage: Stage) -> dict[str, list[float]]:
     return {f"{stage.name} loss": trainer.curves["loss"], **curves}
 
 
-# ----------------------------------------------------------------------------------------------
-# what came of it
-
-
-def measure(
-    model: TrainedModel, heads: ReadingHeads, readings: Readings, batch: int
-) -> dict[str, float]:
-    """How well held-out triplets are read, and what tells of a silent death."""
-    measured, some = measure_readings(model, heads, readings, batch), readings.some()
-    measured |= collapse(model, some.vision, some.latents)
-    return measured | {"caption_deviation": caption_deviation(model, some)}
-
-
-def told_states(model: TrainedModel, batch: Batch) -> Tensor:
-    """T5's states of all tokens that count, [n, d]."""
-    embedded = model.embed(batch)
-    return encode_text(model.parts["text_encoder"], embedded)[embedded.mask > 0]
-
-
-@torch.inference_mode()
-def caption_deviation(model: TrainedModel, batch: Batch) -> float:
-    """The deviation of what the trunk makes of T5's states, between tokens."""
-    return _deviation(model.parts["transformer"].caption_projection(told_states(model, batch)))
-
-
-@torch.no_grad()
-def calibrate(model: TrainedModel, batch: Batch) -> None:
-    """Scale the trunk's caption projection so that either of its layers gives the deviation 1.
-
-    Its layers stay as they were drawn otherwise.
-    """
-    states, layer = told_states(model, batch), model.parts["transformer"].caption_projection
-    layer.linear_1.weight /= _deviation(layer.linear_1(states))
-    layer.linear_2.weight /= _deviation(layer(states))
-
-
-def _deviation(values: Tensor) -> float:
-    """Between the rows of [n, d], over all columns."""
-    return values.var(0).mean().sqrt().item()
-
-
 def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -> dict:
     """Learn, and write the model; what its record says.
 
@@ -346,11 +300,6 @@ def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -
             log.info("%s: %.3f%s", name, value, warning_of(name, value))
         save(pipeline_of(run, begun), output, {RECORD: record})
     return record
-
-
-def warning_of(name: str, value: float) -> str:
-    """What stands behind a measure that is not good enough to begin with."""
-    return f", and should be {LEAST[name]} or more" if value < LEAST.get(name, value) else ""
 
 
 def pipeline_of(run: Pretraining, begun: Begun) -> MigePipeline:

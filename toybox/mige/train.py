@@ -66,11 +66,19 @@ def main(argv: list[str] | None = None) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for a place that holds other things, and for a model that is no toy MIGE."""
     from imagelab.io.folders import check_writable
+    from imagelab.training.checkpoint import read_facts
     from mige.folder import INDEX, find_folder
     from toybox.mige.folders import RECORD
 
-    output = options.output
+    output, run = options.output, options.work / "run"
     check_writable(output, "output")
+    if (run / "model").is_dir():  # of which nothing is trained any more
+        then = read_facts(run / "checkpoint.safetensors")["settings"]
+        for name in ("steps", "batch_size"):
+            if then[name] != getattr(options, name):
+                raise UserError(
+                    f"{run} was trained with --{name} {then[name]}; give that, or another --work"
+                )
     if options.begin_from and not (find_folder(str(options.begin_from)) / RECORD).is_file():
         raise UserError(
             f"--begin_from {options.begin_from} is no toy MIGE: it has no {RECORD}; give a folder "
