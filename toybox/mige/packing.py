@@ -1,6 +1,5 @@
 """A trained toy MIGE as it ships: in half precision, with a record of its training."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,11 +8,11 @@ from torch import nn
 from imagelab.io.tensors import read_json
 from imagelab.training.checkpoint import read_curves, read_facts
 from mige.pipeline import MigePipeline
-from mige.training.plan import CHECKPOINT, CURVES, MODEL
+from mige.training.plan import CHECKPOINT, MODEL
 from toybox.mige.architecture import save
 from toybox.mige.folders import RECORD
 
-TRAINING, PICTURE = "training.json", "training.png"
+TRAINING = "training.json"
 ADVICE = "give a model that toybox.mige.begin or toybox.mige.train wrote"
 LAST = 500  # updates, over which losses are told
 
@@ -40,7 +39,6 @@ def pack(run: Path, begun: Path, output: Path) -> None:
         | {"began_from": read_json(former, {}, ADVICE) if former.is_file() else None},
     }
     save(pipeline, output, records)
-    shutil.copyfile(run / CURVES, output / PICTURE)
 
 
 def record_of(checkpoint: Path) -> dict:
