@@ -128,13 +128,13 @@ def run_variant(parser, options: argparse.Namespace, name: str, seed: int) -> No
 def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
     """Train by the command that anyone trains with."""
     from mige.train import main as train_main
-    from toybox.mige.train import RECIPE
+    from toybox.mige.train import BATCH_SIZE, RECIPE
 
     words = {
         "data": folder / "list.json", "root": options.triplets, "features": options.features,
         "model": folder / "begin", "output": folder / RUN, "steps": options.steps, "seed": seed,
         "device": options.device, "workers": 0, "sample_steps": 0, "checkpoint_steps": 250,
-        "batch_size": 16, "micro_batch_size": 16,
+        "batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE,
         **RECIPE,
     }  # fmt: skip
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]

@@ -8,7 +8,7 @@ from experiments.mutual.variants import VARIANTS
 from imagelab.evaluation.report import mean_interval
 from imagelab.io.atomic import written_aside
 from mige.method.wording import TASKS
-from toybox.mige.evaluation.report import share_of
+from toybox.mige.evaluation.report import share_of, share_text
 
 ROWS, ERRORS, TABLE = "rows.jsonl", "errors.jsonl", "mutual.md"
 TITLES = {"subject": "subjects", "edit": "edits", "subject_edit": "edits with a subject"}
@@ -55,17 +55,13 @@ def table_of(rows: list[dict]) -> str:
         own = [row for row in rows if row["variant"] == name]
         if not own:
             continue
-        cells = [_share([row for row in own if row["task"] == task]) for task in TASKS]
+        cells = [
+            share_text(share_of([row for row in own if row["task"] == task], "right"))
+            for task in TASKS
+        ]
         seeds = len({row["seed"] for row in own})
         lines.append(f"| {variant.title} | {seeds} | " + " | ".join(cells) + f" | {_l1(own)} |")
     return "\n".join(lines)
-
-
-def _share(rows: list[dict]) -> str:
-    found = share_of(rows, "right")
-    if found is None:
-        return "–"
-    return f"{found['share']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
 def _l1(rows: list[dict]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_toy_mige import TINY, the_tokenizer, the_vae, tiny_parts
 from torch.nn import functional as F
 
 from experiments.mutual import command
@@ -26,30 +27,15 @@ from mige.method.loss import Diffusion
 from mige.training.model import TrainedModel
 from mige.training.samples import Facts, Samples
 from toybox import triplets
-from toybox.mige.architecture import (
-    ToyMigeConfig,
-    build_parts,
-    build_pipeline,
-    build_tokenizer,
-    load_vae,
-    save,
-)
+from toybox.mige.architecture import build_pipeline, save
 from toybox.mige.evaluation.items import ROWS, draw_item
 from toybox.mige.evaluation.painters import request_of
 from toybox.scenes.wording import noun
 
-TINY = ToyMigeConfig(
-    width=32, head_width=16, blocks=1,
-    text_width=32, text_heads=2, text_inner=32, text_layers=1,
-    vision_width=32, vision_heads=2, vision_inner=32, vision_layers=1,
-    queries=3, query_width=32, query_heads=2, query_inner=32, query_layers=2,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def pipeline():
-    vae, tokenizer = load_vae(), build_tokenizer()
-    return build_pipeline(build_parts(TINY, vae, tokenizer, 0), vae, tokenizer, TINY.slots)
+    return build_pipeline(tiny_parts(), the_vae(), the_tokenizer(), TINY.slots)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 
+BATCH_SIZE = 16  # triplets of an update
 #: How `mige.train` trains it. Batch size and rates are from trials; see toybox/mige/README.md.
 RECIPE = {
     "warmup_steps": 100,
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("--seed", type=int, default=1, help="of the triplets")
     add("--triplets", type=int, default=24_000, help="to train on")
     add("--steps", type=int, default=25_000, help="updates")
-    add("--batch_size", type=int, default=16, help="triplets of an update")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="triplets of an update")
     add("--begin_from", type=Path, help="a toy MIGE to go on from; None: one is made")
     add("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu")
     add("--workers", type=int, default=0, help="processes that render and read ahead")

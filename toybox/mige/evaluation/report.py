@@ -110,7 +110,8 @@ def markdown(settings: dict, rows: Sequence[tuple[str, dict, dict]], trials: dic
     lines += _table(["row", "n", "aim", *names, *(L1[name] for name in means)], [
         [
             title, str(row["n"]), _aims(aims, row),
-            *(_share(row.get(name)) for name in names), *(_mean(row.get(name)) for name in means),
+            *(share_text(row.get(name)) for name in names),
+            *(_mean(row.get(name)) for name in means),
         ]
         for title, aims, row in rows
     ])  # fmt: skip
@@ -119,7 +120,7 @@ def markdown(settings: dict, rows: Sequence[tuple[str, dict, dict]], trials: dic
         titles = list(dict.fromkeys(title for each in trials.values() for title in each))
         lines += ["", "## The judge itself: what it calls right", ""]
         lines += _table(["row", *trials], [
-            [title, *(_share(each.get(title)) for each in trials.values())] for title in titles
+            [title, *(share_text(each.get(title)) for each in trials.values())] for title in titles
         ])  # fmt: skip
     return "\n".join(lines)
 
@@ -143,7 +144,8 @@ def _aims(aims: dict[str, float], row: dict) -> str:
     return ", ".join(told + [f"L1 ≤ {MOST_L1}"] * ("l1" in row))
 
 
-def _share(found: dict | None) -> str:
+def share_text(found: dict | None) -> str:
+    """A share and its interval, as :func:`share_of` gives them; a dash where there is none."""
     if found is None:
         return "–"
     return f"{found['share']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
