@@ -7,17 +7,20 @@ sample's blank slots go through the vision encoder, the Q-Former and the fusion 
 """
 
 import argparse
-import shlex
-import statistics
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import CLOCKS, peak_bytes, seconds
+from benchmarks.measure import peak_bytes
 from benchmarks.mige_cases import END, MODELS, SLOTS, build_parts
-from benchmarks.run import RESULTS, machine
+from benchmarks.table import (
+    CLOCK_NAMES,
+    add_measuring_options,
+    medians,
+    parse_measuring_options,
+    write_table,
+)
 from imagelab.cli import HelpFormatter
 from mige.method.encoder import embed_instruction
 from mige.method.instruction import Embedded
@@ -123,11 +126,7 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     if args.device == "cpu" and not apart <= TOLERANCE:
         raise AssertionError(f"the losses of {name} are {apart:.2g} apart")
     peaks = {side: peak_bytes(step, args.device) / 2**20 for side, step in sides.items()}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(args.repeats):
-        for side, step in sides.items():
-            times[side].append(seconds(step, args.device, args.clock))
-    taken = {side: statistics.median(each) for side, each in times.items()}
+    taken = medians(sides, args)
     return [
         name, f"{taken['plain']:.2f}", f"{taken['ours']:.2f}",
         f"{taken['plain'] / taken['ours']:.2f}", f"{peaks['plain']:.0f}", f"{peaks['ours']:.0f}",
@@ -140,43 +139,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.mige_training", description=__doc__,
         formatter_class=HelpFormatter,
     )  # fmt: skip
-    found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", choices=MODELS, default="mid", help="full: on CUDA alone")
     parser.add_argument("--what", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall" if found == "cuda" else "cpu")
-    parser.add_argument("--name", default="latest_training", help="of the file in results/")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and found == "cpu":
-        parser.error("--device cuda is not available here; give --device cpu")
-    if min(args.repeats, args.threads) < 1:
-        parser.error("numbers of repeats and threads start at 1")
-    return args
+    add_measuring_options(parser, repeats=3, name="latest_training")
+    return parse_measuring_options(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    words = sys.argv[1:] if argv is None else argv
-    rows = [measure(name, args) for name in args.what]
-    clock = {"wall": "wall clock", "cpu": "processor time"}[args.clock]
-    lines = [
-        f"Made by `{shlex.join(['python', '-m', 'benchmarks.mige_training', *words])}` on "
-        f"{machine(args)}.",
-        "",
+    text = (
         f"A step of {len(COUNTS)} samples with {sum(COUNTS)} pictures, model {args.model}; median "
-        f"{clock} of {args.repeats} alternating repeats; memory is that beyond the weights.",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|---" + "|---:" * (len(HEADINGS) - 1) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{args.name}.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+        f"{CLOCK_NAMES[args.clock]} of {args.repeats} alternating repeats; memory is that beyond "
+        "the weights."
+    )
+    write_table(args, text, HEADINGS, [measure(name, args) for name in args.what])
 
 
 if __name__ == "__main__":

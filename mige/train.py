@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser, add_setting, report_errors, seed_option
 from imagelab.models.device import PRECISIONS
-from mige.training.config import PARTS, TrainingConfig
+from mige.training.config import OPTIMIZERS, PARTS, TrainingConfig
 
 FILES = {
     "data": "JSON list of records; docs/mige_training.md has the format",
@@ -60,6 +60,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     group = parser.add_argument_group("the method")
     for name, text in RECIPE.items():
         add_setting(group, defaults, name, text)
+    add_setting(
+        group,
+        defaults,
+        "optimizer",
+        choices=OPTIMIZERS,
+        text="muon: of the matrices of the transformer's blocks; AdamW of all else",
+    )
     group.add_argument(
         "--scale_rate", action="store_true", help="multiply the rate by sqrt(batch_size / 256)"
     )
@@ -109,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
             check_same(config, plan.inputs)
         if processes.is_first:
             print(describe(plan), flush=True)
-            print(estimate(plan.folder, config, processes.count, plan.dtype), flush=True)
+            numbers = estimate(plan.folder, config, processes.count, plan.dtype, plan.device)
+            print(numbers, flush=True)
         if not options.dry_run:
             folder = train(plan, options.resume, options.overwrite)
             if processes.is_first:

@@ -53,6 +53,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     )  # fmt: skip
     add("--batch_size", type=int, default=32, help="pictures painted at a time")
     add("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu")
+    add("--mixed_precision", default="no", choices=("no", "bf16"), help="of the trainings")
     add("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 
@@ -81,7 +82,9 @@ def check_options(options: argparse.Namespace) -> None:
     begin = model_digest(find_folder(str(options.begin)))
     with path.open("rb") as file:
         triplets = hashlib.file_digest(file, "sha256").hexdigest()
-    now = {name: getattr(options, name) for name in ("steps", "items", "held_out")}
+    now = {
+        name: getattr(options, name) for name in ("steps", "items", "held_out", "mixed_precision")
+    }
     now |= {"begin": begin, "triplets": triplets}
     options.work.mkdir(parents=True, exist_ok=True)
     if (options.work / SETTINGS).is_file():
@@ -135,6 +138,7 @@ def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
         "model": folder / "begin", "output": folder / RUN, "steps": options.steps, "seed": seed,
         "device": options.device, "workers": 0, "sample_steps": 0, "checkpoint_steps": 250,
         "batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE,
+        "mixed_precision": options.mixed_precision,
         **RECIPE,
     }  # fmt: skip
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]

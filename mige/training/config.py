@@ -13,6 +13,7 @@ PARTS = ("transformer", "fusion", "qformer", "text_encoder", "vision_norm")
 LORA_PARTS = ("transformer", "text_encoder")
 #: Rates where none is given: the release's 1e-5 · √(32 / 256), and a usual one for a LoRA.
 RATE, LORA_RATE = 3.54e-6, 1e-4
+OPTIMIZERS = ("adamw", "muon")
 RULE_BATCH = 256  # the batch for which a rate is given, by the release's rule
 BOUNDS = {
     "batch_size": (1, 1_000_000),
@@ -44,6 +45,7 @@ class Recipe:
     batch_size: int = 32  # samples of an update, over all processes
     epochs: int = 20
     steps: int | None = None  # updates, in place of epochs
+    optimizer: str = "adamw"  # muon: for the matrices of the transformer's blocks
     learning_rate: float | None = None  # None: RATE, or LORA_RATE
     scale_rate: bool = False  # multiply it by √(batch_size / 256), the release's rule
     conditioning_rate: float | None = None  # of all but the transformer; None: the same
@@ -149,8 +151,19 @@ def check_settings(config: TrainingConfig) -> None:
             f"--lora_rank is for {' and '.join(LORA_PARTS)}, and --parts names neither; leave it "
             "out"
         )
+    if recipe.optimizer == "muon" and (conflict := _no_muon(config)):
+        raise UserError(f"--optimizer muon is for whole matrices of the transformer: {conflict}")
     for name, rate in (
         ("learning_rate", recipe.rate), ("conditioning_rate", recipe.rate_of_conditioning)
     ):  # fmt: skip
         if rate <= 0:
             raise UserError(f"--{name} is 0, with which nothing is learned; give a positive one")
+
+
+def _no_muon(config: TrainingConfig) -> str | None:
+    """Why Muon has nothing to update, or None."""
+    if "transformer" not in config.recipe.parts:
+        return "add it to --parts"
+    if config.recipe.lora_rank:
+        return "leave --lora_rank out"
+    return "leave --shard out" if config.running.shard else None

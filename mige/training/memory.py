@@ -15,11 +15,17 @@ from mige.folder import config_of
 from mige.method.loss import Diffusion
 from mige.sizes import build
 from mige.training.config import Recipe, TrainingConfig
-from mige.training.model import MODULES, TrainedModel, choose_trained, trained_parameters
+from mige.training.model import (
+    MODULES,
+    TrainedModel,
+    choose_trained,
+    suited_attention,
+    trained_parameters,
+)
+from mige.training.optimizer import moments_of
 from mige.training.samples import Batch, Facts
 
 FLOAT = 4  # bytes
-MOMENTS = 2  # numbers that AdamW keeps of each weight
 PICTURES = 2  # references of the sample whose activations are counted
 NAMES = ("_class_name", "model_type")  # in configs, of what is built
 
@@ -52,28 +58,32 @@ class Estimate:
         )
 
 
-def estimate(folder: Path, config: TrainingConfig, processes: int, dtype: torch.dtype) -> Estimate:
+def estimate(
+    folder: Path, config: TrainingConfig, processes: int, dtype: torch.dtype, device: str
+) -> Estimate:
     """What a process of a training takes.
 
     Args:
         folder: of the model, of which no weights are read.
         processes: that share the batch.
-        dtype: that is computed in.
+        dtype: that is computed in, on a device.
     """
     recipe, running = config.recipe, config.running
     frozen_dtype = torch.float32 if running.shard else dtype
     model = empty_model(folder, recipe, dtype, frozen_dtype)
-    trained = sum(p.numel() for p in trained_parameters(model).values())
+    named = trained_parameters(model)
+    trained, moments = sum(p.numel() for p in named.values()), moments_of(named, recipe)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     share = processes if running.shard else 1
     samples = min(running.micro_batch_size, max(1, recipe.batch_size // processes))
-    fixed, each = batch_bytes(model, folder, running.gradient_checkpointing)
+    with suited_attention(device, dtype):
+        fixed, each = batch_bytes(model, folder, running.gradient_checkpointing)
     return Estimate(
         trained,
         frozen,
         weights=(trained * FLOAT + frozen * frozen_dtype.itemsize) // share,
         gradients=trained * FLOAT // share,
-        moments=trained * FLOAT * MOMENTS // share,
+        moments=moments * FLOAT // share,
         average=trained * FLOAT // share if recipe.ema else 0,
         activations=fixed + samples * each,
     )

@@ -21,15 +21,16 @@ from imagelab.training.sharding import shard, split_as
 from mige.folder import load_parts
 from mige.method.loss import Diffusion
 from mige.method.wording import TASKS
-from mige.training.config import ADAM_BETAS, ADAM_EPS, Recipe
 from mige.training.model import (
     TrainedModel,
     blocks,
     checkpointed,
     choose_trained,
     learned_whole,
+    suited_attention,
     trained_parameters,
 )
+from mige.training.optimizer import make_optimizer
 from mige.training.plan import (
     CHECKPOINT,
     CURVES,
@@ -126,7 +127,8 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
                 painter.paint(model, done)
 
         trainer.callbacks.append(Report(running.sample_steps, act))
-    trainer.run({"training": lambda _: stage}, saved)
+    with suited_attention(plan.device, plan.dtype):
+        trainer.run({"training": lambda _: stage}, saved)
     if processes.is_first:
         draw_curves(plan, trainer)
     if ema:
@@ -172,13 +174,10 @@ def make_samples(plan: Plan) -> Samples:
 
 
 def make_stage(plan: Plan, model: TrainedModel) -> Stage:
-    """AdamW over all that learns: warm-up, constant rate, and cooldown where one is asked for."""
+    """Updates of all that learns: warm-up, constant rate, cooldown where one is asked for."""
     recipe, running, device = plan.config.recipe, plan.config.running, plan.device
     named = trained_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(named, recipe), betas=ADAM_BETAS, eps=ADAM_EPS,
-        weight_decay=recipe.weight_decay,
-    )  # fmt: skip
+    optimizer = make_optimizer(named, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: recipe.factor(step, plan.steps)
     )
@@ -215,16 +214,6 @@ def make_stage(plan: Plan, model: TrainedModel) -> Stage:
         load_state=load_state,
         makes_gradients=True,
     )  # fmt: skip
-
-
-def parameter_groups(named: dict[str, Tensor], recipe: Recipe) -> list[dict]:
-    """The weights of each rate: the transformer's, and all others."""
-    groups: dict[float, list[Tensor]] = {}
-    for name, parameter in named.items():
-        is_trunk = name.startswith("parts.transformer.")
-        rate = recipe.rate if is_trunk else recipe.rate_of_conditioning
-        groups.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 class Tally:

@@ -748,6 +748,25 @@ def test_bf16_is_near_float32(work, model):
     assert {p.dtype for p in trained_parameters(begun.model).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("precision", "is_fused"), [("bf16", False), ("no", True)])
+def test_attention_is_not_fused_where_the_cpu_trains_in_bf16(
+    work, model, tmp_path, monkeypatch, precision, is_fused
+):
+    """There the fused kernel is slower than all of the rest."""
+    seen = []
+
+    def stop(self, stages, saved):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Trainer, "run", stop)
+    config = options_of(model, "--mixed_precision", precision, "--output", str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        run.train(make_plan(config, Processes("cpu")))
+    assert seen == [is_fused]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_checkpointed_gradients_are_the_same(work, model):
     exact, found = (Begun(model, *more).gradients() for more in ((), ("--gradient_checkpointing",)))
     for name, gradient in exact.items():
@@ -775,18 +794,19 @@ def test_checkpointed_blocks_are_computed_twice(work, model, parts):
 def test_memory_by_hand(model):
     """195,504 weights learn and 29,512 do not: 4 bytes each, or 2 where frozen ones are bf16."""
     config = options_of(model).with_settings(ema=0.9, batch_size=4, micro_batch_size=8)
-    one = estimate(model, config, 1, torch.bfloat16)
+    one = estimate(model, config, 1, torch.bfloat16, "cuda")
     assert (one.trained, one.frozen) == (195_504, 29_512)
     assert one.weights == 195_504 * 4 + 29_512 * 2
     assert one.gradients == one.average == one.moments // 2 == 195_504 * 4
     assert one.total == one.weights + 4 * one.gradients + one.activations
     split = config.with_settings(shard=True)
-    two = estimate(model, split, 2, torch.bfloat16)
+    two = estimate(model, split, 2, torch.bfloat16, "cuda")
     assert two.weights == (195_504 + 29_512) * 4 // 2 and two.moments == one.moments // 2
     samples = config.with_settings(batch_size=2)
-    same = estimate(model, samples.with_settings(shard=True), 1, torch.bfloat16)
+    same = estimate(model, samples.with_settings(shard=True), 1, torch.bfloat16, "cuda")
     assert two.activations == same.activations  # of two samples each
     assert two.activations < one.activations
+    assert one.activations < estimate(model, config, 1, torch.bfloat16, "cpu").activations  # maps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

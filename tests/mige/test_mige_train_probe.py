@@ -15,7 +15,7 @@ from mige.folder import load_parts
 from mige.training.config import Recipe
 from mige.training.plan import check_rates, make_plan
 from mige.training.probe import Probe, other_pictures, other_words, undropped
-from mige.training.run import make_model, make_samples, parameter_groups
+from mige.training.run import make_model, make_samples
 
 
 def test_rates_rise_stay_and_fall():
@@ -50,18 +50,6 @@ def test_a_length_may_change_until_rates_fall(done, then, now, told):
     saved = SimpleNamespace(step=done, facts={"settings": whole})
     with pytest.raises(UserError, match=told) if told else nullcontext():
         check_rates(plan, saved)
-
-
-def test_the_transformer_has_a_rate_of_its_own():
-    named = {"parts.transformer.a": 1, "parts.fusion.b": 2, "parts.transformer.c": 3}
-    recipe = Recipe(learning_rate=0.5, conditioning_rate=0.25)
-    assert parameter_groups(named, recipe) == [
-        {"params": [1, 3], "lr": 0.5}, {"params": [2], "lr": 0.25},
-    ]  # fmt: skip
-    assert parameter_groups({"parts.fusion.b": 2}, recipe) == [{"params": [2], "lr": 0.25}]
-    assert Recipe(learning_rate=0.5).rate_of_conditioning == 0.5
-    scaled = Recipe(batch_size=64, learning_rate=0.5, conditioning_rate=0.25, scale_rate=True)
-    assert (scaled.rate, scaled.rate_of_conditioning) == (0.25, 0.125)
 
 
 @pytest.fixture

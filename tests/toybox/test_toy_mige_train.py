@@ -47,7 +47,8 @@ def given(work: Path, *more: str):
 
 def test_each_part_is_a_command_of_its_own(tmp_path):
     """All that they are told, they take."""
-    found = train.commands(given(tmp_path, "--triplets", "9", "--seed", "4", "--device", "cpu"))
+    more = ("--triplets", "9", "--seed", "4", "--device", "cpu", "--mixed_precision", "bf16")
+    found = train.commands(given(tmp_path, *more))
     assert [module for module, _ in found] == PARTS
     read = {m: importlib.import_module(m).parse_args(words)[1] for m, words in found}
     assert (read["toybox.triplets"].count, read["toybox.triplets"].seed) == (9, 4)
@@ -59,6 +60,7 @@ def test_each_part_is_a_command_of_its_own(tmp_path):
     assert Path(learning.features) == features.output == tmp_path / "features"
     assert (learning.steps, learning.resume, learning.device) == (7, False, "cpu")
     assert learning.batch_size == learning.micro_batch_size == 16
+    assert (learning.mixed_precision, given(tmp_path).mixed_precision) == ("bf16", "no")
     told = {name: getattr(learning, name) for name in train.RECIPE}
     assert told == train.RECIPE
 
