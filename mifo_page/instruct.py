@@ -94,12 +94,12 @@ def instruct_tab(places: Places, job: Job) -> tuple:
                 )
                 fields["order"] = number(1, "<image> to edit", "order")
             with gr.Accordion("More settings", open=False, elem_id="more_instruct"), gr.Row():
-                fields["steps"] = open_number("Steps", "instruct_steps", int, empty="50, edits 60")
+                fields["steps"] = open_number("Steps", "instruct_steps", int, empty="the model's")
                 fields["text_scale"] = open_number(
-                    "Weight of the instruction", "text_scale", float, empty="7, edits 5"
+                    "Weight of the instruction", "text_scale", float, empty="the model's"
                 )
                 fields["image_scale"] = open_number(
-                    "Weight of the picture to edit", "image_scale", float, empty="1"
+                    "Weight of the picture to edit", "image_scale", float, empty="the model's"
                 )
             shown = command_box("instruct_command")
             button = gr.Button("Carry out", variant="primary", elem_id="instruct")

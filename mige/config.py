@@ -1,7 +1,7 @@
 """Every setting of painting with MIGE and its default."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imagelab.settings import Config, check_within
 
@@ -25,6 +25,7 @@ class Guidance:
     image_scale: float = 1.0
 
 
+GUIDANCE = tuple(Guidance.__dataclass_fields__)
 DEFAULTS = {
     "subject": Guidance(50, 7.0),
     "edit": Guidance(60, 5.0),
@@ -55,12 +56,10 @@ class PaintingConfig(Config):
     height: int | None = None
     runtime: Runtime = Runtime()
 
-    def guidance(self, task: str) -> Guidance:
-        """The numbers that a task is sampled with."""
-        own = DEFAULTS[task]
-        given = (self.steps, self.text_scale, self.image_scale)
-        usual = (own.steps, own.text_scale, own.image_scale)
-        return Guidance(*(b if a is None else a for a, b in zip(given, usual, strict=True)))
+    def guidance(self, usual: Guidance) -> Guidance:
+        """The numbers that a task is sampled with, whose usual ones are given."""
+        given = {name: getattr(self, name) for name in GUIDANCE}
+        return replace(usual, **{k: value for k, value in given.items() if value is not None})
 
 
 def check_numbers(settings: Mapping[str, object]) -> None:

@@ -19,6 +19,7 @@ from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.sources import embedded_folder
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
+from mige.config import DEFAULTS, GUIDANCE, check_numbers
 from mige.method.schedule import BETA_SCHEDULES, PREDICTION_TYPES
 from mige.method.wording import MARK, PREFIXES
 from mige.vocabulary import is_charsmap
@@ -76,6 +77,8 @@ PARTS = {
 }  # fmt: skip
 #: What a model folder says besides its parts, and its form.
 SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
+#: What it may say, too: how it is to be sampled.
+GUIDED = "guidance"
 MOST_SLOTS, LONGEST_PREFIX, MOST_TIMESTEPS = 64, 2000, 100_000
 #: What the schedule may be, the released model's first.
 SCHEDULES = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
@@ -161,9 +164,12 @@ def find_folder(source: str) -> Path:
 
 
 def read_settings(folder: Path) -> dict:
-    """How many pictures a model takes, whether it rounds times, and its prefixes."""
+    """How many pictures a model takes, whether it rounds times, its prefixes and its guidance."""
     path = folder / INDEX
     found = read_json(path, SETTINGS, ADVICE)
+    guidance = found.get(GUIDED, {})
+    if wrong := misfit_of_guidance(guidance):
+        raise UserError(f"{path}: {wrong}; {ADVICE}")
     slots, prefixes = found["slots"], found["prefixes"]
     if not 1 <= slots <= MOST_SLOTS:
         raise UserError(f"{path}: slots is {slots}, and may be 1 to {MOST_SLOTS}; {ADVICE}")
@@ -172,7 +178,29 @@ def read_settings(folder: Path) -> dict:
     for name in PREFIXES:
         check_prefix(prefixes[name], f"{path}: the prefix of {name}", ADVICE)
     settings = {name: found[name] for name in SETTINGS}
-    return settings | {"prefixes": {name: prefixes[name] for name in PREFIXES}}
+    prefixes = {name: prefixes[name] for name in PREFIXES}
+    return settings | {"prefixes": prefixes, GUIDED: guidance}
+
+
+def misfit_of_guidance(found: object) -> str | None:
+    """Why this cannot be what a model says of its sampling, or None."""
+    if wrong := misfit(found, dict, GUIDED):
+        return wrong
+    for task, numbers in found.items():
+        if task not in DEFAULTS:
+            return f"{GUIDED} is of {shorten(task)!r}, and tasks are {', '.join(DEFAULTS)}"
+        if wrong := misfit(numbers, dict, f"{GUIDED}.{task}"):
+            return wrong
+        if unknown := [name for name in numbers if name not in GUIDANCE]:
+            return f"{GUIDED}.{task} has {shorten(unknown[0])!r}, not {', '.join(GUIDANCE)}"
+        form = {name: int if name == "steps" else float for name in numbers}
+        if wrong := misfit(numbers, form, f"{GUIDED}.{task}"):
+            return wrong
+        try:
+            check_numbers(numbers)
+        except UserError as error:
+            return f"{GUIDED}.{task}: {error}"
+    return None
 
 
 def check_prefix(text: str, name: str, advice: str) -> None:

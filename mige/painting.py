@@ -17,7 +17,7 @@ from imagelab.io.images import read_image
 from imagelab.io.pictures import Tile, encode_png, next_number, save_picture, sheet_of_lines
 from imagelab.io.tensors import read_json
 from imagelab.processes import Processes
-from mige.config import PaintingConfig
+from mige.config import Guidance, PaintingConfig
 from mige.items import Item, told_of
 from mige.latents import Size
 from mige.method.wording import MARK
@@ -52,10 +52,14 @@ class Job:
         own, asked = self.pipeline.size, self.config
         return Size(asked.width or own.width, asked.height or own.height)
 
+    def guidance(self, task: str) -> Guidance:
+        """How a task is sampled."""
+        return self.config.guidance(self.pipeline.guidance(task))
+
     def facts(self, item: Item, index: int) -> dict:
         """Everything, for JSON, that picture ``index`` of an item depends on."""
         task = item.task
-        how = self.config.guidance(task)
+        how = self.guidance(task)
         return {
             "task": task,
             "text": item.text,
@@ -202,7 +206,7 @@ def _paint(
     """Paint pictures of items in batches; each item is encoded once."""
     encoded: dict[str | int, tuple[Request, Condition]] = {}
     batches = list(_batches(job, todo))
-    total = sum(job.config.guidance(batch[0][0].task).steps for batch in batches)
+    total = sum(job.guidance(batch[0][0].task).steps for batch in batches)
     with tqdm(total=total, desc="painting", unit="step", disable=not is_shown) as bar:
         for batch in batches:
             names = {item.name for item, _ in batch}
@@ -214,7 +218,7 @@ def _paint(
                     condition = job.pipeline.encode(request, job.config.seed, job.size)
                     encoded[item.name] = request, condition
             asked = [(*encoded[item.name], job.config.seed + index) for item, index in batch]
-            guidance = job.config.guidance(batch[0][0].task)
+            guidance = job.guidance(batch[0][0].task)
             painted = job.pipeline.paint(asked, guidance, job.size, lambda *_: bar.update())
             for (item, index), picture in zip(batch, painted, strict=True):
                 save(item, index, picture)
@@ -222,7 +226,7 @@ def _paint(
 
 def _batches(job: Job, todo: Sequence[tuple[Item, int]]) -> Iterator[list[tuple[Item, int]]]:
     """Parts of at most a batch's size that are sampled in one way."""
-    for _, group in groupby(todo, lambda each: job.config.guidance(each[0].task)):
+    for _, group in groupby(todo, lambda each: job.guidance(each[0].task)):
         yield from in_parts(group, job.config.runtime.batch_size)
 
 

@@ -61,6 +61,8 @@ class MigePipeline(DiffusionPipeline):
         round_timesteps: see timesteps in bfloat16's steps, as the released weights do.
         prefixes: sentences before the instruction, by task
             (:data:`~mige.method.wording.PREFIXES`); None: nothing.
+        guidance: what of :class:`~mige.config.Guidance` suits the model, by task; the paper's
+            numbers where nothing is said.
     """
 
     model_cpu_offload_seq = "vision_encoder->qformer->fusion->text_encoder->transformer->vae"
@@ -78,6 +80,7 @@ class MigePipeline(DiffusionPipeline):
         slots: int = 4,
         round_timesteps: bool = False,
         prefixes: Mapping[str, str] | None = None,
+        guidance: Mapping[str, Mapping[str, float]] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -85,8 +88,9 @@ class MigePipeline(DiffusionPipeline):
             vision_encoder=vision_encoder, qformer=qformer, fusion=fusion, scheduler=scheduler,
         )  # fmt: skip
         self.register_to_config(
-            slots=slots, round_timesteps=round_timesteps, prefixes=dict(prefixes or PLAIN_PREFIXES)
-        )
+            slots=slots, round_timesteps=round_timesteps, prefixes=dict(prefixes or PLAIN_PREFIXES),
+            guidance={task: dict(numbers) for task, numbers in (guidance or {}).items()},
+        )  # fmt: skip
         vision_encoder.post_layernorm.eps = VISION_NORM_EPS
 
     @classmethod
@@ -133,6 +137,10 @@ class MigePipeline(DiffusionPipeline):
     def multiple(self) -> int:
         """What a picture's sides must be divisible by, in pixels."""
         return self.vae_factor * self.transformer.config.patch_size
+
+    def guidance(self, task: str) -> Guidance:
+        """How a task is sampled, where nobody says otherwise."""
+        return replace(DEFAULTS[task], **self.config.guidance.get(task, {}))
 
     def _latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(c, h, w) of a picture's latents."""
@@ -344,8 +352,7 @@ class MigePipeline(DiffusionPipeline):
             seed: of the first picture; every next one has the next seed.
             width, height: pixels; None: the model's own.
             is_global: whether an edit concerns the whole picture.
-            guidance: ``steps``, ``text_scale``, ``image_scale``, in place of the paper's
-                (:data:`~mige.config.DEFAULTS`).
+            guidance: ``steps``, ``text_scale``, ``image_scale``, in place of the model's.
 
         Raises:
             UserError: the request makes no sense; see :func:`~mige.request.make_request`.
@@ -360,7 +367,7 @@ class MigePipeline(DiffusionPipeline):
         request = make_request(
             instruction, tuple(map(as_rgb, images)), source, source_place, is_global=is_global
         )
-        how = replace(DEFAULTS[request.task], **given)
+        how = replace(self.guidance(request.task), **given)
         condition = self.encode(request, seed, size)
         pictures = []
         for index in range(num_images):

@@ -26,7 +26,7 @@ class WordsPainter(MigePainter):
             request = request_of(item)
             whole = self.pipeline.encode(request, seed)
             asked.append((request, self._in_words(item, whole), seed))
-        return self.pipeline.paint(asked, self.config.guidance(asked[0][0].task))
+        return self.pipeline.paint(asked, self.guidance(asked[0][0].task))
 
     @torch.no_grad()
     def _in_words(self, item: Item, whole: Condition) -> Condition:

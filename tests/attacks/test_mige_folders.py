@@ -106,6 +106,8 @@ INDEXED = {
     "a further part": {"safety_checker": [CANARY, "X"]},
     "a pipeline of one's own": {"_class_name": [f"{CANARY}", "X"]},
     "endless slots": {"slots": 10**9},
+    "endless steps": {"guidance": {"edit": {"steps": 10**12}}},
+    "steps of a list": {"guidance": {"edit": [20]}},
     "a prefix of megabytes": {"prefixes": dict.fromkeys(PREFIXES, "x" * 2**22)},
 }  # fmt: skip
 

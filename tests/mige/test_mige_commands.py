@@ -12,6 +12,8 @@ from PIL import Image
 
 from imagelab.io.images import read_image
 from mige import edit, generate, painting
+from mige.config import Guidance, PaintingConfig
+from mige.painting import Job
 from mige.pipeline import MigePipeline
 
 QUICK = ["--steps", "2", "--seed", "3", "--device", "cpu", "--mixed_precision", "no"]
@@ -69,6 +71,19 @@ def test_a_subject(paint, model, place):
     again = paint(generate, *SUBJECT)
     assert again[0] == Path("output/mige/0002.png")
     assert np.array_equal(pixels(again[0]), wanted[0])
+
+
+def test_a_model_brings_its_numbers(paint, model, place, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "model")
+    index = copy / "model_index.json"
+    own = {"subject": {"steps": 1, "text_scale": 3.5}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance": own}))
+    job = (MigePipeline.from_pretrained(copy), PaintingConfig(text_scale=2.0))
+    assert Job(job[0], "m", "d", [], job[1], {}).guidance("subject") == Guidance(1, 2.0, 1.0)
+    argv = ["--prompt", "a <image>", "--images", "dog.png", "--output_path", "own", "--seed", "3"]
+    generate.main([*argv, "--model", str(copy), "--device", "cpu"])
+    facts = facts_in(Path("own/0000.png"))
+    assert (facts["steps"], facts["text_scale"], facts["image_scale"]) == (1, 3.5, 1.0)
 
 
 def test_an_edit(paint, model):

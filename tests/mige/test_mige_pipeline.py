@@ -129,6 +129,26 @@ BAD_FOLDERS = {
         "the prefix of edit is not UTF-8 text",
     ),
     "no prefixes": (lambda m: edit(m / "model_index.json", prefixes={}), "has no 'subject'"),
+    "guidance in words": (
+        lambda m: edit(m / "model_index.json", guidance="much"),
+        "guidance is 'much' and not an object",
+    ),
+    "guidance of nothing known": (
+        lambda m: edit(m / "model_index.json", guidance={"draw": {}}),
+        "guidance is of 'draw', and tasks are subject, edit, subject_edit",
+    ),
+    "another number of guidance": (
+        lambda m: edit(m / "model_index.json", guidance={"edit": {"cfg": 2}}),
+        "guidance.edit has 'cfg', not steps, text_scale, image_scale",
+    ),
+    "half a step": (
+        lambda m: edit(m / "model_index.json", guidance={"edit": {"steps": 2.5}}),
+        "guidance.edit.steps is 2.5 and not a whole number",
+    ),
+    "endless steps": (
+        lambda m: edit(m / "model_index.json", guidance={"edit": {"steps": 10**9}}),
+        "guidance.edit: --steps is 1000000000; give a whole number from 1 to 1000",
+    ),
     "another width": (
         lambda m: edit(m / "fusion/config.json", text_width=44),
         "fusion's text_width is 44, and text_encoder's d_model is 40",
@@ -346,6 +366,25 @@ def test_photos_are_read_as_the_commands_read_them(pipeline, tmp_path, kind):
 def test_settings_from_python_are_checked(pipeline, settings, told):
     with pytest.raises(UserError, match=re.escape(told)):
         pipeline("make it snow", **({"images": (), "source": SOURCE} | settings))
+
+
+def test_a_model_brings_its_numbers(model, tmp_path, monkeypatch):
+    """What it says nothing of is the paper's; what is given wins over both; saving keeps them."""
+    own = {"subject": {"steps": 2, "text_scale": 3}, "edit": {"image_scale": 1.5}}
+    copy = shutil.copytree(model, tmp_path / "model")
+    edit(copy / "model_index.json", guidance=own)
+    pipeline = MigePipeline.from_pretrained(copy)
+    assert pipeline.guidance("subject") == Guidance(2, 3, 1.0)
+    assert pipeline.guidance("edit") == Guidance(60, 5.0, 1.5)
+    assert pipeline.guidance("subject_edit") == Guidance(60, 5.0, 1.0)
+    seen = []
+    monkeypatch.setattr(MigePipeline, "paint", lambda self, _, how, size: seen.append(how) or [])
+    pipeline("a <image>", DOG)
+    pipeline("a <image>", DOG, text_scale=4.0)
+    assert seen == [Guidance(2, 3, 1.0), Guidance(2, 4.0, 1.0)]
+    pipeline.save_pretrained(tmp_path / "again")
+    assert MigePipeline.from_pretrained(tmp_path / "again").config.guidance == own
+    assert MigePipeline.from_pretrained(model).guidance("subject") == Guidance(50, 7.0, 1.0)
 
 
 def test_a_single_picture_needs_no_list(pipeline):

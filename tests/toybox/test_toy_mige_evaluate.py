@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mige.config import PaintingConfig
+from mige.config import DEFAULTS, PaintingConfig
 from mige.method.wording import MARK
 from toybox.mige import judge
 from toybox.mige.architecture import (
@@ -35,7 +35,9 @@ class FakePainter(MigePainter):
     """Paints targets; where ``wrong`` says an index, the unchanged source."""
 
     def __init__(self, wrong=(), digest="d", **settings):
-        pipeline = SimpleNamespace(transformer=SimpleNamespace(dtype="torch.float32"))
+        pipeline = SimpleNamespace(
+            transformer=SimpleNamespace(dtype="torch.float32"), guidance=DEFAULTS.get
+        )
         settings = {"seed": 0, "steps": 20, "batch_size": 3} | settings
         super().__init__(pipeline, digest, PaintingConfig.from_settings(**settings), "fake")
         self.wrong, self.painted, self.batches = wrong, [], []
@@ -329,10 +331,10 @@ def test_the_model_is_asked_with_the_items_own_guidance_and_noise(model):
     for item, picture in zip(several, together, strict=True):
         request = request_of(item)
         condition = pipeline.encode(request, 7)
-        (alone,) = pipeline.paint([(request, condition, 7)], config.guidance("subject_edit"))
+        (alone,) = pipeline.paint([(request, condition, 7)], painter.guidance("subject_edit"))
         away = np.abs(np.asarray(picture, int) - np.asarray(alone, int))
         assert away.max() <= 2
-    assert config.guidance("subject_edit").text_scale == 2
+    assert painter.guidance("subject_edit").text_scale == 2
     restored = painter.restore([several[0].triplet.target])
     assert judge.l1(restored[0], several[0].triplet.target) < 0.03
 

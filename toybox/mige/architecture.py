@@ -43,6 +43,10 @@ PREFIXES = {
     "edit": "edit ",
     "subject_edit": "combine ",
 }
+#: How it is sampled. More steps or a larger weight of the instruction paint nothing better.
+GUIDANCE = dict.fromkeys(
+    ("subject", "edit", "subject_edit"), {"steps": 20, "text_scale": 4.0, "image_scale": 1.0}
+)
 #: T5's own first pieces, and what words are spelled with that the vocabulary does not have.
 SPECIAL, LETTERS = ("<pad>", "</s>", "<unk>"), "abcdefghijklmnopqrstuvwxyz0123456789,-'?&/%"
 WORD_SCORE, LETTER_SCORE = -1.0, -10.0  # log-probabilities, so that a word stays whole
@@ -123,7 +127,7 @@ def build_pipeline(parts: dict, vae: AutoencoderKL, tokenizer, slots: int) -> Mi
     """The pipeline of all parts."""
     return MigePipeline(
         **parts, vae=vae, tokenizer=tokenizer, slots=slots, round_timesteps=False,
-        prefixes=PREFIXES,
+        prefixes=PREFIXES, guidance=GUIDANCE,
     )  # fmt: skip
 
 

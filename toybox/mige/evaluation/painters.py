@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from imagelab.errors import UserError
 from imagelab.models.device import choose_device
 from imagelab.sampling import to_picture
-from mige.config import PaintingConfig
+from mige.config import Guidance, PaintingConfig
 from mige.folder import find_folder, model_digest
 from mige.latents import Size
 from mige.options import precision
@@ -52,8 +52,12 @@ class MigePainter:
         self.settings = {
             "model": model, "sha256": digest, "seed": config.seed,
             "precision": str(pipeline.transformer.dtype).removeprefix("torch."),
-            "guidance": {task: asdict(config.guidance(task)) for task in _tasks()},
+            "guidance": {task: asdict(self.guidance(task)) for task in _tasks()},
         }  # fmt: skip
+
+    def guidance(self, task: str) -> Guidance:
+        """How a task is sampled."""
+        return self.config.guidance(self.pipeline.guidance(task))
 
     def facts(self, row: str) -> dict:
         settings = self.settings
@@ -66,7 +70,7 @@ class MigePainter:
         seed = self.config.seed
         requests = [request_of(item) for item in items]
         asked = [(each, self.pipeline.encode(each, seed), seed) for each in requests]
-        return self.pipeline.paint(asked, self.config.guidance(requests[0].task))
+        return self.pipeline.paint(asked, self.guidance(requests[0].task))
 
     @torch.inference_mode()
     def restore(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
