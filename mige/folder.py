@@ -17,7 +17,7 @@ from imagelab.io.tensors import misfit, read_json
 from imagelab.models.digests import weights_digest
 from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
-from imagelab.models.sources import embedded_folder
+from imagelab.models.sources import embedded_folder, embedded_names
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from mige.config import DEFAULTS, GUIDANCE, check_numbers
 from mige.method.schedule import BETA_SCHEDULES, PREDICTION_TYPES
@@ -150,8 +150,10 @@ def find_folder(source: str) -> Path:
     folder = embedded_folder(source, EMBEDDED) or Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"there is no model folder {shorten(source)}; `python -m mige.convert` makes one from "
-            "a release, and `python -m mige.start` one to train; see docs/mige.md"
+            f"there is no model folder {shorten(source)}; "
+            + "".join(f"{name} is one that comes along, " for name in embedded_names(EMBEDDED))
+            + "`python -m mige.convert` makes one from a release, and `python -m mige.start` one "
+            "to train; see docs/mige.md"
         )
     if not (folder / INDEX).is_file():
         within = folder / "model"  # of what `python -m mige.train` wrote
@@ -323,10 +325,14 @@ def _charsmap(normalizer: object) -> bytes | None:
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 over a model folder's weights, and what its configs and its tokenizer say."""
+    """sha256 over a model folder's weights, and what its configs and its tokenizer say.
+
+    But for the guidance: whatever depends on it keeps its numbers.
+    """
     words = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     parts = [name for name in PARTS if name != "tokenizer"]
-    facts = [parts_digest(folder, parts), read_settings(folder), words]
+    settings = {name: value for name, value in read_settings(folder).items() if name != GUIDED}
+    facts = [parts_digest(folder, parts), settings, words]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -37,6 +37,11 @@ def embedded_folder(name: str, group: str = "imagelab.models") -> Path | None:
     return None
 
 
+def embedded_names(group: str) -> list[str]:
+    """What a group's embedded models are called."""
+    return sorted({found.name for found in entry_points(group=group)})
+
+
 def choose_model(path: str, device: str) -> str:
     """Turn ``--model_path`` into a source. Only the untouched default may become another model."""
     if path != DEFAULT_MODEL or Path(path).is_dir():

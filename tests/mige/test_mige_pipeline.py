@@ -373,6 +373,7 @@ def test_a_model_brings_its_numbers(model, tmp_path, monkeypatch):
     own = {"subject": {"steps": 2, "text_scale": 3}, "edit": {"image_scale": 1.5}}
     copy = shutil.copytree(model, tmp_path / "model")
     edit(copy / "model_index.json", guidance=own)
+    assert model_digest(copy) == model_digest(model)
     pipeline = MigePipeline.from_pretrained(copy)
     assert pipeline.guidance("subject") == Guidance(2, 3, 1.0)
     assert pipeline.guidance("edit") == Guidance(60, 5.0, 1.5)
