@@ -350,7 +350,7 @@ GENERATE = [
     (["--prompt", "a", "--offload"], "--offload saves a GPU's memory; leave it out on the CPU"),
     (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99 is not available here"),
     (["--prompt", "a", "--output_path", "dog.png/x"], "dog.png is a file, not a folder"),
-    (["--prompt", "a", "--model", "nowhere"], "there is no model folder nowhere; toybox is one that comes along, `python"),
+    (["--prompt", "a", "--model", "nowhere"], "folder nowhere; toybox is one that comes along, `"),
     (["--prompt", "a", "--model", "."], "is no model folder: it has no model_index.json"),
 ]  # fmt: skip
 EDITING = [
