@@ -7,6 +7,7 @@ drawn.
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ EACH = [(task, op) for task in TASKS for op in OPS[task]]
 CHANGES = [(task, op) for task, op in EACH if task != "subject"]
 OF_A_TOY = [(task, op) for task, op in CHANGES if op != "ground"]
 COUNT = 12  # of each op
+PICTURES = Path(__file__).parents[2] / "example/pictures"
+#: What they show, for the README's commands of MIGE.
+SHIPPED = {
+    ("subject", "two", 2): ("robot", "rocket"),
+    ("edit", "recolour", 9): ("fox",),
+    ("subject_edit", "replace", 6): ("tractor", "car"),
+}
 
 
 @cache
@@ -567,3 +575,16 @@ def test_all_words_are_known():
         for triplet in drawn(task, op):
             text = " ".join([triplet.prompt.replace(MARK, " "), *filter(None, triplet.captions)])
             assert set(text.split()) <= set(WORDS)
+
+
+# ----------------------------------------------------------------------------------------------
+# what ships
+
+
+@pytest.mark.parametrize("drawn", SHIPPED)
+def test_shipped_pictures_are_of_held_out_triplets(drawn):
+    task, op, index = drawn
+    entities = draw_triplet(7, "test", index, task, op).entities
+    for name, entity in zip(SHIPPED[drawn], entities, strict=True):
+        shipped = Image.open(PICTURES / f"{name}.png")
+        assert np.array_equal(np.asarray(shipped), np.asarray(entity))
