@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import get_type_hints
 
 from imagelab.settings import Config, check_within
 
@@ -25,7 +26,7 @@ class Guidance:
     image_scale: float = 1.0
 
 
-GUIDANCE = tuple(Guidance.__dataclass_fields__)
+GUIDANCE_KINDS = get_type_hints(Guidance)
 DEFAULTS = {
     "subject": Guidance(50, 7.0),
     "edit": Guidance(60, 5.0),
@@ -58,7 +59,7 @@ class PaintingConfig(Config):
 
     def guidance(self, usual: Guidance) -> Guidance:
         """The numbers that a task is sampled with, whose usual ones are given."""
-        given = {name: getattr(self, name) for name in GUIDANCE}
+        given = {name: getattr(self, name) for name in GUIDANCE_KINDS}
         return replace(usual, **{k: value for k, value in given.items() if value is not None})
 
 

@@ -19,7 +19,7 @@ from imagelab.models.loading import load_module, quiet_libraries, read_part
 from imagelab.models.parts import Part, check_classes, checked_folder, find_weights, read_config
 from imagelab.models.sources import embedded_folder, embedded_names
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
-from mige.config import DEFAULTS, GUIDANCE, check_numbers
+from mige.config import DEFAULTS, GUIDANCE_KINDS, check_numbers
 from mige.method.schedule import BETA_SCHEDULES, PREDICTION_TYPES
 from mige.method.wording import MARK, PREFIXES
 from mige.vocabulary import is_charsmap
@@ -77,8 +77,6 @@ PARTS = {
 }  # fmt: skip
 #: What a model folder says besides its parts, and its form.
 SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
-#: What it may say, too: how it is to be sampled.
-GUIDED = "guidance"
 MOST_SLOTS, LONGEST_PREFIX, MOST_TIMESTEPS = 64, 2000, 100_000
 #: What the schedule may be, the released model's first.
 SCHEDULES = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
@@ -169,7 +167,7 @@ def read_settings(folder: Path) -> dict:
     """How many pictures a model takes, whether it rounds times, its prefixes and its guidance."""
     path = folder / INDEX
     found = read_json(path, SETTINGS, ADVICE)
-    guidance = found.get(GUIDED, {})
+    guidance = found.get("guidance", {})
     if wrong := misfit_of_guidance(guidance):
         raise UserError(f"{path}: {wrong}; {ADVICE}")
     slots, prefixes = found["slots"], found["prefixes"]
@@ -181,27 +179,28 @@ def read_settings(folder: Path) -> dict:
         check_prefix(prefixes[name], f"{path}: the prefix of {name}", ADVICE)
     settings = {name: found[name] for name in SETTINGS}
     prefixes = {name: prefixes[name] for name in PREFIXES}
-    return settings | {"prefixes": prefixes, GUIDED: guidance}
+    return settings | {"prefixes": prefixes, "guidance": guidance}
 
 
 def misfit_of_guidance(found: object) -> str | None:
     """Why this cannot be what a model says of its sampling, or None."""
-    if wrong := misfit(found, dict, GUIDED):
+    if wrong := misfit(found, dict, "guidance"):
         return wrong
     for task, numbers in found.items():
         if task not in DEFAULTS:
-            return f"{GUIDED} is of {shorten(task)!r}, and tasks are {', '.join(DEFAULTS)}"
-        if wrong := misfit(numbers, dict, f"{GUIDED}.{task}"):
+            return f"guidance is of {shorten(str(task))!r}, and tasks are {', '.join(DEFAULTS)}"
+        if wrong := misfit(numbers, dict, f"guidance.{task}"):
             return wrong
-        if unknown := [name for name in numbers if name not in GUIDANCE]:
-            return f"{GUIDED}.{task} has {shorten(unknown[0])!r}, not {', '.join(GUIDANCE)}"
-        form = {name: int if name == "steps" else float for name in numbers}
-        if wrong := misfit(numbers, form, f"{GUIDED}.{task}"):
+        if unknown := [name for name in numbers if name not in GUIDANCE_KINDS]:
+            known = ", ".join(GUIDANCE_KINDS)
+            return f"guidance.{task} has {shorten(str(unknown[0]))!r}, not {known}"
+        kinds = {name: GUIDANCE_KINDS[name] for name in numbers}
+        if wrong := misfit(numbers, kinds, f"guidance.{task}"):
             return wrong
         try:
             check_numbers(numbers)
         except UserError as error:
-            return f"{GUIDED}.{task}: {error}"
+            return f"guidance.{task}.{str(error).removeprefix('--')}"
     return None
 
 
@@ -327,11 +326,11 @@ def _charsmap(normalizer: object) -> bytes | None:
 def model_digest(folder: Path) -> str:
     """sha256 over a model folder's weights, and what its configs and its tokenizer say.
 
-    But for the guidance: whatever depends on it keeps its numbers.
+    The guidance is left out: what is painted with it records its numbers.
     """
     words = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     parts = [name for name in PARTS if name != "tokenizer"]
-    settings = {name: value for name, value in read_settings(folder).items() if name != GUIDED}
+    settings = {name: value for name, value in read_settings(folder).items() if name != "guidance"}
     facts = [parts_digest(folder, parts), settings, words]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

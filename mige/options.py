@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 #: Help of the settings, in order.
 HELP = {
     "num_images": "pictures of each item; each has noise of the next seed",
-    "steps": "of DPM-Solver++; None: the model's own, or 50, 60 for edits",
-    "text_scale": "weight of the instruction; None: the model's own, or 7, 5 for edits",
+    "steps": "of DPM-Solver++; None: the model's; without one 50, for edits 60",
+    "text_scale": "weight of the instruction; None: the model's; without one 7, for edits 5",
     "image_scale": "weight of the picture to edit, at 1 a branch is saved; None: the model's, or 1",
     "width": "pixels; None: the model's own (another is an extension of the paper)",
     "height": "pixels; None: the model's own",

@@ -20,8 +20,8 @@ from imagelab.io.images import as_rgb
 from imagelab.io.tensors import UMASK
 from imagelab.sampling import to_picture
 from imagelab.training.seeds import check_seed, generator_for
-from mige.config import DEFAULTS, Guidance, check_numbers
-from mige.folder import load_parts
+from mige.config import DEFAULTS, GUIDANCE_KINDS, Guidance, check_numbers
+from mige.folder import load_parts, misfit_of_guidance
 from mige.latents import Posterior, Size
 from mige.method.encoder import (
     VISION_NORM_EPS,
@@ -83,6 +83,8 @@ class MigePipeline(DiffusionPipeline):
         guidance: Mapping[str, Mapping[str, float]] | None = None,
     ):
         super().__init__()
+        if wrong := misfit_of_guidance(guidance or {}):
+            raise UserError(f"{wrong}; give guidance by task, or none")
         self.register_modules(
             transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder,
             vision_encoder=vision_encoder, qformer=qformer, fusion=fusion, scheduler=scheduler,
@@ -140,7 +142,9 @@ class MigePipeline(DiffusionPipeline):
 
     def guidance(self, task: str) -> Guidance:
         """How a task is sampled, where nobody says otherwise."""
-        return replace(DEFAULTS[task], **self.config.guidance.get(task, {}))
+        own = self.config.guidance.get(task, {})
+        numbers = {name: GUIDANCE_KINDS[name](value) for name, value in own.items()}
+        return replace(DEFAULTS[task], **numbers)
 
     def _latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(c, h, w) of a picture's latents."""

@@ -6,8 +6,8 @@ import torch
 class JoinedOptimizer(torch.optim.Optimizer):
     """Optimisers of different tensors, one step of which is a step of each.
 
-    Groups and states are those of its parts themselves: a schedule or a checkpoint of the whole is
-    one of the parts.
+    Groups and the state are those of its parts themselves: a schedule of the whole is one of the
+    parts. ``load_state_dict`` would end that; `imagelab.training.checkpoint` fills the state in.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer):
@@ -15,6 +15,9 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self.parts = parts
         for part in parts:
             part.state = self.state
+
+    def load_state_dict(self, state_dict) -> None:
+        raise NotImplementedError("give the parts their states, or unpack a checkpoint's")
 
     def step(self, closure=None):
         """An update of all tensors; ``closure`` has to be None."""

@@ -152,7 +152,10 @@ def check_settings(config: TrainingConfig) -> None:
             "out"
         )
     if recipe.optimizer == "muon" and (conflict := _no_muon(config)):
-        raise UserError(f"--optimizer muon is for whole matrices of the transformer: {conflict}")
+        raise UserError(
+            f"--optimizer muon is for whole matrices of the transformer: {conflict}, or give "
+            "--optimizer adamw"
+        )
     for name, rate in (
         ("learning_rate", recipe.rate), ("conditioning_rate", recipe.rate_of_conditioning)
     ):  # fmt: skip
@@ -161,9 +164,9 @@ def check_settings(config: TrainingConfig) -> None:
 
 
 def _no_muon(config: TrainingConfig) -> str | None:
-    """Why Muon has nothing to update, or None."""
+    """What to change, so that there are matrices which Muon can update; None: there are."""
     if "transformer" not in config.recipe.parts:
         return "add it to --parts"
     if config.recipe.lora_rank:
         return "leave --lora_rank out"
-    return "leave --shard out" if config.running.shard else None
+    return "leave out --shard, and FSDP's config" if config.running.shard else None

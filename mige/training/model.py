@@ -180,8 +180,8 @@ def blocks(model: TrainedModel) -> Iterator[nn.Module]:
 def suited_attention(device: str, dtype: torch.dtype) -> AbstractContextManager:
     """Within, attention is computed in the way that is fastest to train in a precision.
 
-    The CPU's fused kernel takes most of a step in bf16: its backward pass is 5 times slower than in
-    float32. With plain matrices a step is faster than in float32.
+    In bf16 the backward pass of the CPU's fused kernel takes up all that is won elsewhere. With
+    plain matrices a step is faster than in float32 (benchmarks/results/mige_recipe_cpu.md).
     """
     is_slow = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()

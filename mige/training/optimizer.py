@@ -10,6 +10,8 @@ from mige.training.config import ADAM_BETAS, ADAM_EPS, Recipe
 
 TRUNK = "parts.transformer."
 BLOCKS = f"{TRUNK}transformer_blocks."
+#: Momentum, and iterations that make the singular values alike.
+MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5}
 #: Numbers that are kept of each weight.
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
 
@@ -30,7 +32,7 @@ def make_optimizer(named: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.O
         return adamw
     muon = torch.optim.Muon(
         matrices.values(), lr=recipe.rate, weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        adjust_lr_fn="match_rms_adamw", **MUON,
     )  # fmt: skip
     return JoinedOptimizer(adamw, muon)
 

@@ -174,7 +174,8 @@ def check_apart(config: TrainingConfig) -> None:
 def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
     """Raises UserError unless an unfinished training had these settings and inputs."""
     facts = read_facts(Path(config.output) / CHECKPOINT)
-    now, then = kept_settings(config), facts.get("settings", {})
+    # a checkpoint may be older than a setting, which then was as it is by default
+    now, then = kept_settings(config), kept_settings(TrainingConfig()) | facts.get("settings", {})
     changed = [n for n in now if n not in LENGTH_SETTINGS and then.get(n) != now[n]]
     if changed:
         shown = ", ".join(

@@ -129,13 +129,13 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
         trainer.callbacks.append(Report(running.sample_steps, act))
     with suited_attention(plan.device, plan.dtype):
         trainer.run({"training": lambda _: stage}, saved)
-    if processes.is_first:
-        draw_curves(plan, trainer)
-    if ema:
-        ema.swap()
-    write_model(model, plan.folder, plan.output / MODEL, processes.is_first)
-    if painter and processes.is_first and plan.steps % running.sample_steps:
-        painter.paint(model, plan.steps)
+        if processes.is_first:
+            draw_curves(plan, trainer)
+        if ema:
+            ema.swap()
+        write_model(model, plan.folder, plan.output / MODEL, processes.is_first)
+        if painter and processes.is_first and plan.steps % running.sample_steps:
+            painter.paint(model, plan.steps)
     processes.gather(None)  # all wait here for each other
     return plan.output / MODEL
 

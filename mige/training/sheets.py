@@ -10,7 +10,6 @@ from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import written_aside
 from imagelab.io.images import open_picture
 from imagelab.io.pictures import Tile, encode_png, sheet_of_lines
-from mige.config import DEFAULTS
 from mige.data.records import Record
 from mige.method.wording import MARK, TASKS
 from mige.pictures import crop
@@ -59,7 +58,7 @@ class SamplePainter:
         request = _request(record, given)
         condition = pipeline.encode(request, self.samples.seed)
         asked = [(request, condition, self.samples.seed)]
-        (painted,) = pipeline.paint(asked, DEFAULTS[record.task])
+        (painted,) = pipeline.paint(asked, pipeline.guidance(record.task))
         text = shorten(record.prompt.replace(MARK, " <image> ").strip(), 80)
         tiles = [
             Tile(

@@ -83,6 +83,10 @@ def test_a_model_brings_its_numbers(paint, model, place, tmp_path):
     argv = ["--prompt", "a <image>", "--images", "dog.png", "--output_path", "own", "--seed", "3"]
     generate.main([*argv, "--model", str(copy), "--device", "cpu"])
     facts = facts_in(Path("own/0000.png"))
+    wanted = MigePipeline.from_pretrained(model)(
+        "a<imagehere>", [read_image(Path("dog.png"))], seed=3, steps=1, text_scale=3.5
+    )
+    assert np.array_equal(pixels(Path("own/0000.png")), wanted.images[0])
     assert (facts["steps"], facts["text_scale"], facts["image_scale"]) == (1, 3.5, 1.0)
 
 

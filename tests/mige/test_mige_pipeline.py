@@ -147,7 +147,7 @@ BAD_FOLDERS = {
     ),
     "endless steps": (
         lambda m: edit(m / "model_index.json", guidance={"edit": {"steps": 10**9}}),
-        "guidance.edit: --steps is 1000000000; give a whole number from 1 to 1000",
+        "guidance.edit.steps is 1000000000; give a whole number from 1 to 1000",
     ),
     "another width": (
         lambda m: edit(m / "fusion/config.json", text_width=44),
@@ -378,6 +378,7 @@ def test_a_model_brings_its_numbers(model, tmp_path, monkeypatch):
     assert pipeline.guidance("subject") == Guidance(2, 3, 1.0)
     assert pipeline.guidance("edit") == Guidance(60, 5.0, 1.5)
     assert pipeline.guidance("subject_edit") == Guidance(60, 5.0, 1.0)
+    assert type(pipeline.guidance("subject").text_scale) is float  # as a command's own would be
     seen = []
     monkeypatch.setattr(MigePipeline, "paint", lambda self, _, how, size: seen.append(how) or [])
     pipeline("a <image>", DOG)
@@ -386,6 +387,11 @@ def test_a_model_brings_its_numbers(model, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "again")
     assert MigePipeline.from_pretrained(tmp_path / "again").config.guidance == own
     assert MigePipeline.from_pretrained(model).guidance("subject") == Guidance(50, 7.0, 1.0)
+
+
+def test_guidance_from_python_is_checked(pipeline):
+    with pytest.raises(UserError, match="guidance.edit.steps is -3; give a whole number from 1"):
+        MigePipeline(**pipeline.components, guidance={"edit": {"steps": -3}})
 
 
 def test_a_single_picture_needs_no_list(pipeline):

@@ -23,6 +23,7 @@ from training_data import RECORDS, save_data, usual
 
 import imagelab.io.tensors
 from imagelab.errors import UserError
+from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
 from imagelab.training.loop import Trainer
 from mige import benchmark, edit, features, generate
 from mige.train import main
@@ -460,6 +461,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
             "--resume --conditioning_rate 0.1 --timestep_shift 2",
             "had other settings (no --conditioning_rate, --timestep_shift 1.0)",
         ),
+        (begun, "--resume --optimizer muon", "had other settings (--optimizer adamw); go on"),
         (begun, "--resume --steps 1", "O has 4 steps already, and 1 are asked for; give more"),
         (
             begun,
@@ -484,7 +486,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (as_it_is, "--parts fusion qformer fusion", "--parts names fusion more than once; give"),
         (as_it_is, "--optimizer muon --parts fusion", "of the transformer: add it to --parts"),
         (as_it_is, "--optimizer muon --lora_rank 4", "of the transformer: leave --lora_rank out"),
-        (as_it_is, "--optimizer muon --shard", "of the transformer: leave --shard out"),
+        (as_it_is, "--optimizer muon --shard", "of the transformer: leave out --shard, and FSDP"),
         (as_it_is, "--steps 0", "--steps is 0; give a whole number from 1 to 100000000"),
         (as_it_is, "--batch_size 0", "--batch_size is 0; give a whole number from 1 to"),
         (as_it_is, "--learning_rate 0", "--learning_rate is 0, with which nothing is learned"),
@@ -502,6 +504,18 @@ def test_what_is_refused(change, options, sentence, model, work, whole, fails, m
     told = fails(main, usual(base, "O", *STEPS, *options.split())).err
     assert sentence in told + caplog.text  # where several things are wrong, they are listed
     assert contents(work) == before
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_goes_on(model, work, whole, fails):
+    begun(model, whole)
+    saved = read_checkpoint(Path("O", CHECKPOINT))
+    del saved.facts["settings"]["optimizer"]
+    write_checkpoint(Path("O", CHECKPOINT), saved)
+    argv = usual(model, "O", *STEPS, "--resume", "--dry_run")
+    main(argv)
+    assert (
+        "had other settings (--optimizer adamw)" in fails(main, [*argv, "--optimizer", "muon"]).err
+    )
 
 
 def test_fsdp_s_config_shards(model, work, fails, monkeypatch):

@@ -9,10 +9,11 @@ from torch import nn
 
 from mige.data.checking import Limits
 from mige.data.records import Record
-from mige.folder import read_tokenizer
+from mige.folder import find_folder, read_settings, read_tokenizer
 from mige.method.wording import MARK, TASKS, prompt_for
 from mige.pipeline import MigePipeline
 from toybox.mige.architecture import (
+    GUIDANCE,
     PREFIXES,
     VAE,
     ToyMigeConfig,
@@ -148,10 +149,14 @@ def test_the_folder_is_a_whole_model_with_toyboxs_own_autoencoder(tmp_path):
     pipeline = MigePipeline.from_pretrained(folder)
     assert (pipeline.size.width, pipeline.size.height) == (128, 128)
     assert pipeline.config.slots == 2 and not pipeline.config.round_timesteps
-    assert pipeline.config.prefixes == PREFIXES
+    assert pipeline.config.prefixes == PREFIXES and pipeline.config.guidance == GUIDANCE
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     for name in new_parameters(parts):
         loaded, saved = getattr(pipeline, name).state_dict(), parts[name].state_dict()
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     text = "replace the tropical fish in xylophone"
     assert read_tokenizer(folder / "tokenizer")(text).input_ids == the_tokenizer()(text).input_ids
+
+
+def test_the_one_that_ships_says_how_it_is_sampled():
+    assert read_settings(find_folder("toybox"))["guidance"] == GUIDANCE

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mige.config import DEFAULTS, PaintingConfig
+from mige.config import Guidance, PaintingConfig
 from mige.method.wording import MARK
 from toybox.mige import judge
 from toybox.mige.architecture import (
@@ -36,7 +36,8 @@ class FakePainter(MigePainter):
 
     def __init__(self, wrong=(), digest="d", **settings):
         pipeline = SimpleNamespace(
-            transformer=SimpleNamespace(dtype="torch.float32"), guidance=DEFAULTS.get
+            transformer=SimpleNamespace(dtype="torch.float32"),
+            guidance=lambda task: Guidance(9, 1.5 + len(task)),
         )
         settings = {"seed": 0, "steps": 20, "batch_size": 3} | settings
         super().__init__(pipeline, digest, PaintingConfig.from_settings(**settings), "fake")
@@ -249,7 +250,9 @@ def test_the_report_has_every_row_and_those_over_several(tmp_path):
     assert facts["rows"]["all edits"]["l1"]["mean"] == pytest.approx(0.04)
     assert facts["calibration"][trial.title]["edit: add"]["share"] == 1
     assert facts["items"]["edit-move"] == rows["edit-move"]
-    assert facts["settings"]["guidance"]["edit"]["steps"] == 20
+    assert facts["settings"]["guidance"]["edit"] == {
+        "steps": 20, "text_scale": 5.5, "image_scale": 1.0,  # given, and the model's
+    }  # fmt: skip
 
 
 def test_wrong_pictures_of_a_sheet_are_told_in_red(tmp_path, monkeypatch):

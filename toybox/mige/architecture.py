@@ -30,6 +30,7 @@ from imagelab.training.seeds import seed_for
 from mige.folder import PARTS
 from mige.method.fusion import InstructionFusion
 from mige.method.sampler import ContinuousDPMSolver
+from mige.method.wording import TASKS
 from mige.pipeline import MigePipeline
 from toybox.scenes.triplets import WORDS
 from toybox.stable_diffusion import FOLDER
@@ -43,10 +44,8 @@ PREFIXES = {
     "edit": "edit ",
     "subject_edit": "combine ",
 }
-#: How it is sampled. More steps or a larger weight of the instruction paint nothing better.
-GUIDANCE = dict.fromkeys(
-    ("subject", "edit", "subject_edit"), {"steps": 20, "text_scale": 4.0, "image_scale": 1.0}
-)
+#: How it is sampled.
+GUIDANCE = dict.fromkeys(TASKS, {"steps": 20, "text_scale": 4.0, "image_scale": 1.0})
 #: T5's own first pieces, and what words are spelled with that the vocabulary does not have.
 SPECIAL, LETTERS = ("<pad>", "</s>", "<unk>"), "abcdefghijklmnopqrstuvwxyz0123456789,-'?&/%"
 WORD_SCORE, LETTER_SCORE = -1.0, -10.0  # log-probabilities, so that a word stays whole
