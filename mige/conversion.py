@@ -178,6 +178,7 @@ def write_folder(
         "slots": SLOTS,
         "round_timesteps": round_timesteps,
         "prefixes": dict(prefixes or dict.fromkeys(PREFIXES, "")),
+        "guidance": {},
     }
     with folder_lock(output, "--output"), replacing(output) as folder, disk_errors(output):
         write_model(folder, model)
