@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import CLOCKS, peak_bytes, seconds
+from benchmarks.measure import CLOCK_NAMES, CLOCKS, peak_bytes, seconds
 from benchmarks.mige_cases import (
     MODELS,
     SLOTS,
@@ -144,7 +144,7 @@ def write_report(stem: Path, facts: dict, results: list[dict]) -> None:
 
 
 def markdown(facts: dict, results: list[dict]) -> str:
-    clock = {"wall": "wall clock", "cpu": "processor time"}[facts["clock"]]
+    clock = CLOCK_NAMES[facts["clock"]]
     side = facts["pixels"]
     weights = f"{facts['weights'] / 2**20:.0f} MB of weights"
     where = "fetched from the CPU in turn" if facts["offload"] else "in both sides' memory"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import CLOCK_NAMES
 from benchmarks.table import (
-    CLOCK_NAMES,
     add_measuring_options,
     medians,
     parse_measuring_options,
@@ -21,7 +21,6 @@ from benchmarks.table import (
 )
 from imagelab.cli import HelpFormatter
 from mige.folder import find_folder, load_parts
-from mige.method.loss import Diffusion
 from mige.training.config import Recipe
 from mige.training.memory import blank_batch
 from mige.training.model import (
@@ -55,12 +54,7 @@ def make_batch(folder: Path, samples: int, device: str) -> Batch:
 def make_step(name: str, folder: Path, batch: Batch, device: str) -> Callable[[], None]:
     """One update of a model of its own."""
     dtype, is_suited, optimizer = WAYS[name]
-    parts = load_parts(folder, left_out=["vae"])
-    model = TrainedModel(
-        parts, Diffusion.of(parts["scheduler"]), slots=parts["slots"],
-        end=parts["tokenizer"].eos_token_id, round_timesteps=parts["round_timesteps"],
-        autocast=dtype,
-    )  # fmt: skip
+    model = TrainedModel.of_parts(load_parts(folder, left_out=["vae"]), autocast=dtype)
     recipe = Recipe(learning_rate=1e-9, optimizer=optimizer)
     choose_trained(model, recipe, 0)
     model.to(device)

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import CLOCK_NAMES, peak_bytes
 from benchmarks.mige_cases import END, MODELS, SLOTS, build_parts
 from benchmarks.table import (
-    CLOCK_NAMES,
     add_measuring_options,
     medians,
     parse_measuring_options,

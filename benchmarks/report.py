@@ -5,6 +5,8 @@ import json
 from math import nan
 from pathlib import Path
 
+from benchmarks.measure import CLOCK_NAMES
+
 HEADINGS = (
     "model", "work", "subjects", "images", "precision",
     "plain, ms", "MIFO, ms", "an image", "times faster",
@@ -27,7 +29,7 @@ def markdown(facts: dict, results: list[dict]) -> str:
     rates = ", ".join(
         f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in facts["rates"].items()
     )
-    clock = {"wall": "wall clock", "cpu": "processor time"}[facts["clock"]]
+    clock = CLOCK_NAMES[facts["clock"]]
     lines = [
         f"Made by `{facts['command']}` on {facts['machine']}.",
         "",

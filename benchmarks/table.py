@@ -11,8 +11,6 @@ import torch
 from benchmarks.measure import CLOCKS, seconds
 from benchmarks.run import RESULTS, machine
 
-CLOCK_NAMES = {"wall": "wall clock", "cpu": "processor time"}
-
 
 def add_measuring_options(parser: argparse.ArgumentParser, repeats: int, name: str) -> None:
     """--repeats, --threads, --device, --clock and --name, with defaults of this machine."""

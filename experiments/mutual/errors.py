@@ -9,7 +9,6 @@ import torch
 from mige.data.features import open_features
 from mige.data.records import RecordList
 from mige.folder import load_parts
-from mige.method.loss import Diffusion
 from mige.training.model import TrainedModel
 from mige.training.probe import undropped
 from mige.training.samples import Facts, Samples
@@ -30,10 +29,7 @@ def held_out_errors(
     parts = load_parts(model, left_out=["vae"])
     records = RecordList(data)
     count = len(records)
-    trained = TrainedModel(
-        parts, Diffusion.of(parts["scheduler"]), slots=parts["slots"],
-        end=parts["tokenizer"].eos_token_id, round_timesteps=parts["round_timesteps"],
-    ).to(device).eval()  # fmt: skip
+    trained = TrainedModel.of_parts(parts).to(device).eval()
     samples = Samples(
         records, np.arange(count), open_features(features, model), root, Facts.of(model), seed,
         count, count, 0, BATCH,

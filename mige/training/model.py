@@ -3,7 +3,7 @@
 Axes: b samples, r pictures of all their marks, k tokens, d width of the text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -67,6 +67,22 @@ class TrainedModel(nn.Module):
         self.round_timesteps, self.autocast = round_timesteps, autocast
         self.always_sees = always_sees
         self.parts["vision_encoder"].post_layernorm.eps = VISION_NORM_EPS
+
+    @classmethod
+    def of_parts(cls, parts: Mapping, **settings) -> "TrainedModel":
+        """The model of what :func:`~mige.folder.load_parts` read.
+
+        Args:
+            settings: ``autocast`` and ``always_sees``, as above.
+        """
+        return cls(
+            parts,
+            Diffusion.of(parts["scheduler"]),
+            slots=parts["slots"],
+            end=parts["tokenizer"].eos_token_id,
+            round_timesteps=parts["round_timesteps"],
+            **settings,
+        )
 
     def forward(self, batch: Batch) -> Terms:
         """The terms of each sample's loss, float32 [b]."""

@@ -19,7 +19,6 @@ from imagelab.training.checkpoint import Checkpoint, read_checkpoint
 from imagelab.training.loop import Stage, Tensors, Trainer
 from imagelab.training.sharding import shard, split_as
 from mige.folder import load_parts
-from mige.method.loss import Diffusion
 from mige.method.wording import TASKS
 from mige.training.model import (
     TrainedModel,
@@ -143,15 +142,7 @@ def _run(plan: Plan, saved: Checkpoint | None) -> Path:
 def make_model(plan: Plan, parts: dict) -> TrainedModel:
     """The model that learns, on its device, and over all processes where it is to be split."""
     config, recipe = plan.config, plan.config.recipe
-    model = TrainedModel(
-        parts,
-        Diffusion.of(parts["scheduler"]),
-        slots=parts["slots"],
-        end=parts["tokenizer"].eos_token_id,
-        round_timesteps=parts["round_timesteps"],
-        autocast=plan.dtype,
-        always_sees=config.running.shard,
-    )
+    model = TrainedModel.of_parts(parts, autocast=plan.dtype, always_sees=config.running.shard)
     choose_trained(model, recipe, config.seed)
     if config.running.gradient_checkpointing:
         checkpointed(model)

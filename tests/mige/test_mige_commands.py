@@ -78,8 +78,8 @@ def test_a_model_brings_its_numbers(paint, model, place, tmp_path):
     index = copy / "model_index.json"
     own = {"subject": {"steps": 1, "text_scale": 3.5}}
     index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance": own}))
-    job = (MigePipeline.from_pretrained(copy), PaintingConfig(text_scale=2.0))
-    assert Job(job[0], "m", "d", [], job[1], {}).guidance("subject") == Guidance(1, 2.0, 1.0)
+    job = Job(MigePipeline.from_pretrained(copy), "m", "d", [], PaintingConfig(text_scale=2.0), {})
+    assert job.guidance("subject") == Guidance(1, 2.0, 1.0)
     argv = ["--prompt", "a <image>", "--images", "dog.png", "--output_path", "own", "--seed", "3"]
     generate.main([*argv, "--model", str(copy), "--device", "cpu"])
     facts = facts_in(Path("own/0000.png"))

@@ -9,7 +9,7 @@ from imagelab.io.tensors import read_json
 from imagelab.training.checkpoint import read_curves, read_facts
 from mige.pipeline import MigePipeline
 from mige.training.plan import CHECKPOINT, MODEL
-from toybox.mige.architecture import GUIDANCE, save
+from toybox.mige.architecture import save
 from toybox.mige.folders import RECORD
 
 TRAINING = "training.json"
@@ -32,7 +32,6 @@ def pack(run: Path, begun: Path, output: Path) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(torch.float16)
-    pipeline.register_to_config(guidance=GUIDANCE)
     former = begun / TRAINING  # of a model that was trained before
     records = {
         RECORD: read_json(begun / RECORD, {}, ADVICE),
