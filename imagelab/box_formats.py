@@ -80,6 +80,15 @@ def load_json(text: str, what: str, form: str) -> object:
         raise UserError(f"{what} valid JSON ({reason}); {form}") from None
 
 
+def split_boxes(text: str) -> list[str]:
+    """The boxes of a text that is one box without brackets, or a list of them in brackets."""
+    if not re.search(r"[][{}]", text):
+        return [text] if text.strip() else []
+    innermost = r"\[([^][{}]*)\]"
+    around = re.sub(innermost, "box", text)  # what is left of a list, or of one box in brackets
+    return re.findall(innermost, text) if re.fullmatch(r"\s*(\[[\s,box]*\]|box)\s*", around) else []
+
+
 def _split(text: str) -> list[str]:
     """The parts of a text without brackets, quotes and spaces; none of one that is too long."""
     if len(text) > LONGEST:

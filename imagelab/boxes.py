@@ -12,7 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from imagelab.box_formats import FORMATS, holds_box, load_json, quote, read_numbers, to_corners
+from imagelab.box_formats import (
+    FORMATS,
+    holds_box,
+    load_json,
+    quote,
+    read_numbers,
+    split_boxes,
+    to_corners,
+)
 from imagelab.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -117,28 +125,33 @@ def _fractions(
 
 
 def parse_boxes(
-    json_text: str, size: tuple[int, int] | None = None, box_format: str | None = None
+    text: str, size: tuple[int, int] | None = None, box_format: str | None = None
 ) -> list[Box]:
     """Read a JSON list of boxes, `[[x0, y0, x1, y1], ...]`; a single box is accepted too.
 
-    Numbers may be strings with a unit, as in `["10%", "20%", "50%", "60%"]`, and a box may be an
-    object; see `parse_box`.
+    Boxes are those of `parse_box`; numbers that JSON does not know, such as `.5` and `10%`, need
+    no quotes.
 
     Raises:
         UserError: the text is not such a list, or one of its boxes is not valid.
     """
     form = "write a list of boxes, [[x0, y0, x1, y1], ...]"
-    boxes = load_json(json_text, f"the boxes {quote(json_text)} are not", form)
+    try:
+        boxes = load_json(text, f"the boxes {quote(text)} are not", form)
+    except UserError:
+        if not (parts := split_boxes(text)):
+            raise
+        return [parse_box(box, size, box_format=box_format) for box in parts]
     if isinstance(boxes, dict) and holds_box(boxes):
         boxes = [boxes]
     if not isinstance(boxes, list) or not boxes:
-        raise UserError(f"the boxes {quote(json_text)} are not a list with boxes in it; {form}")
+        raise UserError(f"the boxes {quote(text)} are not a list with boxes in it; {form}")
     if not any(isinstance(box, list | dict) for box in boxes):
         boxes = [boxes]
     for box in boxes:
         if not isinstance(box, list | dict):
             raise UserError(
-                f"the boxes {quote(json_text)} hold {quote(shown(box))}, which is not a box; {form}"
+                f"the boxes {quote(text)} hold {quote(shown(box))}, which is not a box; {form}"
             )
     return [parse_box(box, size, box_format=box_format) for box in boxes]
 

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LORA = "pytorch_lora_weights.safetensors"
 PIPELINE = "pipeline"
+OWN = ("asset*.safetensors", LORA, PIPELINE, MANIFEST, "masks.png", "learning.png", "attention.png")
 FORMAT = 1
 FINETUNES = ("lora", "full", "none")
 #: What is read of a manifest of this format; see :func:`imagelab.io.tensors.misfit`.

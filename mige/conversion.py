@@ -2,8 +2,7 @@
 
 import json
 import logging
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, replacing
-from imagelab.io.folders import check_writable
 from imagelab.io.tensors import UMASK, disk_errors, read_json
 from imagelab.models.loading import quiet_libraries, read_part
 from mige.folder import INDEX, PARTS, check_prefix, check_widths
@@ -34,13 +32,12 @@ from mige.sources import (
     read_text_tokenizer,
     read_vae,
 )
+from mige.targets import PIPELINE, check_output, check_room
 
 log = logging.getLogger(__name__)
 
 SLOTS = 4  # pictures of an instruction, in the release
 MOST_SHARD = "5GB"  # of a file of weights
-ROOM = 64 * 2**20  # bytes of what is written beside the weights, and then some
-PIPELINE = "MigePipeline"
 ADVICE = "fetch the release again"
 
 
@@ -93,43 +90,6 @@ def read_prefixes(path: Path) -> dict[str, str]:
     for name in PREFIXES:
         check_prefix(found[name], f"{path}: {name}", advice)
     return {name: found[name] for name in PREFIXES}
-
-
-def check_output(output: Path, sources: Iterable[Path], overwrite: bool) -> None:
-    """Raises UserError where a model folder cannot be written, or something else is.
-
-    Args:
-        sources: what it is made from, and must not replace.
-    """
-    for source in sources:
-        if source.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"--output {output} holds {source}; give another folder")
-    check_writable(output.absolute().parent, "output")
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        if not overwrite:
-            raise UserError(f"{output} is there; give another --output, or --overwrite")
-        if not _is_model(output):
-            raise UserError(
-                f"{output} is no model folder of MIGE, so it is not replaced; give another --output"
-            )
-
-
-def _is_model(folder: Path) -> bool:
-    path = folder / INDEX
-    return path.is_file() and read_json(path, {}, ADVICE).get("_class_name") == PIPELINE
-
-
-def check_room(output: Path, size: int) -> None:
-    """Raises UserError where the disk has no room for weights of so many bytes."""
-    there = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < size + ROOM:
-        raise UserError(
-            f"{output} takes {(size + ROOM) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; "
-            "free some, or give an --output on another disk"
-        )
 
 
 def read_model(sources: Sources, heads: Mapping[str, int]) -> Model:

@@ -18,7 +18,7 @@ from imagelab.io.tensors import read_json
 from imagelab.models.loading import quiet_libraries
 from imagelab.models.parts import END, Part, check_classes, read_config
 from imagelab.training.seeds import check_seed, generator_for, seed_for
-from mige.conversion import Model, check_output, check_room, write_folder
+from mige.conversion import Model, write_folder
 from mige.folder import INDEX, PARTS
 from mige.method.fusion import FeatureFusion
 from mige.origins import (
@@ -33,6 +33,7 @@ from mige.origins import (
 from mige.release import State
 from mige.sizes import HEADS, build
 from mige.sources import SPIECE, TOKENIZER, read_text_tokenizer, read_vae
+from mige.targets import check_output, check_room
 
 #: PixArt-α's trunk; folders of an older diffusers give it the class's former name.
 TRUNK = replace(PARTS["transformer"], classes=(*PARTS["transformer"].classes, "Transformer2DModel"))

@@ -4,17 +4,21 @@ from importlib.util import find_spec
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import readable
-from imagelab.io.folders import check_name, check_writable
+from imagelab.io.folders import check_name, check_only, check_writable
 from imagelab.prompts import check_prompt
 from imagelab.training.seeds import check_seed
 from mifo.bounds import check_bounds
+from mifo.learned import OWN
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET
 
 
 def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
-    """Raises UserError where a result or an unfinished run is in the way, or nothing to resume."""
+    """Raises UserError where a result or an unfinished run is in the way, or nothing to resume.
+
+    And where a result that would be replaced holds files of the user's.
+    """
     check_name(config.instance, "instance")
     target, work = target_folder(config), work_folder(config)
     check_writable(target.parent, "output_dir")
@@ -25,6 +29,8 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
         raise UserError(f"there is no unfinished run at {work}; leave out --resume")
     if is_there and not (overwrite or resume):
         raise UserError(f"{target} is there already; give --overwrite to learn it anew")
+    if is_there:
+        check_only(readable(target), OWN)
     if is_begun(config) and not (overwrite or resume):
         raise UserError(
             f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from imagelab.errors import UserError
-from imagelab.io.folders import check_writable
+from imagelab.io.folders import check_only, check_writable
 from imagelab.models.device import choose_precision
 from imagelab.processes import Processes
 from imagelab.training.checkpoint import Checkpoint, read_facts
@@ -25,7 +25,7 @@ from imagelab.training.seeds import check_seed
 from mige.data.checking import MOST_TOLD, Limits, check_records, tell
 from mige.data.features import Features, open_features
 from mige.data.records import RecordList
-from mige.folder import find_folder, model_digest
+from mige.folder import INDEX, PARTS, find_folder, model_digest
 from mige.training.config import (
     FREE_SETTINGS,
     LENGTH_SETTINGS,
@@ -151,6 +151,8 @@ def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{output} holds a trained model; replace it with --overwrite, or give another --output"
         )
+    if (output / MODEL).is_dir():
+        check_only(output / MODEL, (INDEX, *PARTS))
     if not is_begun and output.is_dir():
         others = [p.name for p in output.iterdir() if p.name not in OWN and p.name[0] != "."]
         if others:

@@ -129,14 +129,26 @@ def test_long_input_is_quoted_in_short():
         assert len(str(error.value)) < 250
 
 
-@pytest.mark.parametrize("text", ["[[0.1, 0.2, 0.5, 0.6]]", "[0.1, 0.2, 0.5, 0.6]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[0.1, 0.2, 0.5, 0.6]]",
+        "[0.1, 0.2, 0.5, 0.6]",
+        "0.1,0.2,0.5,0.6",
+        " [[.1, .2, .5, .6]] ",
+        "[.1 .2 .5 .6]",
+        "[10%, 20%, 50%, 60%]",
+    ],
+)
 def test_a_list_with_one_box_and_a_flat_box_are_the_same(text):
     assert parse_boxes(text) == [BOX]
 
 
 def test_a_list_of_boxes_in_several_units():
     text = '[[0, 0, 0.5, 1], ["50%", "0%", "100%", "100%"], [100, 100, 500, "300px"]]'
-    assert parse_boxes(text, size=(1000, 500)) == [(0, 0, 0.5, 1), (0.5, 0, 1, 1), BOX]
+    boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1), BOX]
+    assert parse_boxes(text, size=(1000, 500)) == boxes
+    assert parse_boxes(text.replace('"', ""), size=(1000, 500)) == boxes
 
 
 @pytest.mark.parametrize(
@@ -144,9 +156,15 @@ def test_a_list_of_boxes_in_several_units():
     [
         ("", r"the boxes '' are not valid JSON \(Expecting value\); write a list of boxes"),
         ("[[0.1, 0.2", "are not valid JSON"),
-        ("0.1,0.2,0.5,0.6", "are not valid JSON"),
+        ("[[.1, .2, .5, .6], .5]", "are not valid JSON"),
+        ("[[.1, .2, .5, .6], [.1, .2", "are not valid JSON"),
+        ("hello", "the box 'hello' does not hold four numbers; write left, top"),
+        ("[[0.1, 0.2, 0.5, a]]", "holds 'a', which is not a number; write fractions"),
         ("[" * 100_000, "are not valid JSON"),
-        ("[[0, 0, 1, " + "9" * 5000 + "]]", "are not valid JSON|more than the whole picture"),
+        (
+            "[[0, 0, 1, " + "9" * 5000 + "]]",
+            "does not hold four numbers|more than the whole",
+        ),
         ("[]", r"the boxes '\[\]' are not a list with boxes in it; write a list"),
         ("0.5", "are not a list with boxes in it"),
         ('{"<asset0>": [0, 0, 1, 1]}', "are not a list with boxes in it"),

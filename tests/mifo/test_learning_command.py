@@ -345,6 +345,17 @@ def test_existing_result_is_kept(learn, fails):
     assert contents(folder) == before
 
 
+def test_files_of_the_users_are_never_replaced(learn, fails, folder):
+    learned = learn("--finetune", "none")
+    (learned / "notes.txt").write_text("years")
+    told = fails(2, "--finetune", "none", "--overwrite")
+    assert "toys holds notes.txt, which would be removed with the folder; move it elsewhere" in told
+    assert (learned / "notes.txt").read_text() == "years"
+    (learned / "notes.txt").rename(folder / "notes.txt")
+    (learned / ".DS_Store").touch()
+    learn("--finetune", "none", "--overwrite")
+
+
 def test_full_disk_at_the_end_loses_nothing(learn, fails, folder, monkeypatch):
     before = contents(learn("--finetune", "none"))
     with monkeypatch.context() as patch:

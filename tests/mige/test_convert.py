@@ -561,10 +561,16 @@ def test_what_is_there_is_replaced_only_when_asked(released, output, fails):
     before = (output / "model_index.json").stat().st_mtime_ns
     assert "--overwrite" in fails(convert, released, output).err
     assert (output / "model_index.json").stat().st_mtime_ns == before
-    (output / "left").touch()
+    (output / "vae" / "left").touch()
+    (output / "README.md").write_text("years")
+    told = fails(convert, released, output, "--overwrite").err
+    assert f"{output} holds README.md, which would be removed with the folder; move it" in told
+    (output / "README.md").rename(output.with_name("README.md"))
+    (output / ".DS_Store").touch()
     convert(released, output, "--overwrite")
-    assert not (output / "left").exists()
+    assert not (output / "vae" / "left").exists()
     check_weights(output)
+    output.with_name("README.md").unlink()
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 

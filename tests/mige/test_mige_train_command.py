@@ -408,6 +408,12 @@ def finished_alone(model: Path, whole: Path) -> Path:
     return model
 
 
+def notes_in_the_result(model: Path, whole: Path) -> Path:
+    begun(model, whole)
+    Path("O/model/notes.txt").touch()
+    return model
+
+
 def another_model(model: Path, whole: Path) -> Path:
     begun(model, whole)
     base = Path(shutil.copytree(model, "base"))
@@ -452,6 +458,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (a_lost_picture, "", "d.json has 1 problem, listed above; mend these records"),
         (begun, "", "O holds a training; go on with --resume, start anew with --overwrite, or"),
         (finished_alone, "", "O holds a trained model; replace it with --overwrite, or give"),
+        (notes_in_the_result, "--overwrite", "O/model holds notes.txt, which would be removed"),
         (begun, "--resume --weight_decay 0.1", "had other settings (--weight_decay 0.03); go on"),
         (begun, "--resume --seed 6 --parts fusion", "had other settings (--seed 5, --parts ["),
         (begun, "--resume --overwrite", "--resume and --overwrite are both given; give one"),

@@ -219,7 +219,7 @@ def test_folders_that_hold_other_things(begun, tmp_path, capsys):
     )
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
-    assert "holds other files; give another --output" in refused(
+    assert "letters is no model folder of MIGE, so it is not replaced" in refused(
         "--output", tmp_path / "letters", "--work", work
     )
     assert "holds other files; give another --work" in refused(

@@ -96,7 +96,14 @@ def test_nothing_is_replaced_unasked(run, tmp_path, monkeypatch, fails):
     assert "begin holds a model; replace it with --overwrite, or give another --output" in told
     (tmp_path / "thesis.txt").touch()
     told = fails(train.main, ["--work", "W", "--output", str(tmp_path), "--overwrite"]).err
-    assert "holds other files; give another --output" in told
+    assert "is no model folder of MIGE, so it is not replaced; give another --output" in told
+    pack(run / "run", run / "begin", tmp_path / "N")
+    again = ["--work", str(run), "--output", str(tmp_path / "N"), "--overwrite", "--steps", "600"]
+    (tmp_path / "N" / "notes.txt").touch()
+    assert "N holds notes.txt, which would be removed" in fails(train.main, again).err
+    (tmp_path / "N" / "notes.txt").unlink()
+    monkeypatch.setattr(train, "main_of", lambda module: lambda words: None)
+    train.main(again)
     argv = ["--work", "W", "--output", str(tmp_path / "M"), "--begin_from"]
     told = fails(train.main, [*argv, str(run / "run" / "model")]).err
     assert "is no toy MIGE: it has no begin.json; give a folder that toybox.mige.begin or" in told

@@ -18,27 +18,22 @@ from imagelab.io.folders import check_writable
 from imagelab.io.tensors import read_json
 from imagelab.settings import check_within
 from imagelab.training.seeds import check_seed
-from mige.folder import INDEX
+from mige.targets import check_output
 from toybox.mige.config import BOUNDS, FREE, BeginConfig
 
 RECORD, CURVES, SETTINGS = "begin.json", "begin.png", "settings.json"
+TRAINING = "training.json"  # how a trained model was trained
+RECORDS = (RECORD, TRAINING)
 
 
 def check(config: BeginConfig, output: Path, work: Path, overwrite: bool) -> None:
     """Raises UserError for settings that make no sense, and for folders that hold other things."""
     check_seed(config.seed)
     check_within(config.settings(), BOUNDS)
-    for folder, option in ((output, "output"), (work, "work")):
-        check_writable(folder, option)
+    check_writable(work, "work")
     if work.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--work {work} lies in --output {output}; give another --work")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / INDEX).is_file():
-            raise UserError(f"{output} holds other files; give another --output")
-        if not overwrite:
-            raise UserError(
-                f"{output} holds a model; replace it with --overwrite, or give another --output"
-            )
+    check_output(output, [], overwrite, RECORDS)
     if (work / SETTINGS).is_file():
         _check_same(config, work)
     elif work.is_dir() and any(each.name[0] != "." for each in work.iterdir()):

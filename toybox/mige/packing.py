@@ -10,9 +10,8 @@ from imagelab.training.checkpoint import read_curves, read_facts
 from mige.pipeline import MigePipeline
 from mige.training.plan import CHECKPOINT, MODEL
 from toybox.mige.architecture import save
-from toybox.mige.folders import RECORD
+from toybox.mige.folders import RECORD, TRAINING
 
-TRAINING = "training.json"
 ADVICE = "give a model that toybox.mige.begin or toybox.mige.train wrote"
 LAST = 500  # updates, over which losses are told
 

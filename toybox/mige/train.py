@@ -72,13 +72,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for a place that holds other things, and for a model that is no toy MIGE."""
-    from imagelab.io.folders import check_writable
     from imagelab.training.checkpoint import read_facts
-    from mige.folder import INDEX, find_folder
-    from toybox.mige.folders import RECORD
+    from mige.folder import find_folder
+    from mige.targets import check_output
+    from toybox.mige.folders import RECORD, RECORDS
 
-    output, run = options.output, options.work / "run"
-    check_writable(output, "output")
+    run = options.work / "run"
     if (run / "model").is_dir():  # of which nothing is trained any more
         then = read_facts(run / "checkpoint.safetensors")["settings"]
         for name in ("steps", "batch_size"):
@@ -91,13 +90,7 @@ def check(options: argparse.Namespace) -> None:
             f"--begin_from {options.begin_from} is no toy MIGE: it has no {RECORD}; give a folder "
             "that toybox.mige.begin or toybox.mige.train wrote"
         )
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / INDEX).is_file():
-            raise UserError(f"{output} holds other files; give another --output")
-        if not options.overwrite:
-            raise UserError(
-                f"{output} holds a model; replace it with --overwrite, or give another --output"
-            )
+    check_output(options.output, [], options.overwrite, RECORDS)
 
 
 def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
