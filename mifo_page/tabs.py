@@ -137,6 +137,9 @@ def learning_tab(places: Places, job: Job) -> tuple:
             start = gr.Radio(starts, value="new", label="Start", elem_id="start")
             with gr.Row():
                 fields["train_steps"] = number(default.train_steps, "Token steps", "train_steps")
+                fields["reward_steps"] = number(
+                    default.reward_steps, "Of these, with the reward", "reward_steps"
+                )
                 fields["finetune_steps"] = number(
                     default.finetune_steps, "Fine-tuning steps", "finetune_steps"
                 )

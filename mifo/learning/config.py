@@ -79,6 +79,16 @@ class Recipe:
             return self.attention_loss
         return "reward" if stage == 1 and step < self.reward_steps else "penalty"
 
+    def attention_steps(self, stage: int) -> dict[str | None, int]:
+        """How many steps of a stage go by each :meth:`attention_term`, in the order of the terms."""
+        steps = self.steps.get(stage, 0)
+        first, counts = min(self.reward_steps, steps), {}
+        for step, count in ((0, first), (first, steps - first)):
+            term = self.attention_term(stage, step)
+            if count:
+                counts[term] = counts.get(term, 0) + count
+        return counts
+
 
 @dataclass(frozen=True)
 class Runtime:

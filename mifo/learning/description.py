@@ -1,5 +1,6 @@
 """A plan in words."""
 
+from mifo.learning.config import Recipe
 from mifo.learning.estimate import estimate_bytes
 from mifo.learning.instance import coverage_report
 from mifo.learning.plan import Plan
@@ -24,7 +25,8 @@ def describe(plan: Plan) -> str:
             for stage, steps in recipe.steps.items()
         ),
         f"first tokens {_first_tokens(plan)}",
-        f"fine-tuning  {recipe.finetune}; attention loss {recipe.attention_loss}",
+        f"fine-tuning  {recipe.finetune}",
+        f"attention    {_attention(recipe)}",
         f"seed         {config.seed}",
         f"class images {images if recipe.needs_class_images else 'none'}",
         f"memory       about {estimate_bytes(plan) / 2**30:.2f} GiB (an estimate)",
@@ -41,3 +43,15 @@ def _first_tokens(plan: Plan) -> str:
     if recipe.initializer_tokens:
         return ", ".join(recipe.initializer_tokens)
     return f"random, scale {recipe.initializer_scale:g} ({plan.origins['initializer_scale']})"
+
+
+def _attention(recipe: Recipe) -> str:
+    """The attention loss, and which steps go by which of its terms."""
+    if recipe.attention_loss == "none":
+        return "none"
+    parts = [recipe.attention_loss]
+    for stage in recipe.steps:
+        terms = recipe.attention_steps(stage).items()
+        words = ", then ".join(f"{term or 'none'} {count}" for term, count in terms)
+        parts.append(f"stage {stage}: {words}")
+    return "; ".join(parts)

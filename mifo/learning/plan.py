@@ -1,6 +1,7 @@
 """The plan of a learning run: everything read and checked before anything long starts."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mifo.learning.leftovers import check_leftovers
 from mifo.learning.places import instance_folder, target_folder, work_folder
 from mifo.learning.priors import find_class_images
 from mifo.tokens import add_asset_tokens, initial_rows, view_prompt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     config, origins = settle_learning(config, read_own(source, offline), classes)
     check_settings(config)  # once more, with the numbers that were open
     recipe = config.recipe
+    warn_of_no_penalty(recipe)
     model, sizes = None, read_sizes(source, offline)
     if sizes is None:  # a single file shows its sizes only when it is loaded
         model = load_base(source, offline)
@@ -79,7 +83,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     tokenizer, text_encoder = model.tokenizer, model.text_encoder
     encode_ids(tokenizer, recipe.class_prompt)
     ids = add_asset_tokens(tokenizer, text_encoder, len(instance.masks))
-    encode_ids(tokenizer, view_prompt(tuple(range(len(ids)))))  # the longest of all views
+    check_count(tokenizer, len(ids), folder)
     scale = recipe.initializer_scale
     rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed, scale)
     return Plan(config, model, instance, ids, rows, device, dtype, pictures, origins)
@@ -97,6 +101,37 @@ def settle_learning(
         wanted["finetune_learning_rate"] = f"{config.recipe.finetune}_learning_rate"
     prompt = (class_prompt(classes), DESCRIPTION) if classes else (CLASS_PROMPT, "default")
     return settle(config, own, wanted, {"class_prompt": prompt})
+
+
+def warn_of_no_penalty(recipe: Recipe) -> None:
+    """Log that MIFO's reward takes all steps of stage 1, so that none is left for its penalty."""
+    steps, first = recipe.train_steps, Recipe()
+    if "penalty" in recipe.attention_steps(1) or recipe.attention_loss != "mifo" or not steps:
+        return
+    log.warning(
+        "stage 1 uses the reward in all of its %d steps, and in none the penalty, which is meant to "
+        "keep the instances apart: give --reward_steps %d (by default it is %d of %d)",
+        steps, steps * first.reward_steps // first.train_steps, first.reward_steps,
+        first.train_steps,
+    )  # fmt: skip
+
+
+def check_count(tokenizer, count: int, folder: Path) -> None:
+    """Raises UserError for more asset tokens, which the tokenizer has, than a prompt can name."""
+
+    def fits(assets: int) -> bool:
+        try:
+            encode_ids(tokenizer, view_prompt(tuple(range(assets))))  # the longest of all views
+        except UserError:
+            return False
+        return True
+
+    if not fits(count):
+        most = max(filter(fits, range(count)), default=0)
+        raise UserError(
+            f"{folder} has {count} masks, and a prompt of this model can name {most} at most; take "
+            "masks away, or put some into another instance folder with the same photo"
+        )
 
 
 def first_words(recipe: Recipe, classes: tuple[str, ...], folder: Path) -> tuple[str, ...]:

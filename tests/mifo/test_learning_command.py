@@ -335,7 +335,8 @@ def test_too_many_masks_for_the_text_are_told_at_once(fails, folder, examples):
         mask[2 * index : 2 * index + 40, 8:48] = 255
         Image.fromarray(mask).save(folder / f"mine/many/mask{index}.png")
     told = fails(2, "--folder_path", folder / "mine", "--instance", "many", "--dry_run")
-    assert "the prompt has 82 tokens, and the model reads 75" in told
+    assert "mine/many has 40 masks, and a prompt of this model can name 36 at most; take" in told
+    assert "a photo of" not in told  # which nobody wrote
 
 
 def test_existing_result_is_kept(learn, fails):

@@ -51,6 +51,14 @@ def test_settings_of_the_model_are_left_to_it(events):
     assert (options.num_images, options.seed, options.num_inference_steps) == (4, 0, 50)
 
 
+def test_token_steps_are_lowered_together_with_those_of_the_reward(events):
+    options = learning_options(events("learning_command", instance="toys", train_steps=150))
+    assert (options.train_steps, options.reward_steps) == (150, 200)
+    given = {"train_steps": 150, "reward_steps": 50}
+    options = learning_options(events("learning_command", instance="toys", **given))
+    assert (options.train_steps, options.reward_steps) == (150, 50)
+
+
 def test_settings_that_are_given_go_before_the_model_s(events):
     given = {"learning_rate": "2e-3", "finetune_learning_rate": " 0.0001 "}
     given |= {"num_class_images": "16", "class_prompt": " a photo of a van "}
@@ -69,6 +77,7 @@ def test_settings_that_are_given_go_before_the_model_s(events):
     ("tab", "field", "label"),
     [
         ("learning", "train_steps", "Token steps"),
+        ("learning", "reward_steps", "Of these, with the reward"),
         ("learning", "finetune_steps", "Fine-tuning steps"),
         ("learning", "checkpoint_steps", "Steps between curves"),
         ("painting", "count", "Pictures"),
