@@ -80,7 +80,7 @@ class Recipe:
         return "reward" if stage == 1 and step < self.reward_steps else "penalty"
 
     def attention_steps(self, stage: int) -> dict[str | None, int]:
-        """How many steps of a stage go by each :meth:`attention_term`, in the order of the terms."""
+        """How many steps of a stage each :meth:`attention_term` has, in the terms' order."""
         steps = self.steps.get(stage, 0)
         first, counts = min(self.reward_steps, steps), {}
         for step, count in ((0, first), (first, steps - first)):

@@ -109,8 +109,8 @@ def warn_of_no_penalty(recipe: Recipe) -> None:
     if "penalty" in recipe.attention_steps(1) or recipe.attention_loss != "mifo" or not steps:
         return
     log.warning(
-        "stage 1 uses the reward in all of its %d steps, and in none the penalty, which is meant to "
-        "keep the instances apart: give --reward_steps %d (by default it is %d of %d)",
+        "stage 1 uses the reward in all of its %d steps, and in none the penalty, which is meant "
+        "to keep the instances apart: give --reward_steps %d (by default it is %d of %d)",
         steps, steps * first.reward_steps // first.train_steps, first.reward_steps,
         first.train_steps,
     )  # fmt: skip
