@@ -27,7 +27,7 @@ from imagelab.boxes import Box
 from imagelab.errors import UserError
 from imagelab.evaluation.features import FeatureSpace
 from imagelab.evaluation.measures import crop, layout, objects_by_colour
-from imagelab.io.atomic import written_aside
+from imagelab.io.atomic import lock_file, written_aside
 
 RECORDS = "records.jsonl"
 PICTURES = "pictures"
@@ -75,11 +75,17 @@ class Painter(Protocol):
 def evaluate(
     cases: Sequence[Case], spaces: Sequence[FeatureSpace], output: Path, painter: Painter
 ) -> list[list[dict]]:
-    """Paint and measure every picture that has no record yet; the records of each case."""
+    """Paint and measure every picture that has no record yet; the records of each case.
+
+    One that was removed is painted again; of its two records the later one counts.
+    """
     records = Records(output / RECORDS)
     keys = [
         [record_key(case, i, spaces, painter) for i in range(len(case.seeds))] for case in cases
     ]
+    for each in set().union(*keys) & records.found.keys():
+        if not (output / PICTURES / records.found[each]["picture"]).is_file():
+            del records.found[each]
     done = sum(each in records.found for row in keys for each in row)
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
@@ -131,17 +137,12 @@ def measure(
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """A file of records, opened to append; other processes wait for it until it is closed."""
+    """A file of records, opened to append; other processes wait for it until it is closed.
+
+    See :func:`imagelab.io.atomic.lock_file` for disks without locks.
+    """
     with path.open("a+b", buffering=0) as file:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(1 << 40)  # a lock of a byte that nobody reads
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file.fileno(), path.parent)
         yield file
 
 

@@ -10,6 +10,7 @@ read it then. Readers never rename.
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,13 +18,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 from imagelab.errors import UserError
 
+log = logging.getLogger(__name__)
 OLD = ".old"  # ends the hidden name of a folder while another takes its place
 DAY = 86400  # seconds; nobody writes one file for so long
+#: How a disk says that it knows no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -217,6 +222,7 @@ def folder_lock(path: Path, option: str = "name") -> Iterator[None]:
     What a killed holder left is cleared away first: its unfinished folders are removed, and a
     result that it had moved away is back. The operating system keeps the lock, on the hidden file
     ``.<name>.lock`` beside the folder, and frees it when the process ends. It is not reentrant.
+    On a disk without locks nobody is kept out: see `lock_file`.
 
     Args:
         option: what to give another of, in the message.
@@ -227,7 +233,7 @@ def folder_lock(path: Path, option: str = "name") -> Iterator[None]:
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    file = _lock(lock)
+    file = _lock(lock, path)
     if file is None:
         raise UserError(
             f"{path} is being written by another process; wait for it or give another {option}"
@@ -243,28 +249,24 @@ def folder_lock(path: Path, option: str = "name") -> Iterator[None]:
         _unlock(lock, file)
 
 
-def _lock(path: Path) -> int | None:
-    """A descriptor of a file that is now locked for this process; None if somebody else has it."""
+def _lock(path: Path, target: Path) -> int | None:
+    """A descriptor of a file that is now locked for this process; None if somebody else has it.
+
+    ``target``: what the lock is of.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-                return file
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(path)):
-                    return file
-            os.close(file)  # its last holder removed the file in the meantime: once more
-        except OSError as error:
-            os.close(file)
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            if not lock_file(file, target, wait=False):
+                os.close(file)
                 return None
+            with suppress(FileNotFoundError):
+                if os.name == "nt" or os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+        except OSError:
+            os.close(file)
             raise
+        os.close(file)  # its last holder removed the file in the meantime: once more
 
 
 def _unlock(path: Path, file: int) -> None:
@@ -273,3 +275,45 @@ def _unlock(path: Path, file: int) -> None:
         return
     path.unlink(missing_ok=True)  # while it is locked: see `_lock`
     os.close(file)
+
+
+# ----------------------------------------------------------------------------------------------
+# locks
+
+
+def lock_file(file: int, folder: Path, wait: bool = True) -> bool:
+    """Lock an open file for this process, until it is closed; False if somebody else has the lock.
+
+    Some disks, such as Lustre as it is often mounted and some of NFS, know no locks. There the work
+    goes on without one, with a warning: it would otherwise be impossible.
+
+    Args:
+        folder: what the warning names, once a process.
+        wait: until nobody else has it.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file, 1 << 40, os.SEEK_SET)  # a lock of a byte that nobody reads
+            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            _warn_without_lock(folder)
+        elif wait or error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        else:
+            return False
+    return True
+
+
+@cache
+def _warn_without_lock(folder: Path) -> None:
+    log.warning(
+        "%s is on a disk that knows no locks: let no other process write there until this one ends",
+        folder,
+    )

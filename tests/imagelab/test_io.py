@@ -188,6 +188,37 @@ def test_one_at_a_time_holds_a_lock(tmp_path):
     assert os.listdir(target.parent) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks otherwise")
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK"])
+def test_a_disk_without_locks_is_written_with_one_warning(tmp_path, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(getattr(errno, code), "as of a network disk")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for text in ("earlier", "later"):
+        fill(tmp_path / "toys", text)
+    assert (tmp_path / "toys/text").read_text() == "later" and os.listdir(tmp_path) == ["toys"]
+    assert caplog.messages == [
+        f"{tmp_path / 'toys'} is on a disk that knows no locks: let no other process write there "
+        "until this one ends"
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks otherwise")
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("EIO", "Input/output error"), ("EAGAIN", "toys is being written by another process")],
+)
+def test_another_failure_to_lock_stops_the_writer(tmp_path, monkeypatch, caplog, code, told):
+    def flock(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises((OSError, UserError), match=told):
+        fill(tmp_path / "toys", "text")
+    assert not (tmp_path / "toys").exists() and caplog.messages == []
+
+
 def test_unfinished_files_are_swept(tmp_path):
     for name in (".a.0123456789ab.part", "a", ".hidden"):
         (tmp_path / name).touch()

@@ -1,5 +1,6 @@
 """The file of an evaluation's records, where the disk is full, and under several processes."""
 
+import errno
 import json
 import sys
 
@@ -77,3 +78,28 @@ def test_a_report_is_written_while_no_other_process_writes_one(tmp_path, monkeyp
     assert free == [False, False]
     write()
     assert free[-1]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_records_are_kept_on_a_disk_without_locks(tmp_path, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(getattr(errno, code), "as of a network disk")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    records = Records(tmp_path / "records.jsonl")
+    for name in "ab":
+        records.add({"key": name})
+    assert list(Records(tmp_path / "records.jsonl").found) == ["a", "b"]
+    assert caplog.messages == [
+        f"{tmp_path} is on a disk that knows no locks: let no other process write there until this "
+        "one ends"
+    ]
+
+
+def test_another_failure_to_lock_is_told(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        Records(tmp_path / "records.jsonl")

@@ -463,6 +463,20 @@ def test_goes_on_where_it_was(learned_dir, finished, output, painted, capsys):
         assert capsys.readouterr().out == (finished / "evaluation.md").read_text()
 
 
+def test_a_picture_that_was_removed_is_painted_again(learned_dir, finished, output, painted):
+    gone = output / "pictures" / records(output)[1]["picture"]
+    content = gone.read_bytes()
+    gone.unlink()
+    (output / "evaluation.json").unlink()
+    for missing in ([(1, True)], []):
+        painted.clear()
+        run(learned_dir, output)
+        assert painted == missing
+        assert result(output) == result(finished) and gone.read_bytes() == content
+        lines = (output / "records.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and lines[2] == lines[1]
+
+
 def test_another_name_of_the_same_device_paints_nothing(learned_dir, output, painted, monkeypatch):
     monkeypatch.setattr("imagelab.models.device.choose_device", lambda _: "cpu")
     run(learned_dir, output, "--device", "auto")
