@@ -4,7 +4,7 @@ import argparse
 import logging
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from imagelab.boxes import FORMATS
@@ -49,7 +49,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
         has_default = "(default:" in (action.help or "")
-        if has_default or action.nargs == 0 or default in ("", [], ()):
+        if has_default or action.required or action.nargs == 0 or default in ("", [], ()):
             return action.help
         if isinstance(default, list | tuple):
             return f"{action.help} (default: {' '.join(map(str, default))})"
@@ -73,10 +73,21 @@ def random_seed_if_none(seed: int | None) -> int:
     return secrets.randbelow(2**31) if seed is None else seed
 
 
+def or_none(kind: type) -> Callable[[str], object]:
+    """Reads a number of a kind, or None as help writes it."""
+
+    def read(text: str):
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # which argparse's message has
+    return read
+
+
 def add_setting(into, defaults: Config, name: str, text: str, **more) -> None:
     """Declare ``--name`` with the default, and its type, of a config."""
     default = defaults.settings()[name]
-    more.setdefault("type", defaults.open_kinds().get(name, type(default)))
+    kind = defaults.open_kinds().get(name)
+    more.setdefault("type", or_none(kind) if kind in (int, float) else kind or type(default))
     into.add_argument(f"--{name}", default=default, help=text, **more)
 
 

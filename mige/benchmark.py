@@ -38,15 +38,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add(
         "--format",
         choices=FORMATS,
-        help="of the bench; None: migebench where it is called so, else items",
+        help="of the bench; None: migebench or emu where its names say so, else items",
     )
     add("--root", type=Path, help="where the bench's paths start; None: the list's folder")
     add("--task", nargs="+", default=[], metavar="TASK", help="measure these tasks alone")
     add(
         "--split",
-        default="test",
         choices=("test", "validation", "any"),
-        help="of Emu Edit, that the list has to be of",
+        help="of Emu Edit, that the list has to be of (default: test)",
     )
     add("--no_mask", action="store_true", help="measure whole pictures alone")
     add("--outputs", type=Path, metavar="DIR", help="what was painted")
@@ -73,10 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     with report_errors(parser, options.debug):
         check_options(options)
         from mige.evaluation.lists import read_bench
+        from mige.evaluation.outputs import painted_count
 
         items, notes = read_bench(
             options.bench, options.format, options.root, options.task, options.split
         )
+        if options.outputs and painted_count(options.outputs) not in (None, len(items)):
+            items, notes = read_bench(  # of which --task is a part
+                options.bench, options.format, options.root, [], options.split
+            )
         known = dict.fromkeys(item.task for item in items)
         if unknown := [task for task in options.task if task not in known]:
             raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser
 from imagelab.errors import UserError
-from mige.options import add_painting_options, run
+from mige.options import add_painting_options, check_alone, run
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -42,8 +42,7 @@ def read(options: argparse.Namespace) -> list:
     from mige.request import written_marks
 
     if options.items:
-        if options.instruction is not None or options.source or options.images:
-            raise UserError("--items and --source are both given; give one of them")
+        check_alone(options, "source", "instruction", "images")
         if options.whole or options.order != 1:
             raise UserError("--order and --whole are for a single edit; leave them out of a list")
         return read_items(options.items, options.root, edits=True)

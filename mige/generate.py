@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser
 from imagelab.errors import UserError
-from mige.options import add_painting_options, run
+from mige.options import add_painting_options, check_alone, run
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -33,8 +33,7 @@ def read(options: argparse.Namespace) -> list:
     from mige.request import written_marks
 
     if options.items:
-        if options.prompt is not None or options.images:
-            raise UserError("--items and --prompt are both given; give one of them")
+        check_alone(options, "prompt", "images")
         return read_items(options.items, options.root, edits=False)
     if options.prompt is None:
         raise UserError("there is nothing to paint; give --prompt, or a list with --items")

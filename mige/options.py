@@ -54,13 +54,20 @@ def add_painting_options(parser: Parser) -> None:
     add_setting(group, defaults, "device", "auto (cuda > mps > cpu), cuda, mps or cpu")
     group.add_argument(
         "--mixed_precision", default=defaults.runtime.mixed_precision, choices=PRECISIONS,
-        help="bf16 or no; auto: bf16 where the hardware has it (fp16 overflows in T5)",
+        help="bf16 or no; auto: bf16 where the hardware has it, else no (fp16 overflows in T5)",
     )  # fmt: skip
     group.add_argument(
         "--offload", action="store_true",
         help="keep in the GPU's memory only the part that works",
     )  # fmt: skip
     group.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def check_alone(options: argparse.Namespace, *names: str) -> None:
+    """Raises UserError where one of these options is given beside a list."""
+    for name in names:
+        if getattr(options, name) not in (None, []):
+            raise UserError(f"--items and --{name} are both given; give one of them")
 
 
 def run(parser: Parser, options: argparse.Namespace, read: Callable[[], "list[Item]"]) -> None:
@@ -85,7 +92,9 @@ def run(parser: Parser, options: argparse.Namespace, read: Callable[[], "list[It
         config = replace(config, seed=processes.agree(random_seed_if_none(seed)))
         job = make_job(options.model, items, config, processes.device)
         if processes.is_first:
-            print(f"seed {config.seed}, {options.model} on {processes.device}", flush=True)
+            dtype = str(job.pipeline.transformer.dtype).removeprefix("torch.")
+            where = f"{options.model} on {processes.device} in {dtype}"
+            print(f"seed {config.seed}, {where}", flush=True)
         prepare(job, processes.device, config.runtime.offload)
         paint = paint_list if options.items else paint_once
         try:

@@ -43,8 +43,11 @@ def crop(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 def letterbox(picture: Image.Image, width: int, height: int) -> Image.Image:
     """The whole picture, as large as it fits, in the middle of a black one."""
-    scale = min(width / picture.width, height / picture.height)
-    size = tuple(max(1, math.floor(side * scale)) for side in picture.size)
+    across, down = width / picture.width, height / picture.height
+    if across <= down:
+        size = width, max(1, math.floor(picture.height * across))
+    else:
+        size = max(1, math.floor(picture.width * down)), height
     canvas = Image.new("RGB", (width, height))
     resized = picture.resize(size, Image.Resampling.BICUBIC)
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))

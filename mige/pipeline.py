@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.images import as_rgb
+from imagelab.io.images import as_rgb, read_image
 from imagelab.io.tensors import UMASK
 from imagelab.sampling import to_picture
 from imagelab.training.seeds import check_seed, generator_for
 from mige.config import DEFAULTS, GUIDANCE_KINDS, Guidance, check_numbers
-from mige.folder import load_parts, misfit_of_guidance
+from mige.folder import PARTS, load_parts, misfit_of_guidance
 from mige.latents import Posterior, Size
 from mige.method.encoder import (
     VISION_NORM_EPS,
@@ -39,6 +39,9 @@ from mige.request import Request, make_request
 
 #: Stand before the texts where a model's config has no sentences of its own.
 PLAIN_PREFIXES = dict.fromkeys(PREFIXES, "")
+
+
+Given = Image.Image | str | Path  # a picture, or where it is
 
 
 class Condition(NamedTuple):
@@ -118,8 +121,9 @@ class MigePipeline(DiffusionPipeline):
     def save_pretrained(self, folder: str | Path, **settings) -> None:
         """Write a model folder, as diffusers does, that others may read as well."""
         super().save_pretrained(folder, **settings)
-        for file in Path(folder).rglob("*.safetensors"):
-            file.chmod(0o666 & ~UMASK)  # safetensors lets only the owner read
+        for file in Path(folder).glob("*/*.safetensors"):
+            if file.parent.name in PARTS:
+                file.chmod(0o666 & ~UMASK)  # safetensors lets only the owner read
 
     # ------------------------------------------------------------------------------------------
     # what the configs say
@@ -168,6 +172,11 @@ class MigePipeline(DiffusionPipeline):
             raise UserError(
                 f"there are {count} pictures, and this model takes {slots}; leave some out"
             )
+        if request.marks > slots:
+            raise UserError(
+                f"the instruction {shorten(request.text)!r} names its picture {request.marks} "
+                f"times, and this model takes {slots} pictures; name it less often"
+            )
         segments = segment_ids(self.tokenizer, request.prompt(self.config.prefixes))
         length = length_of(segments, self.fusion.config.queries)
         limit = self.fusion.config.text_length
@@ -206,6 +215,8 @@ class MigePipeline(DiffusionPipeline):
                     for one, latents in zip(meaning, references, strict=True)
                 ]
             )
+            if request.task == "edit":  # which may name its one picture more than once
+                vectors = vectors.expand(request.marks, -1, -1)
         embedded = embed_instruction(
             self.fusion, self.text_encoder, segments, vectors, self.config.slots,
             self.tokenizer.eos_token_id,
@@ -337,39 +348,45 @@ class MigePipeline(DiffusionPipeline):
     def __call__(
         self,
         instruction: str,
-        images: Image.Image | Sequence[Image.Image] = (),
-        source: Image.Image | None = None,
+        images: Given | Sequence[Given] = (),
+        source: Given | None = None,
         source_place: int = 0,
         num_images: int = 1,
         seed: int = 0,
         width: int | None = None,
         height: int | None = None,
         is_global: bool = False,
-        **guidance,
+        steps: int | None = None,
+        text_scale: float | None = None,
+        image_scale: float | None = None,
     ) -> ImagePipelineOutput:
         """Carry out one instruction.
 
         Args:
             instruction: with ``<image>`` where a picture is meant.
-            images: subjects, in the order of their marks, or a single one.
+            images: subjects, in the order of their marks, or a single one: pictures, or paths of
+                files.
             source: the picture to edit; None paints a new one. Its mark is number ``source_place``.
             seed: of the first picture; every next one has the next seed.
             width, height: pixels; None: the model's own.
             is_global: whether an edit concerns the whole picture.
-            guidance: ``steps``, ``text_scale``, ``image_scale``, in place of the model's.
+            steps: of the sampler; None: the model's.
+            text_scale, image_scale: weights of the instruction and of the source; None: the
+                model's.
 
         Raises:
             UserError: the request makes no sense; see :func:`~mige.request.make_request`.
         """
-        given = {name: value for name, value in guidance.items() if value is not None}
+        numbers = {"steps": steps, "text_scale": text_scale, "image_scale": image_scale}
+        given = {name: value for name, value in numbers.items() if value is not None}
         check_numbers({"num_images": num_images, "width": width, "height": height} | given)
         check_seed(seed)
         size = Size(width or self.size.width, height or self.size.height)
         self.check_size(size)
-        images = [images] if isinstance(images, Image.Image) else images
-        source = None if source is None else as_rgb(source)
+        images = [images] if isinstance(images, Given) else images
+        source = None if source is None else _read(source)
         request = make_request(
-            instruction, tuple(map(as_rgb, images)), source, source_place, is_global=is_global
+            instruction, tuple(map(_read, images)), source, source_place, is_global=is_global
         )
         how = replace(self.guidance(request.task), **given)
         condition = self.encode(request, seed, size)
@@ -377,3 +394,14 @@ class MigePipeline(DiffusionPipeline):
         for index in range(num_images):
             pictures += self.paint([(request, condition, seed + index)], how, size)
         return ImagePipelineOutput(images=pictures)
+
+
+def _read(picture: Given) -> Image.Image:
+    """A picture in RGB; a UserError for what is none."""
+    if isinstance(picture, str | Path):
+        return read_image(Path(picture))
+    if not isinstance(picture, Image.Image):
+        raise UserError(
+            f"a {type(picture).__name__} was given for a picture; give one of Pillow's, or a path"
+        )
+    return as_rgb(picture)

@@ -28,7 +28,8 @@ class Request:
     Attributes:
         task: one of :data:`~mige.method.wording.TASKS`.
         text: the instruction, with :data:`~mige.method.wording.MARK` for each picture.
-        pictures: RGB, in the order of the marks.
+        pictures: RGB, in the order of the marks. The one of a plain edit may be named again: "make
+            the photo black and white, keep the photo sharp".
         source: which of the pictures is to be edited; None for the task "subject".
         name: what the item's random draws are called by: no two items of a list share it.
         is_global: an edit of the whole picture, which its prompt says where it has no mark.
@@ -51,6 +52,11 @@ class Request:
                 f"those that the model puts before it, and {MOST_WORDS} are read; shorten it"
             )
         return prompt
+
+    @property
+    def marks(self) -> int:
+        """How often the instruction names a picture."""
+        return len(split(self.instruction)) - 1
 
     @property
     def instruction(self) -> str:
@@ -123,27 +129,29 @@ def check_request(request: Request) -> None:
         raise UserError(
             f"the instruction {shorten(request.text)!r} is not UTF-8 text; write it so"
         ) from None
-    parts = split(request.instruction)
-    marks, pictures = len(parts) - 1, len(request.pictures)
-    shown = shorten(request.instruction if marks > pictures else request.text)
+    marks, pictures = len(split(request.text)) - 1, len(request.pictures)
+    if request.task == "edit":
+        marks = max(marks, 1)  # of the one that it may leave out
+    shown = shorten(request.text)
     added = request.instruction.removesuffix(f" in{MARK}").removesuffix(f" of{MARK}")
     if not all(clean("".join(split(text))) for text in (request.text, added)):
         raise UserError(f"the instruction {shown!r} has no words; say what is to be painted")
     if marks > pictures:
         raise UserError(
-            f"the instruction, read as {shown!r}, has {_count(marks, 'mark')} <image> and there "
+            f"the instruction {shown!r} has {counted(marks, 'mark')} <image> and there "
             f"{_are(pictures, 'picture')}; give a picture for each mark"
         )
     if marks < pictures:
         raise UserError(
             f"there {_are(pictures, 'picture')} and the instruction {shown!r} has "
-            f"{_count(marks, 'mark')} <image>; write <image> where each picture is meant"
+            f"{counted(marks, 'mark')} <image>; write <image> where each picture is meant"
         )
 
 
-def _count(number: int, thing: str) -> str:
+def counted(number: int, thing: str) -> str:
+    """How many of a thing there are, in words of a message."""
     return f"{number or 'no'} {thing}{'s' * (number != 1)}"
 
 
 def _are(number: int, thing: str) -> str:
-    return f"{'is' if number == 1 else 'are'} {_count(number, thing)}"
+    return f"{'is' if number == 1 else 'are'} {counted(number, thing)}"

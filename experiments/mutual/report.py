@@ -113,4 +113,5 @@ def _error(own: dict[int, float], base: dict[int, float]) -> str:
         return text
     mean = sum(base.values()) / len(base)
     rise = mean_interval([100 * (own[place] - base[place]) / mean for place in own])
-    return text + f" ({rise.mean:+.1f}% ± {rise.half:.1f})"
+    half = "" if rise.half is None else f" ± {rise.half:.1f}"
+    return text + f" ({rise.mean:+.1f}%{half})"

@@ -22,6 +22,7 @@ from mige.folder import (
 )
 from mige.method.instruction import length_of, segment_ids
 from mige.method.wording import MOST_WORDS, clean, prompt_for, split
+from mige.request import counted
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ class Limits:
         parts = split(prompt)  # of what is read: cleaning makes <ImageHere> a mark
         marks, pictures = len(parts) - 1, len(record.entities)
         if marks != pictures:
-            yield f" has {marks} marks and {pictures} pictures"
+            yield (
+                f" has {counted(marks, 'mark')} <image> and {counted(pictures, 'picture')}; write "
+                "<image> where each picture is meant"
+            )
         if pictures > self.slots:
             yield f" has {pictures} pictures, and the model takes {self.slots}"
         if not clean("".join(split(record.prompt.lower()))):

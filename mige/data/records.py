@@ -23,6 +23,7 @@ from imagelab.io.tensors import misfit
 from imagelab.training.seeds import seed_for
 from mige.lists import find_objects
 from mige.method.wording import TASKS
+from mige.request import written_marks
 
 #: Parts of a target's path that tell its task, the first that is in it.
 PATHS = {
@@ -132,11 +133,30 @@ def parse_record(facts: dict) -> Record:
         )
     if (task == "subject") == bool(sources):
         raise UserError(f"a record of {task} has {len(sources) or 'no'} source_path")
+    check_pictures(task, facts["entity_path"], sources)
     sizes = [_read_side(facts, key) for key in ("width", "height")]
     return Record(
         task, target, tuple(facts["entity_path"]), sources[0] if sources else None,
-        facts["multi_prompt"], *sizes,
+        written_marks(facts["multi_prompt"]), *sizes,
     )  # fmt: skip
+
+
+def check_pictures(task: str, entities: Sequence[str], sources: Sequence[str]) -> None:
+    """Raises UserError where a task has other pictures than when it is painted.
+
+    Instructions to edit may do without any, as where it is to be measured what pictures bring.
+    """
+    if task == "subject" or not entities:
+        return
+    if sources[0] not in entities:
+        raise UserError(
+            "entity_path lacks the source; name all pictures there, in the order of their marks"
+        )
+    if (task == "edit") != (len(entities) == 1):
+        raise UserError(
+            f"a record of {task} has {len(entities)} entity_path; an edit has the source alone, "
+            "and a subject_edit the source and others"
+        )
 
 
 def _read_side(facts: dict, key: str) -> int | None:

@@ -14,29 +14,30 @@ from mige.lists import read_text
 #: MIGEBench's lists; numbers of their items collide.
 MIGE_BENCH = {"add": "add_bench.json", "replace": "replace_bench.json"}
 SPLITS = ("test", "validation")
+#: Keys of Emu Edit's items: those that tell it from other lists, and all.
+EMU_NEEDS = {"instruction", "image", "split"}
+EMU_HAS = EMU_NEEDS | {"task", "idx", "hash", "input_caption", "output_caption"}
 TEST_ITEMS = 3589  # of Emu Edit's test split, by the authors of MIGE
 
 
 def read_bench(
-    path: Path, form: str | None, root: Path | None, tasks: Sequence[str], split: str
+    path: Path, form: str | None, root: Path | None, tasks: Sequence[str], split: str | None
 ) -> tuple[list[BenchItem], list[str]]:
     """The items of a bench in their order, and what the report is to say of them.
 
     Args:
-        form: one of :data:`FORMATS`; None: MIGEBench by its names, else items.
+        form: one of :data:`FORMATS`; None: MIGEBench and Emu Edit by their names, else items.
         tasks: of a folder of MIGEBench, the lists that are read; none: all that are there.
-        split: of Emu Edit, that its items are to be of; "any".
+        split: of Emu Edit, that its items are to be of; "any"; None: the test split.
 
     Raises:
         UserError: something is missing, or not as it should be; with the item.
     """
-    is_mige_bench = path.is_dir() or path.name in MIGE_BENCH.values()
-    form = form or ("migebench" if is_mige_bench else "items")
     if not path.exists():
         raise UserError(f"there is no bench {path}; {ADVICE}")
     lists = {path.stem.removesuffix("_bench"): path}
     if path.is_dir():
-        if form != "migebench":
+        if form not in (None, "migebench"):
             raise UserError(f"{path} is a folder; give the JSON list that is meant")
         lists = _lists_of(path, tasks)
     items, notes = [], []
@@ -44,13 +45,24 @@ def read_bench(
         records = _read(file)
         if not 0 < len(records) <= MOST_ITEMS:
             raise UserError(f"{file} has {len(records)} items; give some")
+        form = form or _form_of(file, records)
         if form == "emu":
-            notes += check_split(records, split, file)
+            notes += check_split(records, split or SPLITS[0], file)
+        elif split:
+            raise UserError(f"--split is of Emu Edit, and {file} is read as {form}; leave it out")
         for index, record in enumerate(records):
             where = f"{file}: item {index}"
             reader = Reader(record, where, root or file.parent, len(items), index, name)
             items.append(FORMATS[form](reader))
     return items, notes
+
+
+def _form_of(path: Path, records: Sequence[Mapping]) -> str:
+    """The format of a list that nobody named."""
+    if path.name in MIGE_BENCH.values():
+        return "migebench"
+    is_emu = all(EMU_NEEDS <= record.keys() <= EMU_HAS for record in records)
+    return "emu" if is_emu else "items"
 
 
 def _read(path: Path) -> list[dict]:

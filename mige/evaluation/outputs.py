@@ -73,7 +73,7 @@ def find_outputs(items: Sequence[BenchItem], folder: Path, digests: Digests) -> 
     found = []
     for part, mine in parts:
         asked = [items[at] for at in mine]
-        match = _numbered if (part / RUN).is_file() else _named
+        match = _named if painted_count(part) is None else _numbered
         for output in match(asked, part, digests):
             found.append(
                 Output(mine[output.place], output.index, output.path, reason=output.reason)
@@ -97,9 +97,15 @@ def _read(output: Output) -> Output:
 # numbered, with facts
 
 
+def painted_count(folder: Path) -> int | None:
+    """How many items the list had that numbered outputs were painted from; None: it is not told."""
+    path = folder / RUN
+    return read_json(path, RUN_FORM, ADVICE)["items"] if path.is_file() else None
+
+
 def _numbered(items: Sequence[BenchItem], folder: Path, digests: Digests) -> Iterator[Output]:
     """Picture j of item i has the number i · num_images + j; none of another list is among them."""
-    count = read_json(folder / RUN, RUN_FORM, ADVICE)["items"]
+    count = painted_count(folder)
     if count != len(items):
         raise UserError(
             f"{folder} was painted from a list of {count} items, and the bench has {len(items)}; "

@@ -154,8 +154,13 @@ def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
     if (output / MODEL).is_dir():
         check_only(output / MODEL, (INDEX, *PARTS))
     if not is_begun and output.is_dir():
-        others = [p.name for p in output.iterdir() if p.name not in OWN and p.name[0] != "."]
-        if others:
+        names = [p.name for p in output.iterdir() if p.name[0] != "."]
+        if (own := [name for name in names if name in OWN]) and not overwrite:
+            raise UserError(
+                f"{output} holds {own[0]}, as of a training; replace it with --overwrite, or give "
+                "another --output"
+            )
+        if others := [name for name in names if name not in OWN]:
             raise UserError(f"{output} holds other files ({others[0]}); give another --output")
 
 

@@ -9,7 +9,9 @@ error rises.
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -52,20 +54,23 @@ class Probe:
 
     @torch.no_grad()
     def _rises(self, processes: Processes) -> Tensor:
-        """[2], over all processes."""
+        """[2], over all processes; NaN where no sample has others' to take."""
         if self._batches is None:
             found = self.samples[0]
             if isinstance(found, Exception):
                 raise found
             self._batches = [undropped(batch).to(self.device) for batch in found]
-        errors = torch.zeros(3, device=self.device)
+        ways = (self._batches, other_pictures(self._batches), other_words(self._batches))
+        found = torch.zeros(2, len(ways), device=self.device)  # errors; whether anything differs
         with at_rest(self.model):
-            for batch in self._batches:
-                for place, each in enumerate((batch, other_pictures(batch), other_words(batch))):
-                    errors[place] += self.model(each).mse.sum()
+            for place, batches in enumerate(ways):
+                found[1, place] = batches is not None
+                for batch in batches or self._batches:
+                    found[0, place] += self.model(batch).mse.sum()
         if processes.count > 1:
-            torch.distributed.all_reduce(errors)
-        return errors[1:] / errors[0] - 1
+            torch.distributed.all_reduce(found)
+        errors, differs = found
+        return torch.where(differs[1:] > 0, errors[1:] / errors[0] - 1, math.nan)
 
 
 def undropped(batch: Batch) -> Batch:
@@ -73,18 +78,36 @@ def undropped(batch: Batch) -> Batch:
     return replace(batch, draws=torch.ones_like(batch.draws))
 
 
-def other_pictures(batch: Batch) -> Batch:
-    """Each mark has the picture of the next one in the batch; the pictures to edit stay."""
-    return replace(batch, vision=batch.vision.roll(1, 0), latents=batch.latents.roll(1, 0))
+def other_pictures(batches: Sequence[Batch]) -> list[Batch] | None:
+    """Each mark has the picture of the next one in any batch; the pictures to edit stay.
+
+    None where there is but one.
+    """
+    marks = [len(batch.vision) for batch in batches]
+    if sum(marks) < 2:
+        return None
+    vision = torch.cat([batch.vision for batch in batches]).roll(1, 0).split(marks)
+    latents = torch.cat([batch.latents for batch in batches]).roll(1, 0).split(marks)
+    return [
+        replace(batch, vision=own_vision, latents=own_latents)
+        for batch, own_vision, own_latents in zip(batches, vision, latents, strict=True)
+    ]
 
 
-def other_words(batch: Batch) -> Batch:
-    """Each sample has the words of the next one with as many marks."""
+def other_words(batches: Sequence[Batch]) -> list[Batch] | None:
+    """Each sample has the words of the next one, in any batch, with as many marks.
+
+    None where no other has as many.
+    """
+    own = [segments for batch in batches for segments in batch.segments]
     alike = defaultdict(list)
-    for index, segments in enumerate(batch.segments):
+    for index, segments in enumerate(own):
         alike[len(segments)].append(index)
-    segments = list(batch.segments)
+    if all(len(places) == 1 for places in alike.values()):
+        return None
+    others = list(own)
     for places in alike.values():
         for place, other in zip(places, places[1:] + places[:1], strict=True):
-            segments[place] = batch.segments[other]
-    return replace(batch, segments=tuple(segments))
+            others[place] = own[other]
+    found = iter(others)
+    return [replace(batch, segments=tuple(islice(found, len(batch)))) for batch in batches]

@@ -254,6 +254,10 @@ def test_the_swapped_split_ends_the_command(tmp_path, monkeypatch, fails):
     command = arguments("--bench", bench, "--format", "emu")
     assert "call themselves 'validation'" in fails(benchmark.main, command).err
     benchmark.main([*command, "--split", "validation"])
+    assert "call themselves 'validation'" in fails(benchmark.main, arguments("--bench", bench)).err
+    bench = emu({"target": "in0.png"})  # so it is not one of Emu Edit's
+    told = fails(benchmark.main, arguments("--bench", bench, "--split", "test")).err
+    assert "--split is of Emu Edit, and list.json is read as items; leave it out" in told
 
 
 # ----------------------------------------------------------------------------------------------
@@ -361,6 +365,11 @@ def test_bench_to_items_to_edit_to_report(bench, model, judges, capsys):
     ]
     assert [found["tasks"][task]["items"] for task in ("add", "replace")] == [2, 2]
     assert set(found["all"]["means"]) == set(report.NAMES)
+    part = run("--bench", bench, "--task", "replace")
+    assert list(part["tasks"]) == ["replace"] and part["outputs"] == {"measured": 4, "of": 4}
+    assert [row["values"]["L1"] for row in part["rows"]] == [
+        row["values"]["L1"] for row in found["rows"] if row["task"] == "replace"
+    ]
     output = read_image(Path("out/0005.png")).resize((40, 30), Image.Resampling.BICUBIC)
     target = read_image(bench / "replace/3_target.png")
     wanted = np.abs(np.asarray(output, float) - np.asarray(target)).mean() / 255

@@ -25,6 +25,7 @@ def bench(tmp_path, monkeypatch) -> Path:
 def read(records, form, split="any", root=None, tasks=()):
     """The items of a list, and the notes."""
     Path("list.json").write_text(json.dumps(records))
+    split = split if form == "emu" else None
     return read_bench(Path("list.json"), form, root, tasks, split)
 
 
@@ -33,7 +34,7 @@ def read(records, form, split="any", root=None, tasks=()):
 
 
 def test_both_tasks_of_migebench(bench):
-    items, notes = read_bench(bench, None, None, (), "test")
+    items, notes = read_bench(bench, None, None, (), None)
     assert [(each.task, each.idx) for each in items] == [
         ("add", 3), ("add", 7), ("replace", 3), ("replace", 7),
     ]  # fmt: skip
@@ -47,12 +48,12 @@ def test_both_tasks_of_migebench(bench):
     assert replaced.mask == bench / "replace/3_mask.png" and replaced.noun == "dog"
     assert (added.caption, added.target_caption) == ("a cup on a shelf", "a red dog on a shelf")
     assert notes == []
-    alone, _ = read_bench(bench, None, None, ["replace"], "test")
+    alone, _ = read_bench(bench, None, None, ["replace"], None)
     assert [each.task for each in alone] == ["replace"] * 2
 
 
 def test_a_written_list_is_the_same_to_those_who_paint(bench):
-    items, _ = read_bench(bench, None, None, (), "test")
+    items, _ = read_bench(bench, None, None, (), None)
     Path("lists").mkdir()
     path = Path("lists/items.json")
     path.write_text(json.dumps(written_items(items, path.parent)))
@@ -202,18 +203,18 @@ def test_benches_that_are_none(bench):
         ("bench/add/3_mask.png", None, "3_mask.png is not UTF-8 text"),
     ):
         with pytest.raises(UserError, match=told):
-            read_bench(Path(path), form, None, (), "any")
+            read_bench(Path(path), form, None, (), None)
     with pytest.raises(UserError, match="MIGEBench has no task 'dance'; its tasks are add, repl"):
-        read_bench(bench, None, None, ["dance"], "any")
+        read_bench(bench, None, None, ["dance"], None)
     with pytest.raises(UserError, match="list.json has 0 items"):
         read([], None)
     (bench / "replace_bench.json").unlink()
     with pytest.raises(UserError, match="no file bench/replace_bench.json"):
-        read_bench(bench, None, None, ["replace"], "any")
+        read_bench(bench, None, None, ["replace"], None)
 
 
 def test_a_picture_that_is_missing_is_told_with_its_item(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     (bench / "replace/3_target.png").unlink()
     with pytest.raises(
         UserError, match=r"item 2: .* bench/replace/3_target.png; is --root right\?$"
@@ -262,7 +263,7 @@ def test_release_names_of_one_task(bench):
 
 
 def test_numbers_of_two_tasks_collide(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     save("out/3.jpg", "out/7.jpg")
     with pytest.raises(UserError, match="2 items of the bench have the output 3; put the outputs"):
         found(items)
@@ -335,7 +336,7 @@ def paint(items, count=1, folder="out", **changed) -> None:
 
 
 def test_numbered_outputs(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     paint(items, 2)
     save("out/sheet_0000-0007.png")
     wanted = [(n // 2, n % 2, f"{n:04d}.png", True) for n in range(8)]
@@ -347,7 +348,7 @@ def test_numbered_outputs(bench):
 
 
 def test_numbered_outputs_of_each_task(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     paint(items[:2], folder="out/add")
     paint(items[2:], folder="out/replace")
     assert [each[:3] for each in found(items)] == [
@@ -368,27 +369,27 @@ OTHERS = [
 
 @pytest.mark.parametrize(("changed", "told"), OTHERS)
 def test_numbered_outputs_of_another_list(changed, told, bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     paint(items, **changed)
     with pytest.raises(UserError, match=told):
         found(items)
 
 
 def test_numbered_outputs_of_a_list_of_another_length(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     paint(items)
     with pytest.raises(UserError, match="from a list of 4 items, and the bench has 2"):
         found(items[:2])
 
 
 def test_a_bench_that_changed_is_another_list(bench):
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     paint(items)
     assert len(found(items)) == 4
     noise(99).save(bench / "replace/7_entity.png")
     with pytest.raises(UserError, match="0003.json was painted from other pictures"):
         found(items)
     change(bench / "add_bench.json", 1, multi_prompt="put<imagehere>on<imagehere>")
-    items, _ = read_bench(bench, None, None, (), "any")
+    items, _ = read_bench(bench, None, None, (), None)
     with pytest.raises(UserError, match="0001.json was painted from 'put<imagehere>in<imagehere>'"):
         found(items)

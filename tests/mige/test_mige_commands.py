@@ -29,7 +29,7 @@ def paint(model, place, capsys):
         capsys.readouterr()
         command.main(["--model", str(model), *map(str, options), *QUICK])
         told = capsys.readouterr().out.splitlines()
-        assert told[0] == f"seed 3, {model} on cpu"
+        assert told[0] == f"seed 3, {model} on cpu in float32"
         return [Path(line) for line in told[1:]]
 
     return run
@@ -368,14 +368,15 @@ EDITING = [
     ([*EDIT, "--images", "cat.png"], "there are 2 pictures and the instruction 'make it snow'"),
     (["--instruction", "", "--source", "in.png"], "has no words"),
     (["--instruction", "the image", "--source", "in.png"], "has no words"),
+    (["--items", "list.json", "--instruction", "a"], "--items and --instruction are both given"),
     (["--items", "list.json", "--whole"], "--order and --whole are for a single edit"),
     (
         [*EDIT, "--images", "cat.png", "--whole"],
         "--whole is for edits without --images; leave it out",
     ),
     (
-        ["--instruction", "make the image like the photo", "--source", "in.png"],
-        "read as 'make <imagehere> like <imagehere> ', has 2 marks",
+        ["--instruction", "make <image> like <image>", "--source", "in.png"],
+        "the instruction 'make<imagehere>like<imagehere>' has 2 marks <image> and there is 1 pic",
     ),
     (["--items", "list.json"], "list.json: item 0 edits none: use mige.generate"),
     (["--items", "edit.json"], "there is no picture no.png; is --root right?"),

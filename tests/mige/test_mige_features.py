@@ -228,7 +228,7 @@ def test_a_list_is_checked_before_anything_is_done(fails, model, work, caplog):
     options = usual(model)
     told = fails(command.main, options).err
     assert "d.json has 3 problems, listed above" in told
-    assert "d.json: record 3 has 0 marks and 1 pictures" in caplog.text
+    assert "d.json: record 3 has no marks <image> and 1 picture" in caplog.text
     assert not Path("F").exists()
 
 

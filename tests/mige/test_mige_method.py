@@ -98,6 +98,9 @@ def test_tasks_follow_from_what_is_given():
     assert whole.prompt(PREFIXES) == "Edit it: \nmake it snow of<imagehere>"
     named = make_request("make <image> red", source=RED)
     assert named.prompt(PREFIXES) == "Edit it: \nmake<imagehere>red"
+    again = make_request("make the photo red, keep the photo sharp", source=RED)
+    assert (again.task, again.marks, again.pictures) == ("edit", 2, (RED,))
+    assert again.prompt(PREFIXES) == "Edit it: \nmake <imagehere> red, keep <imagehere> sharp"
     put = make_request("put <image> into <image>", (RED,), BLUE, 1)
     assert (put.task, put.source, put.pictures) == ("subject_edit", 1, (RED, BLUE))
     assert put.prompt(PREFIXES) == "put it in put<imagehere>into<imagehere>"
@@ -115,6 +118,7 @@ def test_tasks_follow_from_what_is_given():
             "there are 2 pictures and the instruction 'a dog' has no mark",
         ),
         ("put <image> in", (RED,), BLUE, "there are 2 pictures and .* has 1 mark <image>; write"),
+        ("make <image> like <image>", (), RED, "has 2 marks <image> and there is 1 picture"),
         ("  ", (), RED, "has no words"),
         ("<image>", (RED,), None, "has no words"),
     ],

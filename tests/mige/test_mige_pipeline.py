@@ -19,6 +19,7 @@ from imagelab.training.seeds import generator_for
 from mige.config import Guidance
 from mige.folder import model_digest
 from mige.latents import Size
+from mige.method.encoder import embed_instruction
 from mige.pictures import crop, letterbox, to_pixels, to_vision
 from mige.pipeline import MigePipeline
 from mige.request import make_request
@@ -65,7 +66,11 @@ def test_a_saved_pipeline_is_the_same(pipeline, model, tmp_path):
     arguments = ("a <image> on the beach", [DOG])
     first, second = (np.array(each(*arguments, steps=2).images[0]) for each in (pipeline, loaded))
     assert np.array_equal(first, second)
+    (tmp_path / "again/private").mkdir(parents=True)
+    private = tmp_path / "again/private/own.safetensors"
+    private.touch(0o600)
     loaded.save_pretrained(tmp_path / "again")
+    assert private.stat().st_mode & 0o777 == 0o600
     files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
     assert model_digest(tmp_path / "again") == model_digest(model)
@@ -208,6 +213,16 @@ def test_letterboxes_are_black_around():
     assert not found[:10].any() and not found[22:].any()
 
 
+@pytest.mark.parametrize("side", [49, 392, 850])
+def test_the_longer_side_of_a_letterbox_fills_it(side):
+    """49 · (32 / 49) is a little below 32 in floating point; the other side is rounded down."""
+    white = Image.new("RGB", (side, side * 2 // 3), "white")
+    assert letterbox(white, 512, 512).getbbox()[::2] == (0, 512)
+    assert letterbox(white.transpose(Image.Transpose.ROTATE_90), 512, 512).getbbox()[1::2] == (
+        0, 512,
+    )  # fmt: skip
+
+
 def test_values_of_pixels():
     grey = Image.new("RGB", (50, 30), (0, 51, 255))
     assert torch.equal(to_pixels(grey)[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
@@ -307,6 +322,24 @@ def test_more_pictures_than_slots(pipeline):
         pipeline.encode(many, 0)
 
 
+def test_an_edit_that_names_its_picture_again(pipeline, monkeypatch):
+    """Its picture stands at each of its names; more than the model has places for are refused."""
+    given = []
+    monkeypatch.setattr(
+        "mige.pipeline.embed_instruction",
+        lambda *of: given.append(of) or embed_instruction(*of),
+    )
+    pipeline.encode(make_request("make the image red", source=SOURCE), 0)
+    twice = make_request("make the image red, the image big", source=SOURCE)
+    pipeline.encode(twice, 0)
+    (_, _, first, once, *_), (_, _, second, both, *_) = given
+    assert (len(first), len(second)) == (2, 3)
+    assert torch.equal(both, once.expand(2, -1, -1))
+    many = make_request("the image, " * 5 + "in red", source=SOURCE)
+    with pytest.raises(UserError, match="names its picture 5 times, and this model takes 4 pict"):
+        pipeline.encode(many, 0)
+
+
 def test_an_instruction_that_does_not_fit(pipeline):
     """24 positions: the prefix takes six, a picture four, the end one."""
     request = make_request("red " * 14 + "<image>", (DOG,))
@@ -347,6 +380,9 @@ def test_photos_are_read_as_the_commands_read_them(pipeline, tmp_path, kind):
         found = pipeline("make it snow", source=opened, steps=1).images[0]
     wanted = pipeline("make it snow", source=read_image(path), steps=1).images[0]
     assert np.array_equal(found, wanted)
+    for given in (path, str(path)):
+        found = pipeline("make it snow", source=given, steps=1).images[0]
+        assert np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +393,8 @@ def test_photos_are_read_as_the_commands_read_them(pipeline, tmp_path, kind):
         ({"seed": -1}, "the seed is -1"),
         ({"seed": None}, "the seed is None"),
         ({"num_images": -1}, "--num_images is -1"),
+        ({"source": 3}, "a int was given for a picture; give one of Pillow's, or a path"),
+        ({"images": "nowhere.png"}, "there is no picture nowhere.png"),
         (
             {"images": [DOG], "source_place": 5},
             "the source's place is 5; give a number from 0 to 1",

@@ -123,6 +123,9 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
         ({"task": "dance"}, "there is no task 'dance'"),
         ({"task": "subject"}, "a record of subject has 1 source_path"),
         ({"source_path": []}, "a record of edit has no source_path"),
+        ({"entity_path": ["a"]}, "entity_path lacks the source; name all pictures there"),
+        ({"entity_path": [*EDIT["entity_path"], "a"]}, "a record of edit has 2 entity_path"),
+        ({"task": "subject_edit"}, "a record of subject_edit has 1 entity_path; an edit has the"),
         ({"source_path": ["a", "b"]}, "source_path is no list of one path"),
         ({"width": "a", "height": 9}, "width is 'a' and not a whole number"),
         ({"width": 9, "height": 9.5}, "height is 9.5 and not a whole number"),
@@ -141,6 +144,18 @@ def test_records_that_are_none(tmp_path, changes, told):
 
 def test_a_task_may_be_told():
     assert parse_record(EDIT | {"image": "mine/1.jpg", "task": "edit"}).task == "edit"
+
+
+def test_marks_are_those_of_lists_that_are_painted():
+    record = parse_record(EDIT | {"multi_prompt": "make the car in <image> blue"})
+    assert record.prompt == "make the car in<imagehere>blue"
+    asis = "A <imagehere> beside a <imagehere> "
+    assert parse_record(SUBJECT | {"multi_prompt": asis}).prompt == asis
+
+
+def test_instructions_to_edit_may_do_without_pictures():
+    record = parse_record(EDIT | {"entity_path": [], "multi_prompt": "make it blue"})
+    assert record.entities == () and record.source == EDIT["source_path"][0]
 
 
 def test_a_path_s_first_part_decides():
@@ -175,7 +190,8 @@ def test_all_problems_are_told(pictures, caplog):
     assert caplog.messages == [
         f"{path}: record 2: there is no {pictures / 'x/replace/e/2.jpg'}",
         f"{path}: record 4 has 5 pictures, and the model takes 4",
-        f"{path}: record 5 has 0 marks and 1 pictures",
+        f"{path}: record 5 has no marks <image> and 1 picture; write <image> where each picture is "
+        "meant",
         f"{path}: record 6: it has no 'multi_prompt'",
     ]
 
@@ -186,7 +202,7 @@ def test_of_many_problems_the_first_are_listed(pictures, caplog):
     with pytest.raises(BadRecords, match="has 103 problems") as error:
         check_records(RecordList(path), pictures, LIMITS)
     assert len(error.value.lines) == 100 and len(caplog.messages) == 101
-    assert "record 99 has 0 marks" in caplog.messages[99]
+    assert "record 99 has no marks" in caplog.messages[99]
     assert caplog.messages[100] == "and 3 more"
 
 

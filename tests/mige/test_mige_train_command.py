@@ -273,14 +273,14 @@ def test_painting_samples_changes_nothing(model, work, whole):
 
 
 def test_what_cannot_be_painted_is_left_out_of_samples(model, work, monkeypatch):
-    """Its wording for painting is too long, or its source is none of the references."""
+    """Its wording for painting is too long, or its instruction has no picture."""
     base = Path(shutil.copytree(model, "base"))
     path = base / "model_index.json"
     index = json.loads(path.read_text())
     index["prefixes"]["subject_inference"] = "the beach the dog the cat the cup the snow " * 3
     path.write_text(json.dumps(index))
     records = json.loads(Path("d.json").read_text())
-    records[1]["entity_path"] = RECORDS[0]["entity_path"]
+    records[1] |= {"entity_path": [], "multi_prompt": "make it red"}
     Path("d.json").write_text(json.dumps(records))
     chosen, paint = [], SamplePainter.paint
 
@@ -414,6 +414,13 @@ def notes_in_the_result(model: Path, whole: Path) -> Path:
     return model
 
 
+def samples_alone(model: Path, whole: Path) -> Path:
+    """Pictures that are kept of a training, or are anyone's."""
+    Path("O/samples").mkdir(parents=True)
+    Path("O/samples/0000010.png").touch()
+    return model
+
+
 def another_model(model: Path, whole: Path) -> Path:
     begun(model, whole)
     base = Path(shutil.copytree(model, "base"))
@@ -458,6 +465,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (a_lost_picture, "", "d.json has 1 problem, listed above; mend these records"),
         (begun, "", "O holds a training; go on with --resume, start anew with --overwrite, or"),
         (finished_alone, "", "O holds a trained model; replace it with --overwrite, or give"),
+        (samples_alone, "", "O holds samples, as of a training; replace it with --overwrite, or"),
         (notes_in_the_result, "--overwrite", "O/model holds notes.txt, which would be removed"),
         (begun, "--resume --weight_decay 0.1", "had other settings (--weight_decay 0.03); go on"),
         (begun, "--resume --seed 6 --parts fusion", "had other settings (--seed 5, --parts ["),

@@ -3,6 +3,7 @@
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from mige.training.config import Recipe
 from mige.training.plan import check_rates, make_plan
 from mige.training.probe import Probe, other_pictures, other_words, undropped
 from mige.training.run import make_model, make_samples
+from mige.training.samples import Batch
 
 
 def test_rates_rise_stay_and_fall():
@@ -63,16 +65,54 @@ def probe(work, model) -> Probe:  # noqa: F811
 
 def test_others_pictures_and_words(probe):
     (batch,) = probe.samples[0]
-    moved = other_pictures(batch)
+    (moved,) = other_pictures([batch])
     assert torch.equal(moved.vision[1:], batch.vision[:-1])
     assert torch.equal(moved.vision[0], batch.vision[-1])
     assert torch.equal(moved.latents[1:], batch.latents[:-1])
     assert moved.segments == batch.segments and torch.equal(moved.source, batch.source)
-    spoken = other_words(batch)
+    (spoken,) = other_words([batch])
     assert [len(each) for each in spoken.segments] == [len(each) for each in batch.segments]
     assert sorted(map(str, spoken.segments)) == sorted(map(str, batch.segments))
     assert all(a != b for a, b in zip(spoken.segments, batch.segments, strict=True))
     assert torch.equal(spoken.vision, batch.vision)
+
+
+def alone(batch: Batch, index: int) -> Batch:
+    """One sample of a batch."""
+    own = slice(sum(batch.counts[:index]), sum(batch.counts[: index + 1]))
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[index : index + 1] for name in EACH},
+        vision=batch.vision[own],
+        latents=batch.latents[own],
+    )
+
+
+EACH = ("tasks", "segments", "counts", "clean", "noise", "source", "timesteps", "draws")
+
+
+def test_micro_batches_change_nothing_of_what_is_swapped(probe):
+    (batch,) = probe.samples[0]
+    singles = [alone(batch, index) for index in range(len(batch))]
+    moved, (together,) = other_pictures(singles), other_pictures([batch])
+    assert torch.equal(torch.cat([each.vision for each in moved]), together.vision)
+    assert torch.equal(torch.cat([each.latents for each in moved]), together.latents)
+    spoken, (together,) = other_words(singles), other_words([batch])
+    assert tuple(each.segments[0] for each in spoken) == together.segments
+    whole = probe.look(1, 2, Processes("cpu"))
+    probe._batches = [undropped(each) for each in singles]
+    for name, rise in probe.look(1, 2, Processes("cpu")).items():
+        assert rise.item() == pytest.approx(whole[name].item(), rel=1e-3, abs=1e-6)
+
+
+def test_a_sample_without_others_tells_nothing(probe, caplog):
+    (batch,) = probe.samples[0]
+    single = alone(batch, batch.counts.index(1))
+    assert other_pictures([single]) is None and other_words([single]) is None
+    probe._batches = [undropped(single)]
+    with caplog.at_level(logging.WARNING):
+        assert all(value.isnan() for value in probe.look(999, 10, Processes("cpu")).values())
+    assert not caplog.messages
 
 
 def test_the_rise_is_that_of_the_mean_error(probe):
@@ -83,7 +123,7 @@ def test_the_rise_is_that_of_the_mean_error(probe):
     with torch.no_grad():
         plain, pictures, words = (
             probe.model(each).mse.mean().item()
-            for each in (batch, other_pictures(batch), other_words(batch))
+            for each in (batch, *other_pictures([batch]), *other_words([batch]))
         )
     probe.model.train()
     state = torch.get_rng_state()
