@@ -48,8 +48,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
-        has_default = "(default:" in (action.help or "")
-        if has_default or action.required or action.nargs == 0 or default in ("", [], ()):
+        text = action.help or ""
+        is_told = "(default:" in text or action.required or action.nargs == 0
+        if is_told or default in ("", [], ()) or (default is None and "None:" not in text):
             return action.help
         if isinstance(default, list | tuple):
             return f"{action.help} (default: {' '.join(map(str, default))})"

@@ -253,7 +253,7 @@ def save(*names: str) -> None:
 
 
 def test_release_names_of_one_task(bench):
-    items, _ = read_bench(bench, None, None, ["add"], "any")
+    items, _ = read_bench(bench, None, None, ["add"], None)
     save("out/7.jpg", "out/3.png")
     Path("out/notes.txt").write_text("mine")
     assert found(items) == [(0, 0, "3.png", True), (1, 0, "7.jpg", True)]
@@ -297,7 +297,7 @@ def test_release_names_of_subjects(bench):
 
 
 def test_an_unreadable_output_is_missing(bench):
-    items, _ = read_bench(bench, None, None, ["add"], "any")
+    items, _ = read_bench(bench, None, None, ["add"], None)
     save("out/3.jpg")
     Path("out/7.jpg").write_bytes(b"no picture")
     digests = read_bench_pictures(items, True, False).digests
@@ -307,7 +307,7 @@ def test_an_unreadable_output_is_missing(bench):
 
 
 def test_outputs_of_another_list_by_their_names(bench):
-    items, _ = read_bench(bench, None, None, ["add"], "any")
+    items, _ = read_bench(bench, None, None, ["add"], None)
     save("out/3.jpg", "out/7.jpg", "out/8.jpg")
     with pytest.raises(UserError, match="8.jpg, which is the output of no item of the bench"):
         found(items)
