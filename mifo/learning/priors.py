@@ -1,4 +1,8 @@
-"""Class images for prior preservation: made once by the base model, kept as latents."""
+"""Class images for prior preservation: made once by the base model, kept as latents.
+
+They are made at the release's guidance, 7.5, with whatever model: the number that a model may bring
+in its ``mifo_config.json`` is for what is painted.
+"""
 
 import hashlib
 import json
@@ -106,12 +110,22 @@ def find_class_images(folder: str) -> list[Path]:
 
 
 @torch.no_grad()
-def encode_class_images(model: DiffusionModel, paths: list[Path], size: tuple[int, int]) -> Tensor:
-    """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop."""
+def encode_class_images(
+    model: DiffusionModel,
+    paths: list[Path],
+    size: tuple[int, int],
+    after_picture: Callable[[], None] | None = None,
+) -> Tensor:
+    """Scaled latents [i, c, *size] of pictures, each fitted to the size by a central crop.
+
+    ``after_picture`` is called once each is encoded, and may raise to stop.
+    """
     latents = []
     width, height = (side * model.vae_factor for side in reversed(size))
     for path in tqdm(paths, "class images", unit="image"):
         picture = ImageOps.fit(read_image(path), (width, height))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # h w 3 -> 1 3 h w
         latents.append(model.encode(pixels.float() / 127.5 - 1).mean.cpu())
+        if after_picture:
+            after_picture()
     return torch.cat(latents)

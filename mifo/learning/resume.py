@@ -21,6 +21,12 @@ FREE_SETTINGS = {
     "folder_path", "output_dir", "model_path", "class_images", "offline", "checkpoint_steps",
     "save_pipeline", "device", "mixed_precision", "gradient_checkpointing",
 }  # fmt: skip
+#: What a checkpoint has to say of a run of learning; see `imagelab.io.tensors.misfit`.
+FACTS = {
+    "settings": {"seed": int},
+    "inputs": {"base model": str, "picture": str, "set of masks": [str]},
+}
+ANEW = "start anew with --overwrite in place of --resume"
 
 
 def resumed(config: LearningConfig) -> LearningConfig:
@@ -28,9 +34,9 @@ def resumed(config: LearningConfig) -> LearningConfig:
 
     Raises UserError for other settings than the unfinished run's.
     """
-    then = read_facts(work_folder(config) / CHECKPOINT)["settings"]
-    config = config.with_settings(**{name: then[name] for name in _open_settings(config)})
-    _check_same_settings(then, config)
+    then = read_facts(work_folder(config) / CHECKPOINT, FACTS)["settings"]
+    config = config.with_settings(**{name: then.get(name) for name in _open_settings(config)})
+    _check_same_settings(then, config, ANEW)
     return config
 
 
@@ -39,23 +45,24 @@ def _open_settings(config: LearningConfig) -> list[str]:
     return [name for name in OPEN if settings[name] is None]
 
 
-def check_same(saved: Checkpoint, plan: Plan) -> None:
-    """Raises UserError unless an unfinished run had the settings and the files of a plan."""
-    _check_same_settings(saved.facts["settings"], plan.config)
+def check_same(saved: Checkpoint, plan: Plan, otherwise: str = ANEW) -> None:
+    """Raises UserError unless an unfinished run had the settings and the files of a plan.
+
+    ``otherwise``: what else to do about it than to put back what has changed.
+    """
+    _check_same_settings(saved.facts["settings"], plan.config, otherwise)
     now = inputs_of(plan)
     then = saved.facts["inputs"]
-    if changed := [name for name, digest in then.items() if digest != now[name]]:
+    if changed := [name for name, digest in then.items() if digest != now.get(name)]:
         raise UserError(
-            f"the {changed[0]} is not what the unfinished run had; put that back, or start anew "
-            "with --overwrite in place of --resume"
+            f"the {changed[0]} is not what the unfinished run had; put that back, or {otherwise}"
         )
 
 
-def _check_same_settings(then: dict, config: LearningConfig) -> None:
+def _check_same_settings(then: dict, config: LearningConfig, otherwise: str) -> None:
     if changed := _changed_settings(then, config):
         raise UserError(
-            f"the unfinished run had other settings ({changed}); go on with those, or start anew "
-            "with --overwrite in place of --resume"
+            f"the unfinished run had other settings ({changed}); go on with those, or {otherwise}"
         )
 
 
@@ -73,9 +80,11 @@ def _changed_settings(
 ) -> str:
     """The options in which a run went by other settings than a config; empty if there are none.
 
-    What the run itself left open, as runs of earlier versions did, goes with any.
+    What the run itself left open, as runs of earlier versions did, goes with any. A setting that it
+    does not know, since it is older, then was as it is by default.
     """
     now = kept_settings(config, free)
+    then = kept_settings(LearningConfig(), free) | then
     kept = [name for name in then if name not in free]
     kept = [name for name in kept if name not in OPEN or then[name] is not None]
     return ", ".join(f"--{name} {then[name]}" for name in kept if then[name] != now.get(name))

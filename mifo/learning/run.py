@@ -17,7 +17,7 @@ from mifo.learning.checks import check_target
 from mifo.learning.places import CHECKPOINT
 from mifo.learning.plan import Plan, inputs_of
 from mifo.learning.result import write_result
-from mifo.learning.resume import check_same, kept_settings
+from mifo.learning.resume import FACTS, check_same, kept_settings
 from mifo.learning.session import Session
 from mifo.learning.stages import finetuning_stage, token_stage
 
@@ -54,7 +54,7 @@ def learn(
     with folder_lock(plan.target, "--instance or --output_dir"):
         check_target(plan.config, resume, overwrite)  # once more: others may have been here
         sweep(plan.work)
-        saved = read_checkpoint(checkpoint) if resume else None
+        saved = read_checkpoint(checkpoint, FACTS) if resume else None
         if saved:
             check_same(saved, plan)
             plan = replace(plan, origins=saved.facts.get("origins", plan.origins))

@@ -108,10 +108,14 @@ def prior_latents(session: Session, interrupt: Interrupt) -> Tensor | None:
     plan, recipe, model = session.plan, session.recipe, session.model
     if not recipe.needs_class_images:
         return None
+
+    def stop_if_asked() -> None:
+        interrupt.raise_if_asked("before stage 2")
+
     size = session.views.size
     if plan.class_images:
         model.vae.to(plan.device)
-        latents = encode_class_images(model, plan.class_images, size)
+        latents = encode_class_images(model, plan.class_images, size, stop_if_asked)
         model.vae.to("cpu")
         return latents
     is_large = plan.device.startswith("cuda") and not plan.config.runtime.gradient_checkpointing
@@ -119,7 +123,7 @@ def prior_latents(session: Session, interrupt: Interrupt) -> Tensor | None:
         model, recipe.class_prompt, recipe.num_class_images, size, session.seed,
         batch=8 if is_large else 4,
         cache=plan.target.parent / ".class_images",
-        after_batch=lambda: interrupt.raise_if_asked("before stage 2"),
+        after_batch=stop_if_asked,
     )  # fmt: skip
 
 

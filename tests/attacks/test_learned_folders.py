@@ -186,7 +186,7 @@ def checkpoint(tmp_path):
 def test_checkpoints(checkpoint, change):
     tensor_changes()[change](checkpoint)
     told = outcome(lambda: read_checkpoint(checkpoint))
-    assert checkpoint.name in told or change in ("one tensor is away", "not finite")
+    assert checkpoint.name in told or change == "not finite"
 
 
 @pytest.mark.parametrize("change", tensor_changes())
