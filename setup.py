@@ -1,18 +1,21 @@
 """Package definition: `pip install .` installs MIFO, its commands, mifo_lora and toybox."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 PACKAGES = ("imagelab", "mifo", "mige", "mifo_page", "toybox", "experiments")
+TEXT = (HERE / "mifo/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', TEXT, re.MULTILINE)[1]
 NEEDED = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
 GRADIO = "gradio>=6.31,<7"  # the page
 BITSANDBYTES = "bitsandbytes>=0.50"  # --optimizer adamw8bit
 
 setup(
     name="mifo",
-    version="0.1.0",
+    version=VERSION,
     description="Learn several instances from one image and paint them inside boxes (MIFO)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -8,6 +8,7 @@ pictures.save("output/toy_car")
 """
 
 __all__ = ["learn", "load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

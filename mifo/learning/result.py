@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+import mifo
 from imagelab.io.atomic import replacing
 from imagelab.io.images import proportion
 from imagelab.models.stable_diffusion import StableDiffusion
@@ -90,6 +91,7 @@ def describe_result(session: Session, curves: dict[str, list[float]], scores: li
         "final_losses": {name: _tail_mean(values) for name, values in curves.items()},
         "separation": scores,
         "versions": {
+            "mifo": mifo.__version__,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,

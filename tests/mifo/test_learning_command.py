@@ -11,15 +11,18 @@ import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save
 from thin import contents
 
 import imagelab.figures
+import mifo
 from imagelab.models.stable_diffusion import load_base
 from imagelab.prompts import encode_ids
 from imagelab.training.checkpoint import read_checkpoint, read_facts, write_checkpoint
@@ -107,6 +110,10 @@ def test_files_and_manifest(learned_dir, small_sd):
     assert manifest["tokens"] == ["<asset0>", "<asset1>"]
     assert manifest["base_model"]["source"] == str(small_sd)
     assert manifest["settings"]["seed"] == 1
+    assert manifest["versions"] == {
+        "mifo": mifo.__version__, "torch": torch.__version__,
+        "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
     assert manifest["size"] == [128, 128]
     assert len(manifest["mask_sha256"]) == len(manifest["separation"]) == 2
     assert all(np.isfinite(manifest["final_losses"][key]) for key in ("loss", "reconstruction"))
@@ -498,6 +505,26 @@ def test_second_ctrl_c_stops_at_once(learn, fails, folder, ctrl_c):
     assert contents(learn(*options, "--resume")) == whole
 
 
+def test_ctrl_c_while_own_class_images_are_encoded(learn, fails, folder, monkeypatch):
+    options = ("--prior_weight", 1, "--class_images", folder / "classes")
+    (folder / "classes").mkdir()
+    for shade in range(3):
+        Image.new("RGB", (128, 128), (90 * shade, 0, 0)).save(folder / f"classes/{shade}.png")
+    read, encoded = priors.ImageOps.fit, []
+
+    def interrupted(picture, size):
+        encoded.append(picture)
+        if len(encoded) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return read(picture, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(priors.ImageOps, "fit", interrupted)
+        assert "stopped before stage 2" in fails(130, *options)
+    assert len(encoded) == 2
+    assert (learn(*options, "--resume") / "manifest.json").is_file()
+
+
 def test_ctrl_c_while_class_images_are_made(learn, fails, folder, monkeypatch):
     options = ("--prior_weight", 1, "--num_class_images", 5)
     denoise = priors.denoise
@@ -584,6 +611,51 @@ def test_a_run_that_itself_left_numbers_open_goes_on(learn, fails, folder, ctrl_
     write_checkpoint(path, saved)
     assert "other settings (--lora_rank" in fails(2, "--resume", "--lora_rank", 5)
     assert (learn("--resume") / "manifest.json").is_file()
+
+
+@pytest.fixture
+def unfinished(fails, folder, ctrl_c):
+    """Changes the facts in the checkpoint of a run that was stopped in stage 1."""
+    with ctrl_c(1, 1):
+        fails(130)
+    path = folder / "out/.toys.work/checkpoint.safetensors"
+
+    def change(by) -> Path:
+        saved = read_checkpoint(path)
+        by(saved.facts)
+        write_checkpoint(path, saved)
+        return path
+
+    return change
+
+
+def test_a_run_that_is_older_than_a_setting_had_it_as_it_is_by_default(learn, fails, unfinished):
+    def forget(facts):  # one that may be left open, and one that has a default
+        del facts["settings"]["initializer_scale"], facts["settings"]["weight_decay"]
+
+    unfinished(forget)
+    told = fails(2, "--resume", "--weight_decay", 0.5)
+    assert "the unfinished run had other settings (--weight_decay 0.01)" in told
+    assert (learn("--resume", "--weight_decay", 0.01) / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda facts: facts.pop("settings"), "facts has no 'settings'"),
+        (lambda facts: facts.update(settings=[]), "facts.settings is a list and not an object"),
+        (lambda facts: facts["settings"].pop("seed"), "facts.settings has no 'seed'"),
+        (lambda facts: facts.pop("inputs"), "facts has no 'inputs'"),
+        (lambda facts: facts["inputs"].pop("picture"), "facts.inputs has no 'picture'"),
+        (lambda facts: facts["inputs"].update({"set of dogs": 1}), "the set of dogs is not what"),
+        (lambda facts: facts["curves"].append("joy"), "has no curve 'joy'"),
+    ],
+)
+def test_a_checkpoint_with_parts_missing_is_told(fails, unfinished, change, told):
+    path = unfinished(change)
+    found = fails(2, "--resume")
+    assert told in found and "start anew with --overwrite" in found
+    assert path.is_file()
 
 
 def test_8_bit_moments_learn_nearly_the_same_and_are_resumed(learn, fails, folder, ctrl_c):
