@@ -14,33 +14,36 @@ STAGE_2_SETTINGS = {
     "finetune", "finetune_steps", "finetune_learning_rate", "lora_rank", "prior_weight",
     "class_prompt", "num_class_images",
 }  # fmt: skip
+ELSEWHERE = "give another --work"
 
 
 def learn_folder(work: Path, config: LearningConfig, device: str) -> None:
     """Learn an instance folder, going on from what an earlier run left; nothing if it is learned.
 
     Stage 1 is kept: the next learning with the same stage 1 starts behind it, and ends as if it
-    had gone through it. Raises UserError for a folder that was learned otherwise.
+    had gone through it. Raises UserError for a folder that was learned otherwise, or whose photo or
+    masks are not those that were begun with.
     """
     from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
     from mifo.learning.places import CHECKPOINT, is_learned, target_folder
     from mifo.learning.plan import make_plan
-    from mifo.learning.resume import kept_settings, learned_otherwise
+    from mifo.learning.resume import FACTS, check_same, kept_settings, learned_otherwise
     from mifo.learning.run import learn
 
     if is_learned(config):
         if difference := learned_otherwise(config):
-            raise UserError(
-                f"{target_folder(config)} was learned {difference}; give another --work"
-            )
+            raise UserError(f"{target_folder(config)} was learned {difference}; {ELSEWHERE}")
         return
     plan = make_plan(config, device)
     checkpoint, kept = plan.work / CHECKPOINT, work / "stage1" / stage_1_name(plan)
     if kept.is_file() and not checkpoint.is_file():
-        saved = read_checkpoint(kept)
+        saved = read_checkpoint(kept, FACTS, f"delete {kept}")
         saved.facts["settings"] = kept_settings(plan.config)
+        check_same(saved, plan, ELSEWHERE)
         plan.work.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, saved)
+    elif checkpoint.is_file():
+        check_same(read_checkpoint(checkpoint, FACTS, f"delete {checkpoint}"), plan, ELSEWHERE)
 
     def keep(stage: str, path: Path) -> None:
         if stage == "stage 1" and not kept.is_file():

@@ -42,8 +42,9 @@ def sentence(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return (
-            "there is not enough memory; learning takes less with --gradient_checkpointing, "
-            "painting with --batch_size 1 and a smaller --width and --height"
+            "there is not enough memory; what takes less, where the command has it: "
+            "--gradient_checkpointing for learning, --batch_size 1 and a smaller --width and "
+            "--height for painting"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; nothing that was there before has been changed: free some space"

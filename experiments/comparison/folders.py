@@ -1,6 +1,5 @@
 """The instance folders of a comparison, and the jobs that learn and paint them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from experiments.tasks import Task
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.io.folders import check_writable
+from imagelab.io.tensors import read_json
 from imagelab.models.digests import weights_digest
 from imagelab.models.sources import check_folder, locate_model
 from mifo.learning.checks import check_settings
@@ -67,7 +67,7 @@ def prepare(work: Path, settings: Settings, bases: Sequence[str]) -> list[str]:
     now = {k: v for k, v in asdict(settings).items() if k not in FREE_SETTINGS}
     digests = {base: weights_digest(check_folder(path))[:12] for base, path in models.items()}
     path = work / "settings.json"
-    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now | digests
+    then = read_json(path, {}, "give another --work") if path.is_file() else now | digests
     differ = [key for key in now if then.get(key) != now[key]]
     differ += [key for key in digests if then.get(key, digests[key]) != digests[key]]
     if differ:

@@ -17,6 +17,7 @@ from experiments.comparison.folders import (
     prepare,
 )
 from experiments.comparison.settings import LOSSES, TEXTS, Settings, Variant, variants
+from imagelab.errors import UserError
 from mifo.defaults import Defaults, read_own
 from mifo.learning.config import CHOICES, Recipe
 from mifo.learning.instance import read_instance
@@ -152,6 +153,14 @@ def test_the_base_models_stay_the_same(finished, work, tmp_path):
     with pytest.raises(ValueError, match="with other settings .*base"):
         prepare(work, settings, [str(base)])
     prepare(work, settings, ["toybox"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_of_settings_is_told(finished, work, content):
+    shutil.copytree(finished, work)
+    (work / "settings.json").write_text(content)
+    with pytest.raises(UserError, match="settings.json.* give another --work"):
+        prepare(work, settings_of(), ["toybox"])
 
 
 # ----------------------------------------------------------------------------------------------

@@ -9,14 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 from hurried import Counter, job_of
+from PIL import Image
 from safetensors.torch import load_file
 
 from experiments.learning import learn_folder, share_class_images, stage_1_name
-from imagelab.training.checkpoint import read_checkpoint
+from imagelab.errors import UserError
+from imagelab.training.checkpoint import read_checkpoint, write_checkpoint
 from imagelab.training.loop import Trainer
 from mifo.learned import read_manifest
 from mifo.learning import priors
+from mifo.learning.places import CHECKPOINT
 from mifo.learning.plan import make_plan
+from mifo.learning.resume import kept_settings
 from mifo_lora import read_lora
 
 
@@ -64,6 +68,29 @@ def test_a_stage_1_alone_is_what_was_kept(begun, monkeypatch):
         path = begun / f"learned/other/kind2_000/asset{asset}.safetensors"
         [row] = load_file(path).values()
         assert torch.equal(row[0], rows[asset])
+
+
+@pytest.mark.parametrize("is_unfinished", [False, True])
+def test_another_photo_than_was_begun_with_is_told_with_what_there_is_to_do(begun, is_unfinished):
+    """Not with --overwrite, which no experiment has."""
+    config = config_of(begun)
+    plan = make_plan(config)
+    checkpoint = plan.work / CHECKPOINT
+    if is_unfinished:
+        plan.work.mkdir(parents=True)
+        saved = read_checkpoint(begun / "stage1" / stage_1_name(plan))
+        saved.facts["settings"] = kept_settings(plan.config)
+        write_checkpoint(checkpoint, saved)
+    with Image.open(begun / "folders/kind2_000/img.jpg") as photo:
+        photo.transpose(Image.Transpose.ROTATE_180).save(begun / "folders/kind2_000/img.jpg")
+    told = "the picture is not what the unfinished run had; put that back, or give another --work$"
+    with pytest.raises(UserError, match=told):
+        learn_folder(begun, config, "cpu")
+    assert checkpoint.is_file() == is_unfinished
+    if is_unfinished:
+        checkpoint.write_bytes(b"half")
+        with pytest.raises(UserError, match=f"{checkpoint} cannot be read .*; delete {checkpoint}"):
+            learn_folder(begun, config, "cpu")
 
 
 def test_another_attention_loss_has_a_stage_1_of_its_own(begun, monkeypatch):

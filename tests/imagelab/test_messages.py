@@ -106,3 +106,12 @@ def test_a_seed_may_be_left_to_chance():
 )
 def test_what_is_written_is_told_by_its_own_name(error, told):
     assert sentence(error) == told
+
+
+def test_what_takes_less_memory_is_not_promised_of_every_command():
+    """Evaluation has no --width, export none of these options."""
+    assert sentence(MemoryError("9 bytes")) == (
+        "there is not enough memory; what takes less, where the command has it: "
+        "--gradient_checkpointing for learning, --batch_size 1 and a smaller --width and --height "
+        "for painting"
+    )
