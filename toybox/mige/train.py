@@ -118,7 +118,7 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
         words += ["--mixed_precision", options.mixed_precision]
         words += [word for name, value in RECIPE.items() for word in (f"--{name}", str(value))]
         is_begun = (work / "run" / "checkpoint.safetensors").is_file()
-        found.append(("mige.train", [*words, "--resume"] if is_begun else words))
+        found.append(("mige.train", [*words, "--resume" if is_begun else "--overwrite"]))
     return found
 
 
