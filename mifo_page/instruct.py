@@ -10,7 +10,7 @@ from mifo_page.fields import Field, command_box, number, open_number, wire_comma
 from mifo_page.job import Job, command
 from mifo_page.places import INSTRUCTED, Places
 from mige.config import PaintingConfig
-from mige.method.wording import MARK, name_source
+from mige.method.wording import MARK
 from mige.request import written_marks
 
 ABOUT = (
@@ -58,9 +58,8 @@ def check_marks(instruction: str, pictures: int, is_edit: bool) -> None:
     """Raises UserError unless each picture has its mark; one to edit alone may go without."""
     if not instruction.strip():
         raise UserError("the instruction is empty; write what to paint, or what to change")
-    text = written_marks(instruction)
-    marks = (name_source(text) if is_edit else text).count(MARK)
-    if marks != pictures:
+    marks = written_marks(instruction).count(MARK)
+    if max(marks, is_edit) != pictures:
         raise UserError(
             f"the instruction has {marks} <image> and there are {pictures} pictures; write one "
             "for each"

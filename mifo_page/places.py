@@ -88,7 +88,7 @@ def curves(places: Places, instance: str) -> Image.Image | None:
     config = LearningConfig(instance=instance, output_dir=places.models_dir)
     try:
         checkpoint = work_folder(config) / CHECKPOINT
-        curves, facts = read_curves(checkpoint), read_facts(checkpoint)
+        curves, facts = read_curves(checkpoint), read_facts(checkpoint, {"settings": dict})
     except UserError:  # there is none, or it has just become the result
         path = readable(target) / "learning.png"
         return read_image(path) if path.is_file() else None

@@ -180,9 +180,9 @@ def check_apart(config: TrainingConfig) -> None:
 
 def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
     """Raises UserError unless an unfinished training had these settings and inputs."""
-    facts = read_facts(Path(config.output) / CHECKPOINT)
+    facts = read_facts(Path(config.output) / CHECKPOINT, {"settings": dict, "inputs": dict})
     # a checkpoint may be older than a setting, which then was as it is by default
-    now, then = kept_settings(config), kept_settings(TrainingConfig()) | facts.get("settings", {})
+    now, then = kept_settings(config), kept_settings(TrainingConfig()) | facts["settings"]
     changed = [n for n in now if n not in LENGTH_SETTINGS and then.get(n) != now[n]]
     if changed:
         shown = ", ".join(
@@ -193,7 +193,7 @@ def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
             f"the training in {config.output} had other settings ({shown}); go on with those, or "
             "start anew with --overwrite in place of --resume"
         )
-    changed = [name for name in inputs if facts.get("inputs", {}).get(name) != inputs[name]]
+    changed = [name for name in inputs if facts["inputs"].get(name) != inputs[name]]
     if changed:
         raise UserError(
             f"{changed[0]} is not what the training in {config.output} had; put that back, or "
@@ -212,7 +212,7 @@ def check_rates(plan: Plan, saved: Checkpoint) -> None:
             f"{plan.output} has {done} steps already, and {plan.steps} are asked for; give more "
             "--steps, or use the model that is there"
         )
-    then = saved.facts.get("settings", {})
+    then = saved.facts["settings"]
     before = replace(recipe, **{n: then[n] for n in LENGTH_SETTINGS if n in then})
     steps = before.updates(len(plan.which))
     if (before.cooldown, steps) == (recipe.cooldown, plan.steps):

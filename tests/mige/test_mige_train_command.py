@@ -444,6 +444,15 @@ def half_a_checkpoint(model: Path, whole: Path) -> Path:
     return model
 
 
+def a_checkpoint_without_settings(model: Path, whole: Path) -> Path:
+    begun(model, whole)
+    path = Path("O", CHECKPOINT)
+    saved = read_checkpoint(path)
+    del saved.facts["settings"]
+    write_checkpoint(path, saved)
+    return model
+
+
 def base_in_the_output(model: Path, whole: Path) -> Path:
     return Path(shutil.copytree(model, "O/model"))
 
@@ -486,6 +495,7 @@ def as_it_is(model: Path, whole: Path) -> Path:
         (as_it_is, "--output F/x", "--output F/x lies in --features F; give another"),
         (another_model, "--resume", "--model is not what the training in O had; put that back"),
         (another_list, "--resume", "--data is not what the training in O had; put that back"),
+        (a_checkpoint_without_settings, "--resume", "has no 'settings'; start anew with --overwr"),
         (half_a_checkpoint, "--resume", f"O/{CHECKPOINT} cannot be read as safetensors ("),
         (as_it_is, "--resume", "O holds no checkpoint to go on from; leave out --resume"),
         (as_it_is, "--output .", ". holds other files ("),

@@ -44,7 +44,7 @@ def record_of(checkpoint: Path) -> dict:
     """What a training was told, how long it was, and its losses at the end."""
     curves = read_curves(checkpoint)
     return {
-        "settings": read_facts(checkpoint)["settings"],
+        "settings": read_facts(checkpoint, {"settings": dict})["settings"],
         "steps": len(curves["loss"]),
         "last": {name: mean_of(values[-LAST:]) for name, values in curves.items()},
     }

@@ -79,11 +79,11 @@ def check(options: argparse.Namespace) -> None:
 
     run = options.work / "run"
     if (run / "model").is_dir():  # of which nothing is trained any more
-        then = read_facts(run / "checkpoint.safetensors")["settings"]
+        then = read_facts(run / "checkpoint.safetensors", {"settings": dict})["settings"]
         for name in ("steps", "batch_size"):
-            if then[name] != getattr(options, name):
+            if (used := then.get(name)) != getattr(options, name):
                 raise UserError(
-                    f"{run} was trained with --{name} {then[name]}; give that, or another --work"
+                    f"{run} was trained with --{name} {used}; give that, or another --work"
                 )
     if options.begin_from and not (find_folder(str(options.begin_from)) / RECORD).is_file():
         raise UserError(
