@@ -82,7 +82,7 @@ def test_an_option_has_the_type_and_the_default_of_its_setting(capsys):
     given = vars(parser.parse_args([*options, "--steps", "10"]))
     assert given == {"place": "7", "count": 7, "scale": 7.0, "rate": 7.0, "steps": 10}
     assert type(given["count"]) is int and type(given["rate"]) is float
-    none = vars(parser.parse_args("--count None --rate none".split()))  # as help writes it
+    none = vars(parser.parse_args(["--count", "None", "--rate", "none"]))  # as help writes it
     assert (none["count"], none["rate"]) == (None, None)
     for wrong, kind in (
         ("--count 7.5", "int"),
