@@ -61,7 +61,8 @@ def _find_foreign(text: str) -> tuple[str, str, str] | None:
     if found := TAG.search(text):
         kind, rest = found[1], found[2]
         if kind.lower() in ("lora", "lyco", "lycoris"):
-            return found[0], "a prompt loads no LoRA", "leave it out, and give the file with --lora"
+            advice = "leave it out, and give the file with --lora, its strength with --lora_scale"
+            return found[0], "a prompt loads no LoRA", advice
         if re.fullmatch(rf"\s*{NUMBER}\s*", rest):
             return found[0], weights, f"write {shorten(f'<{kind}>')!r}"
         return found[0], "this is not supported", "leave it out"

@@ -31,6 +31,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "guidance_iterations": (0, 1_000_000),
     "refine_every": (0, 1_000_000),
     "guidance_scale": (0.0, 1e6),
+    "lora_scale": (-100.0, 100.0),  # below 0 the opposite, as sliders are used
     "step_size": (0.0, 1e6),
     "final_step_size": (0.0, 1e6),
     "step_scale": (0.0, 1e6),

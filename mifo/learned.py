@@ -73,11 +73,15 @@ class Base:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in the keys that mifo_lora reads: float32 tensors by key, and the metadata."""
+    """A LoRA in the keys that mifo_lora reads: float32 tensors by key, and the metadata.
+
+    ``scale``: what its strength is multiplied by.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +211,14 @@ class Learned:
         try:
             for part, state in from_file(self.lora.tensors, parts, self.lora.metadata).items():
                 if state:
-                    add(parts[part], state)
+                    add(parts[part], _scaled(state, self.lora.scale))
         except LoraError as error:
             raise UserError(f"{self.lora.path} on {model.source}: {error}") from error
+
+
+def _scaled(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A LoRA's state of another strength: B times ``scale``, as an alpha is never below 0."""
+    return {key: scale * each if key.endswith(".lora_B") else each for key, each in state.items()}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from mifo.synthesis.config import SynthesisConfig
 
 if TYPE_CHECKING:
     from mifo.synthesis.layouts import GetBoxes
-    from mifo.synthesis.scene import GivenBoxes, Scene
+    from mifo.synthesis.placing import GivenBoxes
+    from mifo.synthesis.scene import Scene
 
 #: Help of the options of the box control.
 GUIDANCE_HELP = {
@@ -116,6 +117,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         metavar="FILE",
         help="LoRA of kohya or diffusers (.safetensors), in place of the learned folder",
     )
+    add("lora_scale", "what the strength of --lora is multiplied by")
     parser.add_argument(
         "--tokens",
         nargs="+",
@@ -141,14 +143,8 @@ def config_from(options: argparse.Namespace) -> SynthesisConfig:
 
 def read_boxes(options: argparse.Namespace) -> "GivenBoxes | None":
     """The boxes of --boxes or --box; None without either."""
-    if options.no_box_control and options.subject_token_indices is not None:
-        raise UserError(
-            "--subject_token_indices and --no_box_control are both given; give one of them"
-        )
-    given = [name for name in ("boxes", "box") if getattr(options, name) is not None]
-    given += ["no_box_control"] if options.no_box_control else []
-    if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} are both given; give one of them")
+    if options.boxes is not None and options.box is not None:
+        raise UserError("--boxes and --box are both given; give one of them")
     size = (options.width, options.height) if options.width and options.height else None
     named: dict[str, list[Box]] = {}
     try:

@@ -25,6 +25,7 @@ class SynthesisConfig(Config):
     model_id: str = "toy_car"
     models_dir: str = "Model_ours"
     lora: str | None = None  # a LoRA file, in place of the learned folder
+    lora_scale: float = 1.0  # what its strength is multiplied by
     tokens: tuple[str, ...] = ()  # token files, likewise
     model_path: str | None = None  # None: the base model that the manifest names
     output_path: str = "output"
@@ -39,3 +40,8 @@ class SynthesisConfig(Config):
     box_control: bool = True
     guidance: GuidanceConfig = GuidanceConfig()
     runtime: Runtime = Runtime()
+
+    @property
+    def picture_count(self) -> int:
+        """How many pictures are painted."""
+        return self.num_images or self.runtime.batch_size

@@ -1,7 +1,7 @@
 """A scene's pictures: painted in batches, saved with what makes them again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +52,23 @@ def paint(scene: Scene, indices: Sequence[int], text: Tensor, bar=None) -> list[
     return decode(base, denoise(base, noise, text, steps, config.guidance_scale, boxed, on_step))
 
 
+def paint_all(
+    scene: Scene, indices: Sequence[int], text: Tensor, is_shown: bool = True
+) -> Iterator[tuple[int, Image.Image]]:
+    """Pictures ``indices`` of a scene in batches, each with its index as soon as its batch is done.
+
+    Args:
+        text: what :func:`prepare` returned.
+        is_shown: whether a progress bar is.
+    """
+    size, steps = scene.config.runtime.batch_size, scene.config.num_inference_steps
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    total = len(batches) * steps
+    with tqdm(total=total, desc="synthesis", unit="step", disable=not is_shown) as bar:
+        for batch in batches:
+            yield from zip(batch, paint(scene, batch, text, bar), strict=True)
+
+
 @torch.no_grad()
 def decode(base: DiffusionModel, latents: Tensor) -> list[Image.Image]:
     """Latents [b, c, h, w] as RGB pictures, decoded one by one to save memory."""
@@ -65,20 +82,13 @@ def synthesise(scene: Scene, folder: Path, processes: Processes) -> list[Path]:
     the folder, and no file is ever replaced. Processes share the pictures; the first one returns
     all paths, the others none.
     """
-    config = scene.config
     text = prepare(scene)
     folder.mkdir(parents=True, exist_ok=True)
     first = processes.agree(next_number(folder))
-    size = config.runtime.batch_size
-    mine = processes.share(range(config.num_images or size))
-    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+    mine = processes.share(range(scene.config.picture_count))
     saved: dict[int, Path] = {}
-    total = len(batches) * config.num_inference_steps
-    with tqdm(total=total, desc="synthesis", unit="step", disable=not processes.is_first) as bar:
-        for indices in batches:
-            for index, picture in zip(indices, paint(scene, indices, text, bar), strict=True):
-                facts = describe(scene, index)
-                saved[index] = save_painting(folder, first + index, picture, facts)
+    for index, picture in paint_all(scene, mine, text, processes.is_first):
+        saved[index] = save_painting(folder, first + index, picture, describe(scene, index))
     everyone = {i: path for part in processes.gather(saved) for i, path in part.items()}
     if not processes.is_first:
         return []

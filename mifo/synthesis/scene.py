@@ -1,19 +1,19 @@
 """A checked request for pictures: the model, the size, and what each box is for."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from imagelab.attention import layer_grid
-from imagelab.boxes import Box, check_box, parse_box
-from imagelab.errors import UserError, shorten
+from imagelab.boxes import Box
+from imagelab.errors import UserError
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion, read_sizes
-from imagelab.prompts import check_prompt, encode_ids
+from imagelab.prompts import check_prompt
 from imagelab.sampling import check_steps
 from imagelab.training.seeds import check_seed
 from mifo.bounds import check_bounds
@@ -24,15 +24,14 @@ from mifo.method.layers import decoder_block
 from mifo.method.regions import TokenRoles
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import GetBoxes
+from mifo.synthesis.placing import GivenBoxes, check_placed, check_wanted, place_boxes
 from mifo.tokens import ASSET, find_assets, token_roles
 
 MOST_TIMES = 4  # the model's own resolution, for a side of a picture
+NEGATIVE = "negative prompt"
 
 #: What is meant for an asset, maybe without its brackets, in capitals or with a space.
 LIKE_AN_ASSET = re.compile(r"<?\basset ?\d+>?", re.IGNORECASE)
-
-#: One box a subject in the order of the prompt, or lists of boxes by asset name.
-GivenBoxes = Sequence[Box] | dict[str, list[Box]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def make_scene(
     subject_token_indices: Sequence[Sequence[int]] | None = None,
     device: str = "cpu",
     base: StableDiffusion | None = None,
+    learned: Learned | None = None,
 ) -> Scene:
     """Check a request and load its model.
 
@@ -72,29 +72,34 @@ def make_scene(
         get_boxes: the layout where ``boxes`` is None.
         subject_token_indices: positions of each subject's tokens; None finds the assets' names.
         device: torch device to paint on.
-        base: the model of an earlier scene of the same learned folder, not to load it again.
+        base: the model of an earlier scene, not to load it again; what it is made of has to be
+            the same (see :class:`mifo.synthesis.kept.KeptModel`).
+        learned: what :func:`read_learned` gives; None reads it.
 
     Raises:
         UserError: a setting makes no sense, or prompt, boxes and what was learned do not fit.
     """
     check_numbers(config)
+    check_wanted(config.box_control, boxes, subject_token_indices)
     runtime = config.runtime
     dtype = choose_precision(runtime.mixed_precision, device)
-    learned = read_learned(config)
+    learned = learned or read_learned(config)
     names = asset_names(config.prompt, learned)
+    asset_names(config.negative_prompt, learned, NEGATIVE)
     layout = partial(lay_out, names, learned, get_boxes)
-    if config.box_control and subject_token_indices is None:
-        place_boxes(names, boxes, layout)  # fails before the model is loaded
+    finds_names = config.box_control and subject_token_indices is None
+    if finds_names:
+        place_boxes(names, boxes, layout)  # fails before a model is fetched
     is_local = runtime.offline or base is not None  # a loaded model need not be fetched again
     config, origins = settle_synthesis(config, learned, is_local)
     check_numbers(config)  # once more, with the numbers that were open
     if base is None:
-        is_sized = config.height or config.width
-        if is_sized and (sizes := read_sizes(model_source(config, learned), runtime.offline)):
-            check_size(config, *sizes)  # before the model is loaded
+        grid = read_grid(config, learned)  # fails before the model is loaded
+        if finds_names:
+            check_placed(place_boxes(names, boxes, partial(layout, grid or (1, 1))), names, grid)
         base, _ = learned.load(config.model_path, runtime.offline)
     check_steps(config.num_inference_steps, base.scheduler)
-    encode_ids(base.tokenizer, config.negative_prompt)
+    find_assets(base.tokenizer, config.negative_prompt, learned.assets)
     found = find_assets(base.tokenizer, config.prompt, learned.assets)
     size = latent_size(config, base)
     if not config.box_control:
@@ -106,9 +111,7 @@ def make_scene(
         names = _subject_names(subjects, found)
     tokens = token_roles(base.tokenizer, config.prompt, subjects)
     placed = place_boxes(names, boxes, partial(lay_out, names, learned, get_boxes, size))
-    grid = layer_grid(base.unet, size, decoder_block(base.unet))
-    for index, box in enumerate(placed):
-        check_box(box, *grid, name=f"box {index + 1} ({names[index]})")
+    check_placed(placed, names, layer_grid(base.unet, size, decoder_block(base.unet)))
     return Scene(config, base, names, tuple(placed), tokens, size, device, dtype, origins)
 
 
@@ -143,36 +146,45 @@ def lay_out(
 def read_learned(config: SynthesisConfig) -> Learned:
     """The learned folder of a request, or the single files that it names."""
     if config.lora is not None or config.tokens:
-        return read_learned_files(config.lora, config.tokens, config.model_path)
+        learned = read_learned_files(config.lora, config.tokens, config.model_path)
+        lora = learned.lora and replace(learned.lora, scale=config.lora_scale)
+        return replace(learned, lora=lora)
     return read_learned_folder(Path(config.models_dir) / config.model_id)
 
 
 def check_numbers(config: SynthesisConfig) -> None:
-    """Raises UserError for a number that is out of its range, and for a bad negative prompt."""
+    """Raises UserError for a number that is out of its range, or that nothing would use."""
     check_bounds(config.settings())
     if config.seed is None:
         raise UserError("there is no seed; give one (only the commands draw it)")
     check_seed(config.seed)
-    check_prompt(config.negative_prompt, "--negative_prompt")
+    if config.lora is None and config.lora_scale != 1:
+        raise UserError(
+            f"--lora_scale is {config.lora_scale:g}, and it is for the file of --lora alone; give "
+            "that, or leave --lora_scale out"
+        )
 
 
-def asset_names(prompt: str, learned: Learned) -> tuple[str, ...]:
-    """The assets that a prompt names, in its order; a UserError where one was not learned."""
-    check_prompt(prompt, "--prompt")
+def asset_names(prompt: str, learned: Learned, kind: str = "prompt") -> tuple[str, ...]:
+    """The assets that a prompt names, in its order; a UserError where one was not learned.
+
+    ``kind``: what a message calls the prompt.
+    """
+    check_prompt(prompt, f"--{kind.replace(' ', '_')}")
     names = tuple(ASSET.findall(prompt))
     for found in LIKE_AN_ASSET.findall(prompt):
         if found not in names:
             number = found.strip("<>").lower().removeprefix("asset").strip()
-            raise UserError(f"the prompt writes {found!r}; write <asset{number}> for an asset")
+            raise UserError(f"the {kind} writes {found!r}; write <asset{number}> for an asset")
     if names and not learned.rows:
         raise UserError(
-            f"the prompt names {names[0]}, and only --lora is given; give its token file, too, "
+            f"the {kind} names {names[0]}, and only --lora is given; give its token file, too, "
             f"such as --tokens {names[0].strip('<>')}.safetensors"
         )
     for name in names:
         if name not in learned.tokens:
             raise UserError(
-                f"the prompt names {name}, which {learned.where} does not hold; it holds "
+                f"the {kind} names {name}, which {learned.where} does not hold; it holds "
                 f"{', '.join(learned.tokens) or 'nothing'}"
             )
     return names
@@ -193,6 +205,20 @@ def check_size(config: SynthesisConfig, resolution: int, multiple: int) -> tuple
     return sides[0], sides[1]
 
 
+def read_grid(config: SynthesisConfig, learned: Learned) -> tuple[int, int] | None:
+    """Rows and columns of decoder-1, whose cells boxes have to cover, before a model is loaded.
+
+    None for a single file, which is read whole. Raises UserError for a height or width that does
+    not fit.
+    """
+    sizes = read_sizes(model_source(config, learned), config.runtime.offline)
+    if sizes is None:
+        return None
+    height, width = check_size(config, *sizes)
+    cell = sizes[1] // 2  # pixels: the level above the coarsest one, whose cell is the multiple
+    return height // cell, width // cell
+
+
 def latent_size(config: SynthesisConfig, base: StableDiffusion) -> tuple[int, int]:
     """Rows and columns of the latents; a UserError for a height or width that does not fit."""
     height, width = check_size(config, base.resolution, base.multiple)
@@ -208,45 +234,3 @@ def _subject_names(
         next((at[p] for p in positions if p in at), f"subject {index + 1}")
         for index, positions in enumerate(subjects)
     )
-
-
-def place_boxes(
-    names: Sequence[str], boxes: GivenBoxes | None, layout: Callable[[], Sequence[Box]]
-) -> list[Box]:
-    """The box of each subject, in the order of ``names``; a UserError where they do not fit.
-
-    ``layout`` is asked where ``boxes`` is None.
-    """
-    if not names:
-        raise UserError(
-            "the prompt names no asset; name one, such as <asset0>, or give --no_box_control"
-        )
-    if isinstance(boxes, dict):
-        return _place_named(names, boxes)
-    placed = list(layout() if boxes is None else boxes)
-    if len(placed) != len(names):
-        raise UserError(
-            f"there are {len(placed)} boxes and {len(names)} assets in the prompt "
-            f"({', '.join(names)}); give one box for each"
-        )
-    return [parse_box(box) for box in placed]
-
-
-def _place_named(names: Sequence[str], boxes: dict[str, list[Box]]) -> list[Box]:
-    for name, given in boxes.items():
-        if name not in names:
-            raise UserError(
-                f"--box names {shorten(name)}, which the prompt does not; "
-                f"it names {', '.join(names)}"
-            )
-        if len(given) != names.count(name):
-            raise UserError(
-                f"--box gives {len(given)} boxes for {name}, which the prompt names "
-                f"{names.count(name)} times; give one box each time"
-            )
-    if missing := [name for name in names if name not in boxes]:
-        raise UserError(
-            f"--box gives no box for {missing[0]}; give one for each asset of the prompt"
-        )
-    waiting = {name: iter(given) for name, given in boxes.items()}
-    return [next(waiting[name]) for name in names]

@@ -49,7 +49,8 @@ def test_weights_are_refused_with_what_to_write(prompt, written, instead):
         ),
         (
             "<lora:toy:0.8:0.5>",
-            "a prompt loads no LoRA; leave it out, and give the file with --lora",
+            "a prompt loads no LoRA; leave it out, and give the file with --lora, its strength "
+            "with --lora_scale",
         ),
         ("<lyco:toy:1>", "'<lyco:toy:1>', and a prompt loads no LoRA"),
         ("<hypernet:toy:1>", "'<hypernet:toy:1>', and this is not supported; leave it out"),

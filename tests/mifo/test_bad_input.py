@@ -248,6 +248,23 @@ SYNTHESIS = [
         "--prompt <asset7>",
         "<asset7>, which learned/toys does not hold; it holds <asset0>, <asset1>",
     ),
+    (
+        "--negative_prompt '<asset7> and <asset1>'",
+        "the negative prompt names <asset7>, which learned/toys does not hold; it holds <asset0>, "
+        "<asset1>",
+    ),
+    (
+        "--negative_prompt 'a <Asset1>'",
+        "the negative prompt writes '<Asset1>'; write <asset1> for an asset",
+    ),
+    (
+        "--boxes [[0,0,0.01,0.01],[0,0,1,1]]",
+        "box 1 (<asset0>) (0.0, 0.0, 0.01, 0.01) covers nothing of a grid of 4 columns and 4 rows",
+    ),
+    (
+        "--width 512 --height 128 --boxes [[0,0,1,1],[0.41,0,0.43,1]]",
+        "box 2 (<asset1>) (0.41, 0.0, 0.43, 1.0) covers nothing of a grid of 16 columns and 4 rows",
+    ),
     ("--boxes [[0,0,1,1]]", "there are 1 boxes and 2 assets in the prompt"),
     ("--boxes [[0,0,1,1],[0,0,1,1],[0,0,1,1]]", "there are 3 boxes and 2 assets in the prompt"),
     ("--boxes [[0,0,1,1]", "are not valid JSON"),
@@ -282,6 +299,7 @@ SYNTHESIS = [
         "give a whole number from 1 to 999",
     ),
     ("--guidance_scale nan", "--guidance_scale is nan; give a number from 0 to 1000000"),
+    ("--lora_scale 0.5", "--lora_scale is 0.5, and it is for the file of --lora alone; give that"),
     ("--step_size inf", "--step_size is inf"),
     ("--step_scale -1", "--step_scale is -1.0; give a number from 0 to 1000000"),
     ("--step_scale half", "argument --step_scale: invalid float value: 'half'"),
@@ -317,10 +335,6 @@ SYNTHESIS_LOADED = [
     ("--model_path nowhere/at/all", "there is no model at nowhere/at/all"),
     (f"--prompt '<asset0> {LONG}' --boxes [[0,0,1,1]]", "tokens, and the model reads 75"),
     (f"--negative_prompt {LONG}", "tokens, and the model reads 75"),
-    (
-        "--boxes [[0,0,0.01,0.01],[0,0,1,1]]",
-        "box 1 (<asset0>) (0.0, 0.0, 0.01, 0.01) covers nothing",
-    ),
     ("--subject_token_indices [[1],[99]]", "names position 99; the prompt's tokens have"),
     ("--subject_token_indices [[0],[1]]", "names position 0"),
     (

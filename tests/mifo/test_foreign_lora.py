@@ -15,6 +15,8 @@ from imagelab.errors import UserError
 from imagelab.models.stable_diffusion import load_base
 from mifo.export import predict_noise, relative_difference
 from mifo.learned_files import read_learned_files
+from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.scene import read_learned
 
 RANK = 2
 PROMPT = "a photo of a cat"
@@ -266,6 +268,32 @@ def test_two_adapters_in_one_file_are_told(base, conv_sd):
     save_file(file, FILE)
     with pytest.raises(UserError, match="more than once, under the names of two adapters"):
         read_learned_files(FILE, [], str(conv_sd))
+
+
+@pytest.mark.parametrize("scale", [0.7, -1.5])
+def test_a_strength_as_diffusers_takes_it(scale, base, conv_sd, plain):
+    """Of both parts, and of every kind of layer."""
+    pytest.importorskip("peft")
+    unet = draw(base.unet, (nn.Linear, nn.Conv2d), "to_k$|conv1$|proj_in$")
+    save_file(kohya(unet, draw(base.text_encoder, nn.Linear, ATTENTION)), FILE)
+    pipeline = fresh(conv_sd)
+    pipeline.load_lora_weights(".", weight_name=FILE, adapter_name="a", local_files_only=True)
+    whole = predict_noise(pipeline, PROMPT)
+    pipeline.set_adapters(["a"], [scale])
+    wanted = predict_noise(pipeline, PROMPT)
+    assert relative_difference(whole, wanted) > 1e-2
+    settings = SynthesisConfig(lora=FILE, lora_scale=scale, model_path=str(conv_sd))
+    with torch.no_grad():
+        found = predict_noise(read_learned(settings).load(str(conv_sd))[0], PROMPT)
+    check_same(found, wanted, plain)
+
+
+def test_a_strength_of_0_adds_nothing(base, conv_sd, plain):
+    save_file(kohya(draw(base.unet, nn.Linear, ATTENTION), {}), FILE)
+    settings = SynthesisConfig(lora=FILE, lora_scale=0.0, model_path=str(conv_sd))
+    with torch.no_grad():
+        found = predict_noise(read_learned(settings).load(str(conv_sd))[0], PROMPT)
+    assert torch.equal(found, plain)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ WRONG = [
     ("(<asset0>:1.3)", "weights are not supported; write '<asset0>'"),
     ("a ((red)) car", "weights are not supported; write 'red'"),
     ("a [red] car", "weights are not supported; write 'red'"),
-    ("<lora:toy:1>", "a prompt loads no LoRA; leave it out, and give the file with --lora"),
+    (
+        "<lora:toy:0.7>",
+        "a prompt loads no LoRA; leave it out, and give the file with --lora, its strength with "
+        "--lora_scale",
+    ),
     ("<asset0:1.2>", "weights are not supported; write '<asset0>'"),
     (BYTES, "is not UTF-8 text; write it in a terminal, or a script, of that encoding"),
 ]

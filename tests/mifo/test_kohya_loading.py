@@ -136,6 +136,10 @@ def test_a_lora_alone_and_tokens_alone():
     _, tokens = paint("a", "--tokens", TOKEN0, *positions, prompt=prompt)
     _, lora = paint("b", "--lora", KOHYA, *positions, prompt=prompt)
     assert (lora - tokens).abs().max() > 1e-3
+    _, none = paint("c", "--lora", KOHYA, "--lora_scale", 0, *positions, prompt=prompt)
+    assert torch.equal(none, tokens)
+    [facts] = Path("c").glob("*/0000.json")
+    assert json.loads(facts.read_text())["settings"]["lora_scale"] == 0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -264,6 +268,12 @@ CASES = [
     (["--tokens", BARE], "does not say which base model it was made for", put(BARE, x=ONE)),
     (FILES, "the manifest in the metadata of exports/toys/toys", tell(KOHYA, base_model="toybox")),
     (FILES, "asset0.safetensors: it has no 'base_model'; export it again", tell(TOKEN0)),
+    ([*FILES, "--lora_scale", "100.5"], "--lora_scale is 100.5; give a number from -100 to 100"),
+    ([*FILES, "--lora_scale", "nan"], "--lora_scale is nan; give a number from -100 to 100"),
+    (
+        ["--tokens", TOKEN0, TOKEN1, "--lora_scale", "-0.5"],
+        "--lora_scale is -0.5, and it is for the file of --lora alone; give that, or leave",
+    ),
     ([*FILES, "--boxes", "[[0,0,1,1]]"], "there are 1 boxes and 2 assets in the prompt"),
 ]
 
