@@ -11,11 +11,10 @@ from PIL import Image
 
 from imagelab.boxes import Box, draw_boxes, parse_box
 from imagelab.cli import random_seed_if_none
-from imagelab.errors import UserError
+from imagelab.errors import UserError, memory_errors
 from imagelab.io.atomic import readable
 from imagelab.io.pictures import Tile, contact_sheet, encode_png, next_number
 from imagelab.models.device import choose_device
-from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learned import read_manifest
 from mifo.learning.checks import check_target
 from mifo.learning.config import LearningConfig
@@ -23,13 +22,22 @@ from mifo.learning.places import target_folder
 from mifo.learning.plan import make_plan
 from mifo.learning.resume import resumed
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.kept import KeptModel
 from mifo.synthesis.layouts import preset_boxes
-from mifo.synthesis.paint import describe, paint, prepare, save_painting
-from mifo.synthesis.scene import check_numbers, make_scene
+from mifo.synthesis.paint import describe, paint_all, prepare, save_painting
+from mifo.synthesis.scene import check_numbers
 
 #: A box: four numbers, a text such as "10%,20%,50%,60%", or an object of an annotation tool.
 AnyBox = Sequence[float] | str | Mapping
 SHEET_SIDE = 256  # pixels of a picture in a notebook
+#: Options of the commands that are no settings from Python, and what stands for them.
+NOT_OF_LEARNING = dict.fromkeys(
+    ("instance", "folder_path"), "the first argument is the instance folder"
+)
+NOT_OF_PAINTING = {
+    "output_path": "save the pictures with save(folder)",
+    **dict.fromkeys(("model_id", "models_dir"), "get another learned folder with mifo.load"),
+}
 
 
 def learn(
@@ -59,6 +67,7 @@ def learn(
     """
     from mifo.learning.run import learn as run
 
+    _refuse(settings, NOT_OF_LEARNING)
     folder = Path(folder)
     if not folder.name or folder.name == "..":  # such as ".": its name is needed
         folder = folder.resolve()
@@ -90,6 +99,7 @@ class LearnedInstance:
         manifest: how it was learned.
         tokens: names of the assets, for prompts.
         separation: of each asset's attention on the instances, the share on its own, 0 to 1.
+        painted: the pictures of the last :meth:`paint` so far, which Ctrl-C or a failure leaves.
     """
 
     def __init__(self, folder: Path):
@@ -97,7 +107,8 @@ class LearnedInstance:
         self.manifest = read_manifest(folder)
         self.tokens: list[str] = self.manifest["tokens"]
         self.separation: list[float] = self.manifest["separation"]
-        self._model: StableDiffusion | None = None
+        self.painted = Paintings(())
+        self._model = KeptModel()
 
     @property
     def curves(self) -> Image.Image:
@@ -134,7 +145,11 @@ class LearnedInstance:
 
         Raises:
             UserError: something does not fit, with what to do.
+            FloatingPointError: a number was not finite.
+            MemoryError: there was not enough memory, on the device or off it.
+            KeyboardInterrupt: Ctrl-C; the pictures that are done are in ``painted``.
         """
+        _refuse(settings, NOT_OF_PAINTING)
         config = SynthesisConfig.from_settings(
             **settings, prompt=prompt, num_images=num_images, seed=random_seed_if_none(seed),
             models_dir=str(self.folder.parent), model_id=self.folder.name,
@@ -143,16 +158,14 @@ class LearnedInstance:
         size = (config.width, config.height) if config.width and config.height else None
         check_numbers(config)
         placed = _parse_boxes(boxes, size, box_format)
-        scene = make_scene(config, preset_boxes, placed, device=device, base=self._model)
-        self._model = scene.base
-        text = prepare(scene)
-        paintings, size = [], config.runtime.batch_size
-        for start in range(0, num_images, size):
-            indices = range(start, min(start + size, num_images))
-            for index, image in zip(indices, paint(scene, indices, text), strict=True):
-                facts = describe(scene, index)
-                paintings.append(Painting(image, scene.boxes, scene.names, facts))
-        return Paintings(paintings)
+        with memory_errors():
+            scene = self._model.make_scene(config, preset_boxes, placed, device)
+            text = prepare(scene)
+            self.painted = Paintings(())
+            for index, image in paint_all(scene, range(config.picture_count), text):
+                painting = Painting(image, scene.boxes, scene.names, describe(scene, index))
+                self.painted = Paintings([*self.painted, painting])
+        return self.painted
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{score:.2f}" for score in self.separation)
@@ -195,7 +208,9 @@ class Paintings(Sequence):
         return self._paintings[index]
 
     def sheet(self) -> Image.Image:
-        """A contact sheet, with the boxes."""
+        """A contact sheet, with the boxes; a UserError where there is no picture."""
+        if not self:
+            raise UserError("there are no pictures yet; paint some first")
         tiles = [Tile(p.image, boxes=p.boxes, labels=p.names) for p in self._paintings]
         return contact_sheet(tiles, side=SHEET_SIDE)
 
@@ -211,8 +226,15 @@ class Paintings(Sequence):
             for index, painting in enumerate(self._paintings)
         ]
 
-    def _repr_png_(self) -> bytes:
-        return encode_png(self.sheet())
+    def _repr_png_(self) -> bytes | None:
+        return encode_png(self.sheet()) if self else None
+
+
+def _refuse(settings: Mapping[str, object], names: Mapping[str, str]) -> None:
+    """Raises UserError for a setting of these names, with what stands for it."""
+    for name, advice in names.items():
+        if name in settings:
+            raise UserError(f"{name} is no setting here; {advice}")
 
 
 def _parse_boxes(
