@@ -6,6 +6,7 @@ semantic_synthesis.py does.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -21,21 +22,25 @@ from imagelab.models.device import choose_precision
 from mifo.learned import Learned, learned_names, read_learned_folder
 from mifo.learning.instance import Instance, read_instance
 from mifo.synthesis.config import SynthesisConfig
+from mifo.synthesis.kept import KeptModel
 from mifo.synthesis.layouts import GetBoxes
 from mifo.synthesis.paint import paint, prepare
+from mifo.synthesis.placing import check_placed, place_boxes
 from mifo.synthesis.scene import (
-    Scene,
+    NEGATIVE,
     asset_names,
     check_numbers,
     lay_out,
-    make_scene,
+    read_grid,
     settle_synthesis,
 )
 from mifo.tokens import ASSET, asset_token, view_prompt
 
 REFERENCE_SIDE = 512  # pixels of the short side of the photo that reference crops are cut from
 #: Settings on which no picture depends, or that the index of the picture stands for.
-IRRELEVANT = ("num_images", "batch_size", "models_dir", "output_path", "offline", "device")
+IRRELEVANT = (
+    "num_images", "batch_size", "models_dir", "output_path", "offline", "device", "lora_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,7 @@ def plan_cases(
         config: how pictures are painted; each case puts in its model_id and prompt.
         folder_path: folder of the instance folders; None: the one that was learned from.
         get_boxes: the layout of so many assets, where ``boxes`` is None.
+        boxes: of each prompt's assets, in its order; the same for all prompts.
 
     Raises:
         UserError: something is missing, or a photo is not the one that was learned from.
@@ -104,15 +110,14 @@ def plan_cases(
         instance = _instance(learned, folder_path)
         named = replace(config, model_id=model_id)
         settled, _ = settle_synthesis(named, learned, config.runtime.offline)
+        asset_names(config.negative_prompt, learned, NEGATIVE)
+        grid = read_grid(named, learned)
         for prompt in prompts or [view_prompt(tuple(learned.assets))]:
             own = _prompt_assets(prompt, learned)
             names = [asset_token(asset) for asset in own]
-            placed = tuple(boxes or lay_out(names, learned, get_boxes))
-            if len(placed) != len(own):
-                raise UserError(
-                    f"there are {len(placed)} boxes and {len(own)} assets in the prompt "
-                    f"{shorten(prompt)!r}; give one box for each"
-                )
+            layout = partial(lay_out, names, learned, get_boxes, grid or (1, 1))
+            placed = tuple(place_boxes(names, boxes, layout))
+            check_placed(placed, names, grid)
             outside_of(placed, (64, 64))  # layout is measured against some background
             full = replace(settled, prompt=prompt)
             cases.append(_case(full, learned, instance, own, placed))
@@ -127,7 +132,6 @@ def _case(
     boxes: tuple[Box, ...],
 ) -> LearnedCase:
     photo = Image.fromarray(instance.image)
-    count = config.num_images or config.runtime.batch_size
     return LearnedCase(
         name=config.model_id,
         prompt=config.prompt,
@@ -137,7 +141,7 @@ def _case(
         labels=tuple(map(asset_token, learned.assets)),
         own=own,
         boxes=boxes,
-        seeds=tuple(range(config.seed, config.seed + count)),
+        seeds=tuple(range(config.seed, config.seed + config.picture_count)),
         about={
             "model_id": config.model_id,
             "box_control": config.box_control,
@@ -193,8 +197,7 @@ class CasePainter:
 
     def __init__(self, device: str):
         self.device = device
-        self._learned: Learned | None = None
-        self._scene: Scene | None = None
+        self._model = KeptModel()
 
     def facts(self, case: LearnedCase, index: int) -> dict:
         """Everything, for JSON, that picture ``index`` depends on."""
@@ -207,11 +210,8 @@ class CasePainter:
 
     def paint(self, case: LearnedCase, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         """Pictures of these indices, each with its index."""
-        if case.learned is not self._learned:
-            self._learned, self._scene = case.learned, None  # frees the former model first
-        base = self._scene and self._scene.base
         boxed = replace(case.config, box_control=True)
-        scene = self._scene = make_scene(boxed, None, case.boxes, device=self.device, base=base)
+        scene = self._model.make_scene(boxed, None, case.boxes, self.device)
         if not case.config.box_control:
             scene = replace(scene, tokens=None)  # the boxes only say where to measure
         text = prepare(scene)

@@ -8,7 +8,7 @@ again, it paints what is missing.
 """
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from imagelab.boxes import parse_boxes
@@ -23,7 +23,7 @@ from imagelab.cli import (
     seed_option,
 )
 from imagelab.io.folders import check_writable
-from mifo.method.guidance import GuidanceConfig
+from mifo.cli.synthesis import GUIDANCE_HELP
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import GetBoxes
 
@@ -51,7 +51,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument(
         "--prompt", nargs="+", default=[], help="what to paint; none: a photo of all assets"
     )
-    parser.add_argument("--boxes", help="a JSON list of boxes, in the order of the prompts")
+    parser.add_argument(
+        "--boxes",
+        help="a JSON list of boxes, one for each asset of a prompt in its order; the same list is "
+        "for every prompt",
+    )
     add_box_format(parser)
     parser.add_argument(
         "--features",
@@ -70,10 +74,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("num_inference_steps", "DDIM steps")
     add("guidance_scale", "weight of classifier-free guidance; None: the model's own, or 7.5")
     add("model_path", "base model; None: the one that the learned folder names")
-    group = parser.add_argument_group("box control, as in semantic_synthesis.py")
+    group = parser.add_argument_group("box control")
     group.add_argument("--no_box_control", action="store_true", help="paint without boxes")
-    for field in fields(GuidanceConfig):
-        add(field.name, "see semantic_synthesis.py --help", group)
+    for name, text in GUIDANCE_HELP.items():
+        add(name, text, group)
     add_runtime_options(parser.add_argument_group("running"), DEFAULTS.runtime)
     return parser, parser.parse_args(argv)
 
@@ -95,9 +99,11 @@ def main(argv: list[str] | None, get_boxes: GetBoxes) -> None:
             boxes = parse_boxes(options.boxes, box_format=options.box_format)
         config = replace(config, seed=random_seed_if_none(config.seed))
         from imagelab.evaluation.report import write_report
-        from imagelab.models.device import choose_device
+        from imagelab.models.device import choose_device, choose_precision
         from mifo.evaluation import choose_spaces, evaluate, list_learned, plan_cases
 
+        device = choose_device(options.device)
+        choose_precision(options.mixed_precision, device)
         output = Path(options.output_path)
         check_writable(output, "output_path")
         names = list_learned(Path(options.models_dir), options.model_id)
@@ -105,5 +111,5 @@ def main(argv: list[str] | None, get_boxes: GetBoxes) -> None:
         spaces = choose_spaces(options.features, cases, options.offline)
         if options.seed is None:
             print(f"seed {config.seed}")
-        records = evaluate(cases, spaces, output, choose_device(options.device))
+        records = evaluate(cases, spaces, output, device)
         print(write_report(cases, records, output))

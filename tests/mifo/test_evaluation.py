@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 import semantic_evaluation
+from imagelab.attention import layer_grid
 from imagelab.boxes import Box
 from imagelab.errors import UserError
 from imagelab.evaluation import runner
@@ -28,11 +30,15 @@ from imagelab.evaluation.measures import (
     objects_by_colour,
 )
 from imagelab.evaluation.report import Mean, mean_interval, over_all, summarise, total_confusion
-from mifo import evaluation
-from mifo.learned import Learned
+from mifo import evaluation, learned
+from mifo.cli import evaluation as command
+from mifo.cli.synthesis import GUIDANCE_HELP
+from mifo.learned import Learned, read_learned_folder
 from mifo.learning.instance import read_instance
+from mifo.method.layers import decoder_block
 from mifo.synthesis.config import SynthesisConfig
 from mifo.synthesis.layouts import preset_boxes
+from mifo.synthesis.scene import read_grid
 from toybox.scenes.scenes import Placement, Scene, render
 from toybox.scenes.toys import Look
 
@@ -97,6 +103,72 @@ def test_boxes_without_background_are_refused_before_anything_is_painted(learned
     for boxes in ([LEFT, RIGHT], [Box(0, 0, 1, 1), LEFT]):
         with pytest.raises(ValueError, match="cover the whole picture"):
             evaluation.plan_cases(config, ["toys"], [], None, None, boxes)
+
+
+def plan(learned_dir, boxes, prompts=("<asset1> and <asset0>",), **settings):
+    """Cases with what a layout returns; no model may be loaded."""
+
+    def loaded(*_):
+        raise AssertionError("the base model was loaded")
+
+    config = SynthesisConfig(models_dir=str(learned_dir), seed=0, num_images=1, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learned, "load_base", loaded)
+        return evaluation.plan_cases(config, ["toys"], prompts, None, lambda *_: boxes)
+
+
+def test_a_layout_may_return_whatever_a_box_may_be(learned_dir):
+    [case] = plan(learned_dir, [[0, 0.1, 0.5, 0.9], "50%,10%,100%,90%"])
+    assert case.boxes == (Box(0, 0.1, 0.5, 0.9), Box(0.5, 0.1, 1, 0.9))
+    assert all(isinstance(box, Box) for box in case.boxes)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "says"),
+    [
+        ([[0, 0, 0.5, 1], [0.5, 0, 1.2, 1]], "holds 1.2, which is more than the whole picture"),
+        ([LEFT, [0.5, -0.5, 1, 1]], "has its top edge at -0.5 of the picture"),
+        # decoder-1 of the thin model works on 4 × 4 cells: 0.6 and 0.62 lie in the same one.
+        ([LEFT, Box(0.6, 0, 0.62, 1)], r"box 2 \(<asset0>\) .* a grid of 4 columns and 4 rows"),
+        ([LEFT, [0.5, 0, 1]], "does not hold four numbers"),
+        ([LEFT], r"there are 1 boxes and 2 assets in the prompt \(<asset1>, <asset0>\)"),
+    ],
+)
+def test_boxes_are_checked_before_any_work(learned_dir, boxes, says):
+    with pytest.raises(UserError, match=says):
+        plan(learned_dir, boxes)
+
+
+def test_assets_of_the_negative_prompt_are_checked_before_any_work(learned_dir):
+    with pytest.raises(UserError, match="the negative prompt names <asset7>, which .* not hold"):
+        plan(learned_dir, [LEFT, RIGHT], negative_prompt="<asset7>")
+    with pytest.raises(UserError, match="the negative prompt writes '<Asset1>'; write <asset1>"):
+        plan(learned_dir, [LEFT, RIGHT], negative_prompt="fog, <Asset1>")
+    [case] = plan(learned_dir, [LEFT, Box(0.5, 0, 1, 0.5)], negative_prompt="fog, <asset1>")
+    assert case.config.negative_prompt == "fog, <asset1>"
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid"), [(None, None, (4, 4)), (192, None, (4, 6)), (128, 256, (8, 4))]
+)
+def test_the_grid_of_boxes_is_that_of_the_model(learned_dir, width, height, grid):
+    """Of latents of 16 × 16, halved twice: 32 pixels of the picture a cell."""
+    config = SynthesisConfig(models_dir=str(learned_dir), model_id="toys", seed=0)
+    config = config.with_settings(width=width, height=height)
+    folder = read_learned_folder(learned_dir / "toys")
+    assert read_grid(config, folder) == grid
+    unet = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(Path(folder.base_source) / "unet")
+    )
+    size = (height or 128) // 8, (width or 128) // 8
+    assert layer_grid(unet, size, decoder_block(unet)) == grid
+
+
+def test_records_do_not_depend_on_what_no_evaluation_has(learned_dir):
+    """What was measured before there was --lora_scale is not measured again."""
+    [case] = plan(learned_dir, [LEFT, Box(0.5, 0, 1, 0.5)])
+    settings = evaluation.CasePainter("cpu").facts(case, 0)["settings"]
+    assert "lora" in settings and "lora_scale" not in settings
 
 
 def test_diversity_is_the_mean_distance_of_pairs():
@@ -527,6 +599,32 @@ def test_bad_input(options, words, learned_dir, tmp_path, monkeypatch, fails):
     assert words in fails(run, learned_dir, tmp_path / "evaluation", *options).err
     assert painted == []
     assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--device", "tpu"], "--device tpu is not available here"),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
+    ],
+)
+def test_the_device_is_checked_before_features_are_loaded(
+    options, says, learned_dir, tmp_path, monkeypatch, fails
+):
+    def loaded(*_):
+        raise AssertionError("features were loaded before the device was checked")
+
+    monkeypatch.setattr(evaluation, "load_features", loaded)
+    assert says in fails(run, learned_dir, tmp_path / "evaluation", *options).err
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_help_says_what_each_option_is():
+    actions = {action.dest: action.help for action in command.parse_args([])[0]._actions}
+    assert "semantic_synthesis.py" not in "".join(actions.values())
+    assert GUIDANCE_HELP.items() <= actions.items()
+    assert "one for each asset of a prompt in its order" in actions["boxes"]
+    assert "the same list is for every prompt" in actions["boxes"]
 
 
 def test_another_photo_is_refused(learned_dir, examples, tmp_path, fails):
