@@ -40,8 +40,8 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
     if low := mixed_up(scores):
         log.warning(
             "%s may not have been learned: too little of its attention is on its own instance "
-            "(see attention.png); learn again with another --seed, or start the tokens from words, "
-            "as with --initialize_from_class",
+            "(see attention.png); learn again with another --seed, or start each token from words "
+            "of its own, as with --initializer_tokens 'red dog' 'brown dog'",
             " and ".join(map(asset_token, low)),
         )
     manifest = describe_result(session, curves, scores)
