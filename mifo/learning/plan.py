@@ -72,7 +72,6 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     config, origins = settle_learning(config, read_own(source, offline), classes)
     check_settings(config)  # once more, with the numbers that were open
     recipe = config.recipe
-    warn_of_no_penalty(recipe)
     model, sizes = None, read_sizes(source, offline)
     if sizes is None:  # a single file shows its sizes only when it is loaded
         model = load_base(source, offline)
@@ -86,6 +85,7 @@ def make_plan(config: LearningConfig, device: str = "cpu") -> Plan:
     check_count(tokenizer, len(ids), folder)
     scale = recipe.initializer_scale
     rows = initial_rows(tokenizer, text_encoder, ids, words, config.seed, scale)
+    warn_of_no_penalty(recipe)
     return Plan(config, model, instance, ids, rows, device, dtype, pictures, origins)
 
 

@@ -233,7 +233,7 @@ def test_a_list_is_checked_before_anything_is_done(fails, model, work, caplog):
 
 
 def test_wide_records_need_no_features(make):
-    wide = EDIT | {"image": "x/add/t/9.png", "width": 900, "height": 200}
+    wide = EDIT | {"image": "x/instructpix2pix/t/9.png", "width": 900, "height": 200}
     write_list([SUBJECT, wide])
     make()
     assert sorted(tensors()) == sorted(parse_record(SUBJECT).paths)

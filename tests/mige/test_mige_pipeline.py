@@ -71,6 +71,7 @@ def test_a_saved_pipeline_is_the_same(pipeline, model, tmp_path):
     private.touch(0o600)
     loaded.save_pretrained(tmp_path / "again")
     assert private.stat().st_mode & 0o777 == 0o600
+    private.unlink()
     files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
     assert model_digest(tmp_path / "again") == model_digest(model)

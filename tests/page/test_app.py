@@ -286,7 +286,7 @@ def test_bad_settings_are_told(places):
         learning_command(places, "toys", "new", initializer_tokens=as_words("car, --debug"))
     with pytest.raises(ValueError, match="no way to start"):
         learning_command(places, "toys", "output_dir=/etc")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="'--output_path=/etc' does not hold four numbers"):
         synthesis_command(places, "toys", "--output_path=/etc")
 
 
