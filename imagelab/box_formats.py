@@ -85,8 +85,8 @@ def split_boxes(text: str) -> list[str]:
     if not re.search(r"[][{}]", text):
         return [text] if text.strip() else []
     innermost = r"\[([^][{}]*)\]"
-    around = re.sub(innermost, "box", text)  # what is left of a list, or of one box in brackets
-    return re.findall(innermost, text) if re.fullmatch(r"\s*(\[[\s,box]*\]|box)\s*", around) else []
+    around = re.sub(innermost, "\0", text)  # what is left of a list, or of one box in brackets
+    return re.findall(innermost, text) if re.fullmatch(r"\s*(\[[\s,\0]*\]|\0)\s*", around) else []
 
 
 def _split(text: str) -> list[str]:

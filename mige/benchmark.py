@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         items, notes = read_bench(
             options.bench, options.format, options.root, options.task, options.split
         )
-        if options.outputs and painted_count(options.outputs) not in (None, len(items)):
-            items, notes = read_bench(  # of which --task is a part
+        is_part = options.task and options.outputs
+        if is_part and painted_count(options.outputs) not in (None, len(items)):
+            items, notes = read_bench(  # all that was painted
                 options.bench, options.format, options.root, [], options.split
             )
         known = dict.fromkeys(item.task for item in items)

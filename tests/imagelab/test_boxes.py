@@ -158,6 +158,8 @@ def test_a_list_of_boxes_in_several_units():
         ("[[0.1, 0.2", "are not valid JSON"),
         ("[[.1, .2, .5, .6], .5]", "are not valid JSON"),
         ("[[.1, .2, .5, .6], [.1, .2", "are not valid JSON"),
+        ("[[.1, .2, .5, .6], x]", "are not valid JSON"),
+        ("[box [.1, .2, .5, .6]]", "are not valid JSON"),
         ("hello", "the box 'hello' does not hold four numbers; write left, top"),
         ("[[0.1, 0.2, 0.5, a]]", "holds 'a', which is not a number; write fractions"),
         ("[" * 100_000, "are not valid JSON"),
