@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagelab.boxes import Box
-from toybox.classifier.boxes import read_boxes
+from toybox.classifier.boxes import Seen, read_boxes
 from toybox.classifier.network import SCENE, Classifier, hue_distance, to_input
 from toybox.scenes.toys import KINDS, Look
 
@@ -50,15 +50,17 @@ def judge_boxes(
     Args:
         own: for each box, the index of its instance in ``looks``, all those of the photo.
     """
-    judged = []
     seen = read_boxes(classifier, picture, boxes)
-    for (kind, cover, hue), index in zip(seen, own, strict=True):
-        errors = hue_distance(torch.tensor(hue), torch.tensor([look.hue for look in looks]))
-        error = errors[index].item()
-        is_own = kind == looks[index].kind and cover >= FILLED
-        is_right = is_own and error <= min(errors.min().item(), CLOSE)
-        judged.append(Judged(kind, cover, hue, error, is_right))
-    return judged
+    return [judge(each, index, looks) for each, index in zip(seen, own, strict=True)]
+
+
+def judge(seen: Seen, own: int, looks: Sequence[Look]) -> Judged:
+    """What was seen in a box, judged as instance ``own`` of ``looks``, all those of the photo."""
+    kind, cover, hue = seen
+    errors = hue_distance(torch.tensor(hue), torch.tensor([look.hue for look in looks]))
+    error = errors[own].item()
+    is_own = kind == looks[own].kind and cover >= FILLED
+    return Judged(kind, cover, hue, error, is_own and error <= min(errors.min().item(), CLOSE))
 
 
 @torch.inference_mode()

@@ -118,12 +118,16 @@ def make_job(work: Path, settings: Settings, variant: Variant, name: str) -> Job
         *(Task(f"alone {one}", (one,), False, settings.alone, seed) for one in every),
     ]
     about = {"base": variant.base_name, "tokens": variant.tokens, "loss": variant.loss}
-    painting = {
+    config = learning_config(work, settings, variant, name)
+    return Job(variant.name, config, looks, tuple(tasks), about, painting_settings(settings))
+
+
+def painting_settings(settings: Settings) -> dict:
+    """Settings of synthesis, by name, in place of its defaults."""
+    return {
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "step_scale": 1.0,
         "guidance_steps": settings.guidance_steps,
         "mixed_precision": settings.mixed_precision,
     }
-    config = learning_config(work, settings, variant, name)
-    return Job(variant.name, config, looks, tuple(tasks), about, painting)
