@@ -32,6 +32,7 @@ from imagelab.errors import UserError
 from imagelab.evaluation.runner import Records
 from imagelab.io.atomic import written_aside
 from mifo.learned import MANIFEST
+from mifo.synthesis.paint import prepare
 from mifo.tokens import view_prompt
 from toybox.classifier.boxes import Seen
 from toybox.classifier.network import load_classifier
@@ -83,8 +84,11 @@ def exchanged(unet, part: Part, own: Tensor, other: Tensor) -> Iterator[None]:
     Args:
         own, other: [1, k, d], states of two prompts. Samples of other states, such as those of the
             empty prompt, stay.
+
+    Raises:
+        RuntimeError: at the end, if nothing was exchanged in a part that has noise levels.
     """
-    is_chosen = False
+    is_chosen, count = False, 0
 
     def note_level(_, inputs, keywords) -> None:
         nonlocal is_chosen
@@ -92,10 +96,12 @@ def exchanged(unet, part: Part, own: Tensor, other: Tensor) -> Iterator[None]:
         is_chosen = part.low <= float(timestep) / 1000 < part.high
 
     def exchange(_, inputs, keywords):
+        nonlocal count
         if not is_chosen:
             return None
         states = keywords["encoder_hidden_states"]  # b k d
         is_own = (states == own.to(states)).flatten(1).all(1)
+        count += int(is_own.sum())
         keywords["encoder_hidden_states"] = torch.where(
             is_own[:, None, None], other.to(states), states
         )
@@ -109,6 +115,8 @@ def exchanged(unet, part: Part, own: Tensor, other: Tensor) -> Iterator[None]:
         for hook in hooks:
             stack.callback(hook.remove)
         yield
+    if part.high > part.low and not count:
+        raise RuntimeError(f"nothing was exchanged {part.name}: no sample had the own states")
 
 
 def shows_other(judged: dict, box: int, looks: Sequence[Look]) -> bool:
@@ -126,22 +134,25 @@ def exchange_folder(
     painting = painting_settings(settings)
     painter = TaskPainter(folder, looks, classifier, settings.device, painting)
     task = Task("exchange", ASSETS, True, settings.pictures, folder_seed(settings.seed, name))
-    base = painter.scene(task).base
-    states = [base.encode_text([view_prompt(order)]) for order in (ASSETS, ASSETS[::-1])]
+    scene = painter.scene(task)
+    base, text = scene.base, prepare(scene)  # which merges the LoRA: that changes states a little
+    own = text[1:]
+    with torch.no_grad():
+        other = base.encode_text([view_prompt(ASSETS[::-1])]).to(own)
     learned = (folder / MANIFEST).read_text(encoding="utf-8")
     rows = []
     for part in parts_of(base.unet):
         facts = [way, learned, asdict(part), asdict(task), painting]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         if key not in records.found:
-            with exchanged(base.unet, part, *states):
+            with exchanged(base.unet, part, own, other):
                 row = painter.run(task, work / "pictures" / way / name / f"exchange {part.name}")
-            other = [
+            shown = [
                 [shows_other(each, box, looks) for box, each in enumerate(picture)]
                 for picture in row["judged"]
             ]
             about = {"way": way, "folder": name, "part": part.name}
-            records.add({"key": key, **about, **row, "exchanged": other})
+            records.add({"key": key, **about, **row, "exchanged": shown})
         rows.append(records.found[key])
         bar.update(1)
     return rows

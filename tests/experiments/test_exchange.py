@@ -81,6 +81,13 @@ def test_exchanged_nowhere_is_the_own_prompt(base, prompts, predict):
     assert torch.equal(torch.cat(found), torch.cat([predict(1, own), predict(999, own)]))
 
 
+def test_a_part_that_exchanges_nothing_is_an_error(base, prompts, predict):
+    empty, own, other = prompts
+    refused = pytest.raises(RuntimeError, match="nothing was exchanged everywhere")
+    with refused, exchanged(base.unet, Part(), own + 1e-6, other):
+        predict(500, empty, own)
+
+
 @pytest.mark.parametrize(
     "timestep, is_inside", [(399, False), (400, True), (599, True), (600, False)]
 )
@@ -88,6 +95,7 @@ def test_noise_levels_are_half_open(base, prompts, predict, timestep, is_inside)
     _, own, other = prompts
     with exchanged(base.unet, Part(0.4, 0.6), own, other):
         found = predict(timestep, own)
+        predict(500, own)
     assert torch.equal(found, predict(timestep, other if is_inside else own))
 
 
@@ -143,16 +151,20 @@ def test_the_table_counts_boxes():
 
 
 def test_learned_folders_are_painted_once(copied, capsys, monkeypatch):
-    few = [Part(0, 0), Part(blocks=("mid_block",))]
+    few = [Part(0, 0), Part()]
     monkeypatch.setattr(exchange, "parts_of", lambda unet: few)
     run(copied)
     rows = rows_of(copied)
     assert [row["folder"] for row in rows] == ["kind2_000"] * 2 + ["kind3_001"] * 2
     assert len({row["key"] for row in rows}) == len(rows)
-    assert [row["part"] for row in rows] == ["nowhere", "mid_block"] * 2
+    assert [row["part"] for row in rows] == ["nowhere", "everywhere"] * 2
     shown = capsys.readouterr().out
     assert (copied / "exchange.md").read_text() == shown
     assert len(shown.splitlines()) == 2 + 2
+    for name in ("kind2_000", "kind3_001"):
+        pictures = copied / "pictures/toybox-random-mifo" / name
+        plain, other = (pictures / f"exchange {part.name}/00.png" for part in few)
+        assert plain.read_bytes() != other.read_bytes()
     monkeypatch.setattr(exchange.TaskPainter, "run", None)  # all rows are there
     run(copied)
     assert rows_of(copied) == rows
