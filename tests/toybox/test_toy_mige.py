@@ -7,6 +7,7 @@ import torch
 from tiny_toy_mige import TINY, the_tokenizer, the_vae, tiny_parts, words_alone
 from torch import nn
 
+from imagelab.errors import UserError
 from mige.data.checking import Limits
 from mige.data.records import Record
 from mige.folder import find_folder, read_settings, read_tokenizer
@@ -156,6 +157,31 @@ def test_the_folder_is_a_whole_model_with_toyboxs_own_autoencoder(tmp_path):
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     text = "replace the tropical fish in xylophone"
     assert read_tokenizer(folder / "tokenizer")(text).input_ids == the_tokenizer()(text).input_ids
+
+
+def test_a_folder_takes_the_place_of_what_may_be_replaced_alone(tmp_path):
+    """Whatever was there when the command began."""
+    pipeline = build_pipeline(tiny_parts(), the_vae(), the_tokenizer(), TINY.slots)
+    folder, note = tmp_path / "model", tmp_path / "model" / "notes.txt"
+    save(pipeline, folder, {"begin.json": {"a": 1}})
+    with pytest.raises(UserError, match="model holds a model; replace it with --overwrite"):
+        save(pipeline, folder)
+    note.touch()
+    with pytest.raises(UserError, match="model holds notes.txt, which would be removed"):
+        save(pipeline, folder, overwrite=True)
+    assert note.is_file() and (folder / "begin.json").is_file()
+    note.unlink()
+
+    class Slow:
+        def save_pretrained(self, aside):
+            pipeline.save_pretrained(aside)
+            note.touch()
+
+    with pytest.raises(UserError, match="model holds notes.txt, which would be removed"):
+        save(Slow(), folder, overwrite=True)
+    note.unlink()
+    save(pipeline, folder, overwrite=True)
+    assert not (folder / "begin.json").exists()
 
 
 def test_the_one_that_ships_says_how_it_is_sampled():

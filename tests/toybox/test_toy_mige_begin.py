@@ -1,6 +1,8 @@
 """The command that teaches toybox's MIGE to read: what learns, what is written, what is refused."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from tiny_toy_mige import SHORT, TINY, tiny_model, weights_of
 from tiny_toybox import ctrl_c_in_step
 
+from imagelab.errors import UserError
 from imagelab.io.tensors import read_tensors
 from imagelab.training.checkpoint import read_curves
 from mige.pipeline import MigePipeline
@@ -204,6 +207,22 @@ def test_settings_that_make_no_sense(more, told, tmp_path, capsys):
         main(command(tmp_path, *more))
     assert ended.value.code == 2 and told in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_batches_that_the_processes_cannot_share(tmp_path):
+    processes = SimpleNamespace(count=3, is_first=True)
+    with pytest.raises(UserError, match="^--batch 32 cannot be shared over 3 processes; give a m"):
+        pretraining.begin(BeginConfig(), tmp_path / "M", tmp_path / "W", processes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_is_replaced_where_asked_to(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "begun")
+    record = tmp_path / "begun" / "model" / "begin.json"
+    wanted = record.read_bytes()
+    record.write_text("{}")
+    main(command(tmp_path / "begun", "--overwrite"))
+    assert record.read_bytes() == wanted
 
 
 def test_folders_that_hold_other_things(begun, tmp_path, capsys):

@@ -27,11 +27,13 @@ from transformers import (
 from imagelab.io.atomic import folder_lock, replacing, write_json
 from imagelab.models.loading import quiet_libraries
 from imagelab.training.seeds import seed_for
-from mige.folder import PARTS
+from mige.folder import INDEX, PARTS
 from mige.method.fusion import InstructionFusion
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.wording import TASKS
 from mige.pipeline import MigePipeline
+from mige.targets import check_output
+from toybox.mige.folders import RECORDS
 from toybox.scenes.triplets import WORDS
 from toybox.stable_diffusion import FOLDER
 
@@ -130,20 +132,33 @@ def build_pipeline(parts: dict, vae: AutoencoderKL, tokenizer, slots: int) -> Mi
     )  # fmt: skip
 
 
-def save(pipeline: MigePipeline, folder: Path, records: Mapping[str, dict] | None = None) -> None:
+def save(
+    pipeline: MigePipeline,
+    folder: Path,
+    records: Mapping[str, dict] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write a model folder, which appears when it is whole; the autoencoder's files are toybox's.
 
     So features that were made with the one autoencoder are known to be the other's.
 
     Args:
         records: facts of JSON files that lie in it, by their names.
+        overwrite: take the place of a model that is there.
+
+    Raises:
+        UserError: the folder holds something else, or another process writes it.
     """
-    with folder_lock(folder, "--output"), replacing(folder) as aside:
-        pipeline.save_pretrained(aside)
-        for name, facts in (records or {}).items():
-            write_json(aside / name, facts)
-        for name in (PARTS["vae"].config, f"{PARTS['vae'].weights}.safetensors"):
-            shutil.copyfile(VAE / name, aside / "vae" / name)
+    records = records or {}
+    own = (*RECORDS, *records)
+    with folder_lock(folder, "--output"):
+        check_output(folder, [], overwrite, own)
+        with replacing(folder, (INDEX, *PARTS, *own)) as aside:
+            pipeline.save_pretrained(aside)
+            for name, facts in records.items():
+                write_json(aside / name, facts)
+            for name in (PARTS["vae"].config, f"{PARTS['vae'].weights}.safetensors"):
+                shutil.copyfile(VAE / name, aside / "vae" / name)
 
 
 def new_parameters(parts: dict) -> dict[str, int]:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         check(config, options.output, options.work, options.overwrite)
         processes = Processes(choose_device(config.device))
         try:
-            begin(config, options.output, options.work, processes)
+            begin(config, options.output, options.work, processes, options.overwrite)
         except KeyboardInterrupt as stop:
             if isinstance(stop, Interrupted):  # in all processes, and the first one still saves
                 processes.leave()

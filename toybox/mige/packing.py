@@ -16,16 +16,18 @@ ADVICE = "give a model that toybox.mige.begin or toybox.mige.train wrote"
 LAST = 500  # updates, over which losses are told
 
 
-def pack(run: Path, begun: Path, output: Path) -> None:
+def pack(run: Path, begun: Path, output: Path, overwrite: bool = False) -> None:
     """Write the model of a finished training in half precision; it is read in float32 again.
 
     The autoencoder's file stays toybox's own.
 
     Args:
         begun: folder of the model that training began with, and of its record.
+        overwrite: take the place of a model that is there.
 
     Raises:
-        UserError: the training is not finished, or another process writes there.
+        UserError: the training is not finished, something else is at ``output``, or another
+            process writes there.
     """
     pipeline = MigePipeline.from_pretrained(run / MODEL)
     for part in pipeline.components.values():
@@ -37,7 +39,7 @@ def pack(run: Path, begun: Path, output: Path) -> None:
         TRAINING: record_of(run / CHECKPOINT)
         | {"began_from": read_json(former, {}, ADVICE) if former.is_file() else None},
     }
-    save(pipeline, output, records)
+    save(pipeline, output, records, overwrite)
 
 
 def record_of(checkpoint: Path) -> dict:

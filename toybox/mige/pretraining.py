@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from imagelab.errors import UserError
 from imagelab.figures import plot_losses
 from imagelab.io.atomic import folder_lock, written_aside
 from imagelab.processes import Processes
@@ -275,11 +276,23 @@ def run_stage(run: Pretraining, stage: Stage) -> dict[str, list[float]]:
     return {f"{stage.name} loss": trainer.curves["loss"], **curves}
 
 
-def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -> dict:
+def begin(
+    config: BeginConfig, output: Path, work: Path, processes: Processes, overwrite: bool = False
+) -> dict:
     """Learn, and write the model; what its record says.
 
-    Raises UserError where another process writes one of the folders.
+    Args:
+        overwrite: take the place of a model that is there.
+
+    Raises:
+        UserError: the batch does not divide by the processes, something else is at ``output``, or
+            another process writes one of the folders.
     """
+    if config.batch % processes.count:
+        raise UserError(
+            f"--batch {config.batch} cannot be shared over {processes.count} processes; give a "
+            f"multiple of {processes.count}"
+        )
     run = Pretraining(config, work, processes, ToyMigeConfig())
     with folder_lock(work, "--work") if processes.is_first else nullcontext():
         if processes.is_first:
@@ -298,7 +311,7 @@ def begin(config: BeginConfig, output: Path, work: Path, processes: Processes) -
     if processes.is_first:
         for name, value in record["held_out"].items():
             log.info("%s: %.3f%s", name, value, warning_of(name, value))
-        save(pipeline_of(run, begun), output, {RECORD: record})
+        save(pipeline_of(run, begun), output, {RECORD: record}, overwrite)
     return record
 
 

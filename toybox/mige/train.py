@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser, report_errors
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shown
+from imagelab.settings import check_within
 
 BATCH_SIZE = 16  # triplets of an update
 #: How `mige.train` trains it. Batch size and rates are from trials; see toybox/mige/README.md.
@@ -29,6 +30,15 @@ RECIPE = {
     "ema": 0.999,
     "probe_steps": 100,
 }
+BOUNDS = {
+    "triplets": (1, 10_000_000),
+    "steps": (1, 100_000_000),
+    "batch_size": (1, 100_000),
+    "workers": (0, 256),
+}
+MADE = ("triplets", "begin", "begin_work", "features", "run")  # folders in --work
+#: File in --work of what a training was told that its checkpoint does not tell.
+SETTINGS = "settings.json"
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -59,38 +69,137 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 def main(argv: list[str] | None = None) -> None:
     parser, options = parse_args(argv)
     with report_errors(parser, options.debug):
+        options.begin_from = options.begin_from and find_begin(options.begin_from)
         check(options)
+        note(options)
     for module, words in commands(options):
         print(shlex.join(["python", "-m", module, *words]), flush=True)
         main_of(module)(words)
     with report_errors(parser, options.debug):
         from toybox.mige.packing import pack
 
-        pack(options.work / "run", begun(options), options.output)
+        check(options)  # once more: hours may have gone by, and all triplets are there now
+        pack(options.work / "run", begun(options), options.output, options.overwrite)
         print(options.output)
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises UserError for a place that holds other things, and for a model that is no toy MIGE."""
-    from imagelab.training.checkpoint import read_facts
-    from mige.folder import find_folder
-    from mige.targets import check_output
-    from toybox.mige.folders import RECORD, RECORDS
+# ----------------------------------------------------------------------------------------------
+# what is checked before anything is done
 
-    run = options.work / "run"
-    if (run / "model").is_dir():  # of which nothing is trained any more
-        then = read_facts(run / "checkpoint.safetensors", {"settings": dict})["settings"]
-        for name in ("steps", "batch_size"):
-            if (used := then.get(name)) != getattr(options, name):
-                raise UserError(
-                    f"{run} was trained with --{name} {used}; give that, or another --work"
-                )
-    if options.begin_from and not (find_folder(str(options.begin_from)) / RECORD).is_file():
+
+def find_begin(source: Path) -> Path:
+    """The folder of --begin_from; a UserError where it is no toy MIGE."""
+    from mige.folder import find_folder
+    from toybox.mige.folders import RECORD
+
+    folder = find_folder(str(source))
+    if not (folder / RECORD).is_file():
         raise UserError(
-            f"--begin_from {options.begin_from} is no toy MIGE: it has no {RECORD}; give a folder "
-            "that toybox.mige.begin or toybox.mige.train wrote"
+            f"--begin_from {source} is no toy MIGE: it has no {RECORD}; give a folder that "
+            "toybox.mige.begin or toybox.mige.train wrote"
         )
-    check_output(options.output, [], options.overwrite, RECORDS)
+    return folder
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for options that make no sense, and where --work holds another training."""
+    from imagelab.models.device import choose_device
+    from imagelab.training.seeds import check_seed
+
+    check_within({name: getattr(options, name) for name in BOUNDS}, BOUNDS)
+    check_seed(options.seed)
+    choose_device(options.device)
+    check_places(options)
+    check_training(options)
+
+
+def check_places(options: argparse.Namespace) -> None:
+    """Raises UserError where the output would replace what is needed, or something else is."""
+    from imagelab.io.folders import check_writable
+    from mige.targets import check_output
+    from toybox.mige.folders import RECORDS
+
+    check_writable(options.work, "work")
+    needed = [options.work, *(options.work / name for name in MADE)]  # which may be links
+    needed += [options.begin_from] if options.begin_from else []
+    output = options.output.resolve()
+    for place in needed:
+        if output.is_relative_to(place.resolve()):
+            how = "is" if output == place.resolve() else "lies in"
+            raise UserError(f"--output {options.output} {how} {place}; give another folder")
+    check_output(options.output, needed, options.overwrite, RECORDS)
+
+
+def check_training(options: argparse.Namespace) -> None:
+    """Raises UserError where a training in the work folder is not the one that is asked for."""
+    from imagelab.io.tensors import read_json
+    from imagelab.training.checkpoint import read_facts
+    from mige.training.config import LENGTH_SETTINGS, TrainingConfig
+    from mige.training.plan import kept_settings
+
+    if not is_begun(options):
+        return
+    run, noted = options.work / "run", options.work / SETTINGS
+    facts = read_facts(run / "checkpoint.safetensors", {"settings": dict, "inputs": dict})
+    # a checkpoint may be older than a setting, which then was as it is by default
+    then = kept_settings(TrainingConfig()) | facts["settings"]
+    if noted.is_file():
+        then |= read_json(noted, {"mixed_precision": str}, "give another --work")
+    now = kept_settings(TrainingConfig.from_settings(**numbers(options)))
+    now |= {"mixed_precision": options.mixed_precision}
+    # of a training that goes on mige.train tells how long it may become
+    free = () if (run / "model").is_dir() else LENGTH_SETTINGS
+    changed = [n for n in now if n in then and n not in free and then[n] != now[n]]
+    if changed:
+        told = ", ".join(
+            f"no --{name}" if then[name] is None else f"--{name} {shown(then[name])}"
+            for name in changed
+        )
+        raise UserError(f"{run} was trained with {told}; give that, or another --work")
+    check_inputs(options, facts["inputs"])
+
+
+def check_inputs(options: argparse.Namespace, inputs: dict) -> None:
+    """Raises UserError unless a training had this start, and the triplets that are there."""
+    import hashlib
+
+    from mige.folder import INDEX, model_digest
+
+    run, start = options.work / "run", begun(options)
+    digest = model_digest(start) if (start / INDEX).is_file() else None
+    if inputs.get("--model") != digest:
+        raise UserError(
+            f"{run} was trained from another model than {start}; give that one as --begin_from, or "
+            "another --work"
+        )
+    triplets = options.work / "triplets" / "triplets.json"
+    if triplets.is_file():
+        with triplets.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if inputs.get("--data") != digest:
+            raise UserError(
+                f"{run} was trained on other triplets than those of {triplets}; put those back, or "
+                "give another --work"
+            )
+
+
+def is_begun(options: argparse.Namespace) -> bool:
+    """Whether the work folder holds a training, finished or not."""
+    run = options.work / "run"
+    return (run / "model").is_dir() or (run / "checkpoint.safetensors").is_file()
+
+
+def note(options: argparse.Namespace) -> None:
+    """Write down what a training that is still to begin is told."""
+    from imagelab.io.atomic import write_json
+
+    if not is_begun(options):
+        options.work.mkdir(parents=True, exist_ok=True)
+        write_json(options.work / SETTINGS, {"mixed_precision": options.mixed_precision})
+
+
+# ----------------------------------------------------------------------------------------------
+# what is done
 
 
 def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
@@ -113,13 +222,17 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     found.append(("mige.features", [*data, "--output", features, *device]))
     if not (work / "run" / "model").is_dir():
         words = [*data, "--features", features, "--output", run, *device, *workers]
-        size = str(options.batch_size)
-        words += ["--steps", str(options.steps), "--batch_size", size, "--micro_batch_size", size]
+        words += ["--micro_batch_size", str(options.batch_size)]
         words += ["--mixed_precision", options.mixed_precision]
-        words += [word for name, value in RECIPE.items() for word in (f"--{name}", str(value))]
-        is_begun = (work / "run" / "checkpoint.safetensors").is_file()
-        found.append(("mige.train", [*words, "--resume" if is_begun else "--overwrite"]))
+        told = numbers(options).items()
+        words += [word for name, value in told for word in (f"--{name}", str(value))]
+        found.append(("mige.train", [*words, "--resume" if is_begun(options) else "--overwrite"]))
     return found
+
+
+def numbers(options: argparse.Namespace) -> dict:
+    """The numbers of the method, by their names in mige.train."""
+    return {"steps": options.steps, "batch_size": options.batch_size, **RECIPE}
 
 
 def begun(options: argparse.Namespace) -> Path:
