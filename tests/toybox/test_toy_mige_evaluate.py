@@ -158,6 +158,19 @@ def test_another_judge_judges_what_was_painted_and_damaged_pictures_are_painted_
     assert [one["picture"] for one in first] == [one["picture"] for one in second]
 
 
+def test_a_picture_that_was_removed_is_painted_again(tmp_path):
+    first = run(FakePainter(), tmp_path, calibration=1)
+    (tmp_path / "pictures" / first.rows[ROW][2]["picture"]).unlink()
+    painter = FakePainter()
+    second = run(painter, tmp_path, calibration=1)
+    assert painter.painted == [(ROW, 2)]
+    assert second.rows == first.rows
+    assert (tmp_path / "pictures" / second.rows[ROW][2]["picture"]).is_file()
+    again = FakePainter()
+    run(again, tmp_path)
+    assert again.painted == []
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -242,12 +255,18 @@ def test_the_report_has_every_row_and_those_over_several(tmp_path):
     together = [cell.strip() for cell in lines["all edits"].split("|")[1:-1]]
     assert together[1:4] == ["3", "right ≥ 80%, L1 ≤ 0.03", "66.7% (20.8% to 93.9%)"]
     assert together[4:] == ["0.0400 ± 0.0497", "0.0100 ± 0.0000"]
+    aims = {title: line.split("|")[3].strip() for title, line in lines.items()}
+    for title in ("edit: move", "all edits, with the mark", "all edits, without a mark"):
+        assert aims[title] == "right ≥ 80%"  # of a row, the autoencoder alone may be above .03
+    assert aims["subject edit: add"] == "right ≥ 75%"
     assert "100.0% (34.2% to 100.0%)" in lines["all edits, with the mark"]
     assert "0.0% (0.0% to 79.3%) | 0.0400 | 0.0100" in lines["all edits, without a mark"]
     assert text.splitlines()[-1] == "| edit: add | 100.0% (20.7% to 100.0%) |"
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["rows"]["all edits"]["right"]["n"] == 3
     assert facts["rows"]["all edits"]["l1"]["mean"] == pytest.approx(0.04)
+    assert facts["rows"]["all edits"]["aims"] == {"right": 0.8, "l1": 0.03}
+    assert facts["rows"]["edit: move"]["aims"] == {"right": 0.8}
     assert facts["calibration"][trial.title]["edit: add"]["share"] == 1
     assert facts["items"]["edit-move"] == rows["edit-move"]
     assert facts["settings"]["guidance"]["edit"] == {

@@ -44,10 +44,15 @@ def evaluate(
 ) -> Findings:
     """Paint and judge what has no record yet, the judge's own trials first.
 
+    A picture that was removed is painted again; of its two records the later one counts.
+
     Args:
         items: of each row; of a trial ``calibration``.
     """
     records = Records(output / RECORDS, "--output")
+    for key, record in list(records.found.items()):
+        if "picture" in record and not (output / PICTURES / record["picture"]).is_file():
+            del records.found[key]
     classifier = load_classifier()
     work = [
         (each, row, min(calibration, items))
