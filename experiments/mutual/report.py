@@ -1,23 +1,28 @@
 """The tables of six trainings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 from experiments.mutual.variants import VARIANTS
 from imagelab.evaluation.report import mean_interval
 from imagelab.io.atomic import written_aside
 from mige.method.wording import TASKS
-from toybox.mige.evaluation.report import share_of, share_text
+from toybox.mige.evaluation.report import share_text, wilson
 
 ROWS, ERRORS, TABLE = "rows.jsonl", "errors.jsonl", "mutual.md"
 TITLES = {"subject": "subjects", "edit": "edits", "subject_edit": "edits with a subject"}
+NOTE = """\
+An item counts once: what several seeds of a training found of it is averaged first. Shares are of
+what is right, with 95% intervals over items: Wilson's of one seed, Student's of several (Wilson's
+where all items are alike). L1 is that outside of what changes, with Student's, and in brackets the
+autoencoder's own. Intervals say nothing of other seeds of a training."""
 
 
 def write_mutual(work: Path) -> str:
     """Put the rows of all variants into one file, their errors into another; the tables of both."""
     rows, errors = (read_all(work, name) for name in (ROWS, ERRORS))
-    tables = "\n\n".join(filter(None, (table_of(rows), error_table(errors))))
+    tables = "\n\n".join(filter(None, (table_of(rows), NOTE, error_table(errors))))
     write_lines(work / ROWS, rows)
     write_lines(work / ERRORS, errors)
     with written_aside(work / TABLE) as aside:
@@ -43,9 +48,11 @@ def write_lines(path: Path, rows: Sequence[dict]) -> None:
 
 
 def table_of(rows: list[dict]) -> str:
-    """Shares of what is right by task, with Wilson's 95% intervals; L1 outside of what changes.
+    """Shares of what is right by task, and L1 outside of what changes, with 95% intervals.
 
-    Intervals are those of the items: they say nothing of other seeds of a training.
+    Intervals are over items, which are averaged over the seeds of a training first: they say
+    nothing of other seeds. Those of shares are Wilson's where there is one seed, and Student's
+    where there are several; see :func:`share_over_items`.
     """
     lines = [
         "| trained | seeds | " + " | ".join(TITLES[task] for task in TASKS) + " | L1 outside |"
@@ -56,7 +63,7 @@ def table_of(rows: list[dict]) -> str:
         if not own:
             continue
         cells = [
-            share_text(share_of([row for row in own if row["task"] == task], "right"))
+            share_text(share_over_items([row for row in own if row["task"] == task]))
             for task in TASKS
         ]
         seeds = len({row["seed"] for row in own})
@@ -64,14 +71,51 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _l1(rows: list[dict]) -> str:
-    """Of edits, and the autoencoder's own beside it."""
-    mean = mean_interval([row["l1"] for row in rows if "l1" in row])
+def share_over_items(rows: Sequence[dict]) -> dict | None:
+    """The share of what is right, its 95% interval and the number of items; None for no row.
+
+    An item that several seeds have painted counts once, with the share of the seeds that were
+    right. The interval is Wilson's where there is one seed. Where there are several it is
+    Student's, cut off at 0 and 1; if all items are alike, which Student's would take for certain,
+    Wilson's.
+    """
+    if not rows:
+        return None
+    shares = list(_over_seeds((_item(row), row["checks"]["right"]) for row in rows).values())
+    is_alone = len({row["seed"] for row in rows}) == 1
+    if is_alone or len(set(shares)) == 1:
+        low, high = wilson(sum(shares), len(shares))
+    else:
+        mean, half = mean_interval(shares)
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return {"share": sum(shares) / len(shares), "low": low, "high": high, "n": len(shares)}
+
+
+def _l1(rows: Sequence[dict]) -> str:
+    """Of edits, and the autoencoder's own beside it; see :func:`share_over_items` for seeds."""
+    mean, own = (
+        mean_interval(
+            list(_over_seeds((_item(row), row[name]) for row in rows if name in row).values())
+        )
+        for name in ("l1", "autoencoder_l1")
+    )
     if mean is None:
         return "–"
-    own = mean_interval([row["autoencoder_l1"] for row in rows if "autoencoder_l1" in row])
     half = "" if mean.half is None else f" ± {mean.half:.3f}"
     return f"{mean.mean:.3f}{half} ({own.mean:.3f})"
+
+
+def _item(row: dict) -> tuple[str, int]:
+    """What a painted item is known by, in every variant and seed."""
+    return row["row"], row["index"]
+
+
+def _over_seeds(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
+    """The mean of each item's values, of which it has one a seed."""
+    found: dict[Hashable, list[float]] = {}
+    for item, value in values:
+        found.setdefault(item, []).append(value)
+    return {item: sum(each) / len(each) for item, each in found.items()}
 
 
 def error_table(errors: Sequence[dict]) -> str:
@@ -98,11 +142,11 @@ def error_table(errors: Sequence[dict]) -> str:
 
 def means_of(errors: Sequence[dict], variant: str, task: str) -> dict[int, float]:
     """The error of each triplet of a task by its place, over the seeds of a variant."""
-    found: dict[int, list[float]] = {}
-    for row in errors:
-        if row["variant"] == variant and row["task"] == task:
-            found.setdefault(row["place"], []).append(row["error"])
-    return {place: sum(each) / len(each) for place, each in found.items()}
+    return _over_seeds(
+        (row["place"], row["error"])
+        for row in errors
+        if row["variant"] == variant and row["task"] == task
+    )
 
 
 def _error(own: dict[int, float], base: dict[int, float]) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from experiments.mutual import command
 from experiments.mutual.errors import held_out_errors
 from experiments.mutual.painting import WordsPainter, text_of
-from experiments.mutual.report import error_table, table_of, write_mutual
+from experiments.mutual.report import error_table, share_over_items, table_of, write_mutual
 from experiments.mutual.variants import VARIANTS, in_words, write_list, write_start
 from imagelab.training.checkpoint import read_facts
 from mige import features
@@ -131,26 +131,48 @@ def embedded_of(pipeline, ids):
     return Embedded(table[torch.tensor(ids)], torch.ones(len(ids)))
 
 
+def painted(variant: str, seed: int, index: int, right: bool, l1: float = 0.02, row="edit-add"):
+    return {
+        "variant": variant, "seed": seed, "row": row, "index": index, "task": "edit",
+        "checks": {"right": right}, "l1": l1, "autoencoder_l1": 0.01,
+    }  # fmt: skip
+
+
 def test_the_table():
-    """Two of four: Wilson's interval is 15.0% to 85.0%."""
-    rows = [
-        {"variant": name, "seed": 0, "task": "edit", "checks": {"right": at < 2}, "l1": 0.02,
-         "autoencoder_l1": 0.01}
-        for name in ("together", "edit") for at in range(4)
-    ]  # fmt: skip
-    rows[0] = rows[0] | {"seed": 1, "l1": 0.06}
+    """An item of two seeds counts once.
+
+    Two of four of one seed: Wilson's interval is 15.0% to 85.0%. Eight of two seeds, one right in
+    both and seven in one: Student's ± 2.3646 · .17678 / √8 around 9/16. One L1 of .06, seven of
+    .02: ± 2.3646 · .014142 / √8 around .025.
+    """
+    rows = [painted("edit", 0, index, index < 2) for index in range(4)]
+    rows += [painted("together", 0, index, True) for index in range(8)]
+    rows += [painted("together", 1, index, not index, 0.02 if index else 0.1) for index in range(8)]
     assert table_of(rows).splitlines()[2:] == [
-        "| all tasks together | 2 | – | 50.0% (15.0% to 85.0%) | – | 0.030 ± 0.032 (0.010) |",
+        "| all tasks together | 2 | – | 56.2% (41.5% to 71.0%) | – | 0.025 ± 0.012 (0.010) |",
         "| edits alone | 1 | – | 50.0% (15.0% to 85.0%) | – | 0.020 ± 0.000 (0.010) |",
     ]
+
+
+def test_a_share_of_which_items_tell_little():
+    """Four items that no seed has right: Wilson's interval, up to z² / (4 + z²)."""
+    rows = [painted("together", seed, index, False) for index in range(4) for seed in range(3)]
+    found = share_over_items(rows)
+    assert found == {"share": 0, "low": 0, "high": pytest.approx(3.84146 / 7.84146), "n": 4}
+    # two items of two seeds, 1 and .5: ± 12.7 · .25 around .75 is cut off
+    rows = [painted("together", s, i, not (s and i)) for i in range(2) for s in range(2)]
+    assert share_over_items(rows) == {"share": 0.75, "low": 0, "high": 1, "n": 2}
+    # the same place of two rows is two items
+    rows = [painted("together", 0, 5, True, row=row) for row in ("edit-add", "edit-move")]
+    assert share_over_items(rows)["n"] == 2 and share_over_items([]) is None
 
 
 def test_rows_go_to_the_variant_of_their_folder(tmp_path):
     for folder in ("subject-0", "subject_edit-0", "subject_edit-12"):
         (tmp_path / folder).mkdir()
-        row = {"task": "subject", "checks": {"right": True}}
+        row = {"row": "subject-one", "index": 0, "task": "subject", "checks": {"right": True}}
         (tmp_path / folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    write_mutual(tmp_path)
+    assert "An item counts once: " in write_mutual(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("subject", 0), ("subject_edit", 0), ("subject_edit", 12),
