@@ -8,7 +8,7 @@ import torch
 from pretend_device import pretend
 
 from benchmarks import mige as command
-from benchmarks import mige_plain
+from benchmarks import mige_plain, mige_training
 from benchmarks.measure import operations
 from benchmarks.mige_cases import (
     MODELS,
@@ -257,6 +257,32 @@ def test_both_sides_on_a_pretend_gpu():
 def test_what_cannot_be_measured(arguments, told, fails):
     found = fails(command.main, ["--device", "cpu", *arguments])
     assert told in found.err
+
+
+def test_a_training_of_full_size_is_for_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stop:
+        mige_training.parse_args(["--model", "full", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "--model full needs a CUDA device; give mid or tiny" in capsys.readouterr().err
+
+
+def test_unequal_losses_of_a_training_are_an_error(tmp_path, monkeypatch):
+    """On the CPU; and equal ones are written down."""
+    monkeypatch.setattr("benchmarks.table.RESULTS", tmp_path)
+    asked = ["--device", "cpu", "--model", "tiny", "--what", "all weights", "--repeats", "1"]
+    asked += ["--threads", str(torch.get_num_threads())]
+    mige_training.main(asked)
+    (line,) = (tmp_path / "latest_training.md").read_text(encoding="utf-8").splitlines()[6:]
+    assert line.startswith("| all weights | ") and float(line.split("|")[-2]) <= 1e-5
+    embed = mige_training.PlainModel.embed
+
+    def wrong(self, batch):
+        found = embed(self, batch)
+        return found._replace(embeddings=found.embeddings.flip(-1))
+
+    monkeypatch.setattr(mige_training.PlainModel, "embed", wrong)
+    with pytest.raises(AssertionError, match="the losses of all weights are .* apart"):
+        mige_training.main(asked)
 
 
 FACTS = {
