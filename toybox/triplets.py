@@ -5,8 +5,9 @@
 
 A list for training is DIR/triplets.json, in the format that mige.features reads. --bench writes
 add_bench.json and replace_bench.json in MIGEBench's format, subjects.json and edits.json, all of
-the split test. Each triplet depends on seed, split and place alone. The same command goes on where
-it was stopped.
+the split test. Each triplet depends on seed, split and place alone, as long as its task is drawn;
+where --tasks or --bench give the task, or what is asked for, it is another one. The same command
+goes on where it was stopped.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 Three tasks, as MIGE has them: a scene of toys that pictures show ("subject"), a scene changed in
 one thing ("edit"), and a toy from a picture put into a scene ("subject_edit"). A triplet depends on
-its seed, split and index alone, and says what a judge has to find where.
+its seed, split and index alone; where its task or op is given in place of being drawn, it is
+another one. It says what a judge has to find where.
 """
 
 from dataclasses import dataclass
