@@ -1,6 +1,8 @@
 """The command that trains toybox: what it writes, goes on from, and refuses."""
 
 import json
+import re
+import shutil
 import signal
 from dataclasses import asdict, replace
 
@@ -10,8 +12,11 @@ from safetensors.torch import load_file
 from tiny_toybox import CONFIG, SHAPE, assert_same
 
 from imagelab.training.checkpoint import read_checkpoint
+from toybox.stable_diffusion import folders, train
 from toybox.stable_diffusion import options as train_options
-from toybox.stable_diffusion import train
+from toybox.stable_diffusion.architecture import ToyboxConfig
+from toybox.stable_diffusion.config import BOUNDS, TrainConfig
+from toybox.stable_diffusion.folders import OWN
 from toybox.stable_diffusion.measures import psnr
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -106,13 +111,113 @@ def test_training_goes_on_from_a_model_and_keeps_its_latents(command, model, tmp
         (("--vae_steps", "0"), "--begin_from"),
         (("--sample_steps", "0"), "--sample_steps is 0"),
         (("--begin_from", "nowhere"), "nowhere has no readable record.json"),
+        (("--seed", "-1"), "the seed is -1; give a whole number from 0 to"),
+        (("--vae_steps", "-1"), "--vae_steps is -1; give a whole number from 0 to"),
+        (("--vae_crop", "33"), "--vae_crop is 33; give a multiple of 8 up to 128"),
+        (("--vae_crop", "136"), "--vae_crop is 136; give a multiple of 8 up to 128"),
+        (("--vae_crop", "0"), "--vae_crop is 0; give a multiple of 8 up to 128"),
+        (("--workers", "-1"), "--workers is -1; give a whole number from 0 to 256"),
+        (("--minutes", "-1"), "--minutes is -1.0; give a number from 0 to 100000"),
+        (("--between", "-1"), "--between is -1; give a whole number from 0 to"),
+        (("--lr", "nan"), "--lr is nan; give a number from 0 to 1"),
+        (("--ema", "3"), "--ema is 3.0; give a number from 0 to 1"),
+        (("--caption_dropout", "7"), "--caption_dropout is 7.0; give a number from 0 to 1"),
+        (("--warmup", "-4"), "--warmup is -4; give a whole number from 0 to"),
+        (("--min_snr", "0"), "--min_snr is 0.0; give a number from 0.001 to 1000000"),
+        (("--unet_channels", "16", "20"), "--unet_channels is 16 20; give 2 multiples of 16"),
+        (("--unet_channels", "64"), "--unet_channels is 64; give 2 multiples of 16"),
+        (
+            ("--unet_channels", "64", "128", "128"),
+            "--unet_channels is 64 128 128; give 2 multiples of 16 up to 4096",
+        ),
+        (
+            ("--unet_channels", "16", "32"),
+            "--unet_channels is 16 32, and an attention head has 32; give more, or --unet_heads",
+        ),
+        (("--unet_heads", "2"), "--unet_heads is 2; give 2 numbers, each from 1 to"),
+        (("--unet_heads", "2", "0"), "--unet_heads is 2 0; give 2 numbers, each from 1 to"),
+        (("--unet_heads", "65", "2"), "the channels of its level (64 128)"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options, message, tmp_path, capsys):
+def test_settings_that_make_no_sense_are_refused(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_options, "ToyboxConfig", ToyboxConfig)  # not that of `command`
     with pytest.raises(SystemExit, match="2"):
         train.main(["--work", str(tmp_path / "work"), *options])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_every_number_of_the_training_has_bounds():
+    """But the seed and the crop, which have checks of their own."""
+    numbers = {k for k, v in asdict(TrainConfig()).items() if type(v) in (int, float)}
+    assert numbers - {"seed", "vae_crop"} == set(BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "message"),
+    [
+        (["record.json", "unet/config.json"], [], "is no model that this trainer wrote"),
+        (["model_index.json", "unet/config.json"], ["--overwrite"], "is no model that this"),
+        (["model_index.json", "record.json"], [], "holds a model; replace it with --overwrite"),
+        (["model_index.json", "record.json", "notes.txt"], ["--overwrite"], "holds notes.txt"),
+        ([""], [], "is no model that this trainer wrote"),
+        (["../work/mine"], ["--output", "."], "holds .*work; give another folder"),
+    ],
+)
+def test_what_is_in_the_way_is_told_before_the_training(
+    files, more, message, tmp_path, monkeypatch, fails
+):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    options = ["--work", "work", *OPTIONS, *STEPS, "--output", "out", *more]
+    monkeypatch.setattr(train, "train_vae", None)
+    assert re.search(message, fails(train.main, options).err)
+    assert all((tmp_path / "out" / name).read_text() == "mine" for name in files)
+    assert not (tmp_path / "work/settings.json").exists()
+
+
+def test_a_finished_model_is_replaced_when_told_or_in_its_own_work_folder(
+    command, model, tmp_path, fails
+):
+    shutil.copytree(model.parent, tmp_path / "work")
+    before = (model / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    own, other = tmp_path / "work/model", tmp_path / "other"
+    shutil.copytree(model, other)
+    assert {path.name for path in own.iterdir()} == set(OWN)
+    (own / "record.json").write_text("{}")
+    command(tmp_path / "work", *STEPS)  # nothing is left to train
+    assert record_of(own)["train"]["steps"] == 6
+    assert (own / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+    (other / "training.png").unlink()
+    told = fails(command, tmp_path / "work", *STEPS, "--output", str(other)).err
+    assert "other holds a model; replace it with --overwrite" in told
+    assert not (other / "training.png").exists()
+    command(tmp_path / "work", *STEPS, "--output", str(other), "--overwrite")
+    assert (other / "training.png").is_file()
+    (own / "notes.txt").write_text("mine")
+    assert "holds notes.txt" in fails(command, tmp_path / "work", *STEPS).err
+    assert (own / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_appears_when_it_is_whole(command, model, tmp_path, monkeypatch):
+    """Hues between the named ones are measured before, so that its record has all."""
+    shutil.copytree(model.parent, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work/model")
+    monkeypatch.setattr(train, "measure_between", lambda *_: {"noise": 0.5})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(folders, "plot_losses", fail)
+        command(tmp_path / "work", *STEPS, "--between", "1")
+    left = [path.name for path in (tmp_path / "work").iterdir() if "model" in path.name]
+    assert left == []
+    folder = command(tmp_path / "work", *STEPS, "--between", "1")
+    assert record_of(folder)["between"] == [{"noise": 0.5}] * 2
 
 
 @pytest.mark.parametrize("odds", [("1", "-1", "1"), ("0", "0", "0"), ("nan", "1", "1"), ("1", "2")])

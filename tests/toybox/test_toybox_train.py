@@ -17,6 +17,7 @@ from imagelab.training.interrupt import Interrupted
 from toybox.scenes.scenes import caption
 from toybox.stable_diffusion import data as toybox_data
 from toybox.stable_diffusion.architecture import build_pipeline, build_tokenizer
+from toybox.stable_diffusion.batches import generator
 from toybox.stable_diffusion.data import MAX_TOYS, encode_scenes, scene_of
 from toybox.stable_diffusion.folders import check_work
 from toybox.stable_diffusion.loss import grounding_loss, timestep_weights
@@ -177,6 +178,12 @@ def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
 
 # ----------------------------------------------------------------------------------------------
 # its pieces
+
+
+def test_every_seed_has_a_generator():
+    assert generator(3, 2).initial_seed() == 3_000_011
+    seeds = {generator(seed, step).initial_seed() for seed in (0, 2**63 - 1) for step in (0, 1)}
+    assert len(seeds) == 4
 
 
 def test_latents_are_encoded_once(data, monkeypatch):

@@ -15,6 +15,7 @@ from imagelab.models.loading import quiet_libraries
 from imagelab.models.stable_diffusion import StableDiffusion
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
+UNET_GROUPS = 16  # of each of the UNet's group norms
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def build_unet(config: ToyboxConfig) -> UNet2DConditionModel:
         layers_per_block=config.unet_layers,
         cross_attention_dim=config.text_width,
         attention_head_dim=heads,  # diffusers' name for their number
-        norm_num_groups=16,
+        norm_num_groups=UNET_GROUPS,
         use_linear_projection=True,
     )
 

@@ -24,7 +24,7 @@ from toybox.stable_diffusion.looks import features
 
 def generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
     """The generator of a step's noise."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -56,6 +56,37 @@ class TrainConfig:
         return [each / sum(odds) for each in odds]
 
 
+#: Least and most of each number; two whole ones are of a whole number.
+BOUNDS = {
+    "vae_scenes": (1, 10_000_000),
+    "vae_steps": (0, 10_000_000),
+    "vae_batch": (1, 100_000),
+    "vae_lr": (0.0, 1.0),
+    "kl_weight": (0.0, 1e6),
+    "decoder_steps": (0, 10_000_000),
+    "decoder_batch": (1, 100_000),
+    "decoder_lr": (0.0, 1.0),
+    "free_looks": (0.0, 1.0),
+    "scenes": (1, 10_000_000),
+    "captions": (1, 10_000),
+    "steps": (0, 10_000_000),
+    "sample_steps": (1, 1_000_000_000),
+    "batch": (1, 100_000),
+    "lr": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+    "warmup": (0, 10_000_000),
+    "cooldown": (0.0, 1.0),
+    "ema": (0.0, 1.0),
+    "caption_dropout": (0.0, 1.0),
+    "bare_captions": (0.0, 1.0),
+    "near_hue": (0.0, 180.0),
+    "placeholders": (0.0, 1.0),
+    "mixed": (0.0, 1.0),
+    "look_noise": (0.0, 1.0),
+    "min_snr": (0.001, 1e6),  # at 0 no timestep would have a weight
+    "grounding_weight": (0.0, 1e6),
+    "grounding_timesteps": (0, 1000),
+}
 HELP = {
     "seed": "fixes the scenes and every draw",
     "vae_scenes": "scenes that the autoencoder learns from",

@@ -12,11 +12,12 @@ from pathlib import Path
 from PIL import Image
 
 from imagelab.cli import HelpFormatter, Parser, report_errors
-from imagelab.errors import UserError
 from imagelab.io.atomic import write_json
 from imagelab.io.folders import check_writable
 from imagelab.io.pictures import Tile, contact_sheet
 from imagelab.models.device import choose_device
+from imagelab.settings import check_within
+from imagelab.training.seeds import check_seed
 from toybox.classifier.network import SCENE, Classifier, load_classifier, to_input
 from toybox.scenes.scenes import distinct_kinds
 from toybox.scenes.toys import KINDS
@@ -57,6 +58,7 @@ MEASURES = {
     ("renders", "kinds"): ("renders through the autoencoder, two objects: both kinds", None),
     ("renders", "hues"): ("renders through the autoencoder, two objects: each in its hue", None),
 }
+BOUNDS = {"images": (1, 1_000_000)}
 
 
 def sample_tiles(rows: list[tuple[Prompt, Image.Image, bool]]) -> list[Tile]:
@@ -128,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with report_errors(parser):
-        if args.images < 1:
-            raise UserError(f"--images {args.images} leaves nothing to measure; use 1 or more")
+        check_seed(args.seed)
+        check_within(vars(args), BOUNDS)
         check_writable(args.output, "output")
         kinds = distinct_kinds(args.kinds or trained_kinds(args.model))
         device = choose_device(args.device)

@@ -2,24 +2,27 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from imagelab.cli import HelpFormatter, Parser
-from imagelab.errors import UserError
+from imagelab.errors import UserError, shown
 from imagelab.processes import Processes
+from imagelab.settings import check_within
+from imagelab.training.seeds import check_seed
 from toybox.scenes.scenes import distinct_kinds
 from toybox.scenes.toys import KINDS
-from toybox.stable_diffusion.architecture import ToyboxConfig
-from toybox.stable_diffusion.config import HELP, TrainConfig
+from toybox.stable_diffusion.architecture import UNET_GROUPS, ToyboxConfig
+from toybox.stable_diffusion.config import BOUNDS, HELP, TrainConfig
 from toybox.stable_diffusion.folders import read_record
 
 #: Parts of --begin_from that may begin anew.
 PARTS = ("unet", "text_encoder")
-#: Numbers that make no sense below 1.
-COUNTS = (
-    "vae_scenes", "vae_batch", "decoder_batch", "scenes", "captions", "batch", "sample_steps",
-)  # fmt: skip
+#: Least and most of the numbers that say how the training is carried out.
+RUN_BOUNDS = {"workers": (0, 256), "minutes": (0.0, 100_000.0), "between": (0, 1_000_000)}
+LEVELS = 2  # of the UNet: decoder-1, whose attention is grounded, works at the latents' size
+MOST_CHANNELS = 4096
 
 
 def parse_args(
@@ -53,6 +56,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, help="pipeline folder; None: the folder model in --work"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     parser.add_argument("--begin_from", type=Path, help="pipeline folder to go on from")
     parser.add_argument(
         "--fresh", nargs="+", default=[], choices=PARTS, metavar="PART",
@@ -90,6 +94,8 @@ def _add_runtime(parser: argparse.ArgumentParser) -> None:
 
 def choose_config(options: argparse.Namespace, processes: Processes) -> TrainConfig:
     """The numbers that the options ask for; a UserError for what makes no sense."""
+    check_seed(options.seed)
+    check_within(vars(options), BOUNDS | RUN_BOUNDS)
     given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
     given["kinds"] = distinct_kinds(given["kinds"])
     given["oftener"] = tuple(given["oftener"])
@@ -98,14 +104,8 @@ def choose_config(options: argparse.Namespace, processes: Processes) -> TrainCon
     given["count_odds"] = odds = tuple(given["count_odds"])
     if not (min(odds) >= 0 and 0 < sum(odds) < math.inf):
         raise UserError("--count_odds takes three numbers from 0 on, not all of them 0")
-    for name in COUNTS:
-        if given[name] < 1:
-            raise UserError(f"--{name} is {given[name]}; give 1 or more")
     if options.begin_from is None and not given["vae_steps"]:
         raise UserError("--vae_steps 0 keeps the latents of --begin_from; give that or more steps")
-    for name in ("free_looks", "placeholders", "mixed", "look_noise"):
-        if not 0 <= given[name] <= 1:
-            raise UserError(f"--{name} is {given[name]}; give a share from 0 to 1")
     if given["placeholders"] + given["mixed"] > 1:
         raise UserError("--placeholders and --mixed are shares of all captions, more than 1 here")
     if options.minutes is not None and given["cooldown"] > 0.5:
@@ -120,7 +120,10 @@ def choose_config(options: argparse.Namespace, processes: Processes) -> TrainCon
 
 
 def choose_shape(options: argparse.Namespace) -> ToyboxConfig:
-    """The shape of --begin_from or the usual one, with the UNet that the options ask for."""
+    """The shape of --begin_from or the usual one, with the UNet that the options ask for.
+
+    Raises UserError for a UNet or crops that this shape does not allow.
+    """
     shape = ToyboxConfig()
     if options.begin_from is not None:
         known = read_record(options.begin_from)["shape"]
@@ -133,4 +136,40 @@ def choose_shape(options: argparse.Namespace) -> ToyboxConfig:
     }
     if wanted and options.begin_from is not None and "unet" not in options.fresh:
         raise UserError(f"--{min(wanted)} needs a new UNet: add --fresh unet")
-    return replace(shape, **wanted)
+    shape = replace(shape, **wanted)
+    _check_unet(shape)
+    step = shape.resolution // shape.latent_size
+    if options.vae_steps and options.vae_crop not in range(step, shape.resolution + 1, step):
+        raise UserError(
+            f"--vae_crop is {options.vae_crop}; give a multiple of {step} up to {shape.resolution}"
+        )
+    return shape
+
+
+def _check_unet(shape: ToyboxConfig) -> None:
+    """Raises UserError for a UNet that could not be built, or not be trained."""
+    channels, heads = shape.unet_channels, shape.unet_heads
+    allowed = range(UNET_GROUPS, MOST_CHANNELS + 1, UNET_GROUPS)
+    if len(channels) != LEVELS or any(each not in allowed for each in channels):
+        raise UserError(
+            f"--unet_channels is {_words(channels)}; give {LEVELS} multiples of {UNET_GROUPS} up "
+            f"to {MOST_CHANNELS}"
+        )
+    if heads is None and min(channels) < shape.head_channels:
+        raise UserError(
+            f"--unet_channels is {_words(channels)}, and an attention head has "
+            f"{shape.head_channels}; give more, or --unet_heads"
+        )
+    if heads is not None and (
+        len(heads) != LEVELS
+        or any(not 1 <= some <= each for some, each in zip(heads, channels, strict=True))
+    ):
+        raise UserError(
+            f"--unet_heads is {_words(heads)}; give {LEVELS} numbers, each from 1 to the channels "
+            f"of its level ({_words(channels)})"
+        )
+
+
+def _words(numbers: Sequence[int]) -> str:
+    """Numbers as the command line has them."""
+    return shown(" ".join(map(shown, numbers)))

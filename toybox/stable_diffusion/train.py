@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from imagelab.cli import report_errors
-from imagelab.io.atomic import write_json
 from imagelab.io.tensors import write_tensors
 from imagelab.models.device import choose_device
 from imagelab.processes import Processes
@@ -30,6 +29,7 @@ from toybox.stable_diffusion.config import TrainConfig
 from toybox.stable_diffusion.data import encode_scenes
 from toybox.stable_diffusion.folders import (
     check_work,
+    choose_output,
     copy_vocabulary,
     read_record,
     read_scale,
@@ -53,6 +53,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
         "fresh": options.fresh,
     }
     with processes.first_alone():
+        output = choose_output(options.output, run, start, options.overwrite)
         check_work(run, start, options.fresh)
         if start and processes.is_first:
             copy_vocabulary(start / "tokenizer", run.work)
@@ -75,13 +76,11 @@ def train(run: Run, options: argparse.Namespace) -> None:
     record["train"] = asdict(replace(run.config, steps=steps))
     record["seconds"] = {name: one.seconds for name, one in courses.items()}
     pipeline = build_pipeline(vae, trained.text_encoder, tokenizer, trained.unet)
-    output = options.output or run.work / "model"
-    write_pipeline(pipeline, output, run.work, courses, record)
     # what measurements alone need
     write_tensors(run.work / "looks.safetensors", trained.embedder.state_dict())
     if options.between:
         record["between"] = between(pipeline, trained.embedder, options.between, run.config)
-        write_json(output / "record.json", record)
+    write_pipeline(pipeline, output, run.work, courses, record)
 
 
 def learn_to_draw(run: Run, vae, tokenizer, data: dict[str, Tensor]) -> Trained:
@@ -102,8 +101,8 @@ def all_words(seed: int) -> Iterator[str]:
 
 
 def between(pipeline, embedder, images: int, config: TrainConfig) -> list[dict[str, float]]:
-    """Hues between the named ones, from the weights as they were saved: clear, and half noise."""
-    pipeline.to(torch.float32)
+    """Hues between the named ones, from the weights as they are saved: clear, and half noise."""
+    pipeline.to(dtype=torch.float16).to(torch.float32)
     classifier = load_classifier()
     found = [
         measure_between(pipeline, embedder, classifier, images, 0, config.kinds, share)
