@@ -19,9 +19,7 @@ from toybox.classifier.network import (
     load_classifier,
     to_input,
 )
-from toybox.classifier.train import (
-    classifier_loss,
-)
+from toybox.classifier.train import classifier_loss
 from toybox.scenes.scenes import draw_scene, render
 from toybox.scenes.toys import KINDS, Look
 from toybox.stable_diffusion import FOLDER, evaluate
@@ -147,6 +145,58 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_training(tmp_path,
     with pytest.raises(SystemExit, match="2"):
         toybox_classifier.main(["--output", str(tmp_path / "file/small.safetensors")])
     assert "is a file, not a folder; give another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps is 0; give a whole number from 1 to"),
+        (["--scenes", "0"], "--scenes is 0; give a whole number from 1 to"),
+        (["--width", "50"], "--width is 50; give a multiple of 8"),
+        (["--width", "0"], "--width is 0; give a whole number from 8 to 4096"),
+        (["--lr", "nan"], "--lr is nan; give a number from 0 to 1"),
+        (["--seed", "-1"], "the seed is -1; give a whole number from 0 to"),
+        (["--output", "w.json"], "--output is w.json; give a file that ends in .safetensors"),
+        (["--output", "here/"], "--output is here; give a file that ends in .safetensors"),
+        (["--output", "folder.safetensors"], "folder.safetensors is a folder, not a file"),
+        (["--output", "config.safetensors"], "config.json is there already; replace it with"),
+        (["--output", "mine.safetensors"], "mine.safetensors is there already; replace it with"),
+    ],
+)
+def test_what_the_classifier_cannot_learn_or_write_is_told_before_the_training(
+    options, message, tmp_path, monkeypatch, fails
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("config.json", "mine.safetensors"):
+        (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(toybox_classifier, "train", None)
+    assert message in fails(toybox_classifier.main, options).err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_weights_and_their_record_are_replaced_when_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(toybox_classifier, "accuracy", lambda *_: {"crop_kind": 0.5})
+    options = ["--scenes", "2", "--steps", "1", "--batch", "2", "--width", "8", "--overwrite"]
+    for name in ("small.safetensors", "small.json"):
+        (tmp_path / name).write_text("old")
+    toybox_classifier.main(["--output", str(tmp_path / "small.safetensors"), *options])
+    assert load_classifier(tmp_path / "small.safetensors").kinds.weight.shape[1] == 8
+    assert json.loads((tmp_path / "small.json").read_text())["held_out"] == {"crop_kind": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "the seed is -1; give a whole number from 0 to"),
+        (["--images", "0"], "--images is 0; give a whole number from 1 to"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(options, message, tmp_path, fails):
+    assert message in fails(evaluate.main, ["--output", str(tmp_path / "out"), *options]).err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_measures_the_shipped_model(tmp_path, capsys):

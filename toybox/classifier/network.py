@@ -21,6 +21,7 @@ from toybox.scenes.toys import HUES, KINDS
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 CROP, SCENE, CELL = 64, 96, 8  # sides in pixels: a crop, a whole scene, a cell
+GROUPS = 8  # of channels, which are normed together
 _PRESENT = 0.01  # share of a picture that a toy covers at least
 
 
@@ -86,10 +87,10 @@ class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.inner = nn.Sequential(
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(GROUPS, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(GROUPS, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
         )
@@ -110,7 +111,7 @@ class Classifier(nn.Module):
             nn.SiLU(),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
             *(_Residual(width) for _ in range(3)),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(GROUPS, width),
             nn.SiLU(),
         )
         self.kinds = nn.Conv2d(width, 1 + len(KINDS), 1)  # the first is the background

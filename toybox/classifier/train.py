@@ -4,6 +4,7 @@ It takes some ten minutes on one core, and saves the held-out accuracy beside th
 """
 
 import json
+import os
 from colorsys import hsv_to_rgb
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from imagelab.cli import HelpFormatter, Parser, report_errors
+from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
 from imagelab.io.folders import check_writable
+from imagelab.settings import check_within
+from imagelab.training.seeds import check_seed
 from toybox.classifier.network import (
     CELL,
     CROP,
+    GROUPS,
     SCENE,
     WEIGHTS,
     Classifier,
@@ -35,6 +40,15 @@ from toybox.scenes.scenes import draw_scene, render
 from toybox.scenes.toys import KINDS
 
 _DRAWN = 128  # side in pixels at which scenes are rendered
+BOUNDS = {
+    "scenes": (1, 10_000_000),
+    "steps": (1, 10_000_000),
+    "batch": (1, 100_000),
+    "lr": (0.0, 1.0),
+    "width": (GROUPS, 4096),
+    "turned": (0.0, 1.0),
+    "flooded": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,11 @@ def classifier_loss(logits: Tensor, vectors: Tensor, kinds: Tensor, hue: Tensor)
 
 
 def train(config: ClassifierConfig) -> Classifier:
-    """Adam with one cosine; the classifier after the last step."""
+    """The classifier after the last step.
+
+    AdamW with OneCycle: the rate rises over the first 30% of the steps, and falls over the others,
+    both as cosines.
+    """
     torch.manual_seed(config.seed)
     classifier = Classifier(config.width)
     scenes = Scenes(config.seed, config.scenes, flooded=config.flooded)
@@ -210,6 +228,29 @@ def _share(found: list, truth: list) -> float:
     return sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth)
 
 
+def check(config: ClassifierConfig, output: Path, overwrite: bool) -> None:
+    """Raises UserError for settings that make no sense, and where the weights cannot be written."""
+    check_seed(config.seed)
+    check_within(asdict(config), BOUNDS)
+    if config.width % GROUPS:
+        raise UserError(f"--width is {config.width}; give a multiple of {GROUPS}")
+    if output.suffix != WEIGHTS.suffix:
+        raise UserError(f"--output is {output}; give a file that ends in {WEIGHTS.suffix}")
+    check_writable(output.absolute().parent, "output")
+    for path in (output, record_of(output)):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not a file; give another --output")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(
+                f"{path} is there already; replace it with --overwrite, or give another --output"
+            )
+
+
+def record_of(weights: Path) -> Path:
+    """Where the record of a training lies: beside the weights."""
+    return weights.with_suffix(".json")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m toybox.classifier.train",
@@ -217,24 +258,27 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path(WEIGHTS.name), help="weights to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace weights, and their record, that are there"
+    )
     for name, value in asdict(ClassifierConfig()).items():
         if not isinstance(value, tuple):
             parser.add_argument(
                 f"--{name}", type=type(value), default=value, help="default: %(default)s"
             )
     arguments = vars(parser.parse_args(argv))
-    output = arguments.pop("output")
+    output, overwrite = arguments.pop("output"), arguments.pop("overwrite")
     with report_errors(parser):
-        check_writable(output.parent, "output")
-        output.parent.mkdir(parents=True, exist_ok=True)
         config = ClassifierConfig(**arguments)
+        check(config, output, overwrite)
+        output.parent.mkdir(parents=True, exist_ok=True)
         classifier = train(config)
         weights = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
         with written_aside(output) as aside:
             save_file(weights, aside)
         held_out = accuracy(load_classifier(output), config.seed + 999, 1000)
         record = {"train": asdict(config), "held_out": held_out}
-        write_json(output.with_suffix(".json"), record)
+        write_json(record_of(output), record)
         print(json.dumps(held_out, indent=2))
 
 
