@@ -166,6 +166,31 @@ def test_options_for_new_folders_need_a_count(capsys):
     with pytest.raises(SystemExit):
         main(["--kinds", "car"])
     assert "add --count" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--size", "8"])
-    assert "--size 8 is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "8"], "--size is 8; give a whole number from 32 to 16384"),
+        (["--count", "0"], "--count is 0; give a whole number from 1 to 100000"),
+        (["--count", "1", "--seed", "-1"], "the seed is -1; give a whole number from 0 to"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(options, message, tmp_path, fails):
+    assert message in fails(main, ["--output", str(tmp_path / "out"), *options]).err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_folders_are_checked_before_the_first_is_written(tmp_path, fails):
+    new = ["--size", "64", "--count", "3", "--output"]
+    (tmp_path / "there/set002").mkdir(parents=True)
+    told = fails(main, [*new, str(tmp_path / "there")]).err
+    assert "set002 exists already; choose another --output or add --overwrite" in told
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["set002"]
+    (tmp_path / "there/set002").rmdir()
+    (tmp_path / "there/set002").touch()
+    told = fails(main, [*new, str(tmp_path / "there"), "--overwrite"]).err
+    assert "set002 is a file, not a folder; give another --output" in told
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["set002"]
+    told = fails(main, [*new, str(tmp_path / "there/set002")]).err
+    assert "set002 is a file, not a folder; give another --output" in told

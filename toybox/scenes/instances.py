@@ -19,6 +19,8 @@ from PIL import Image
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import write_json, written_aside
+from imagelab.io.folders import check_writable
+from imagelab.settings import check_within
 from toybox.scenes.scenes import Scene, draw_scene, render
 from toybox.scenes.toys import HUES, KINDS, Look
 
@@ -35,6 +37,7 @@ FAMILIES = (
     ("bear", "cat", "dog", "fox"),
 )
 ALIKE = ("kind", "hue")
+BOUNDS = {"count": (1, 100_000), "size": (32, 16_384)}  # in less pixels no toy can be seen
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,7 @@ def write_folder(
     An existing folder is an error unless ``overwrite``; then these files are replaced, surplus
     masks are removed, and whatever else lies there stays.
     """
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists already; choose another --output or add --overwrite")
+    check_target(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     picture, masks = render(scene, size)
     description = {"size": size, "seed": seed, "ground": scene.ground}
@@ -153,6 +155,13 @@ def write_folder(
     for path in folder.glob("mask*.png"):
         if path.stem[4:].isdigit() and int(path.stem[4:]) >= len(masks):
             path.unlink()
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raises UserError where an instance folder exists already, or cannot be written."""
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists already; choose another --output or add --overwrite")
+    check_writable(folder, "output")
 
 
 def read_looks(folder: Path) -> list[Look]:
@@ -183,10 +192,11 @@ def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for options that make no sense."""
     if args.count is None and (args.seed or args.instances or args.alike or args.kinds):
         raise UserError("the five examples are fixed; add --count to write new folders")
-    if args.count is not None and args.count < 1:
-        raise UserError(f"--count {args.count} writes nothing; give 1 or more")
-    if args.size < 32:
-        raise UserError(f"--size {args.size} is too small to see a toy; use 32 or more")
+    check_within(vars(args), BOUNDS)
+    if args.count is not None:
+        from imagelab.training.seeds import check_seed  # which takes its time: it imports torch
+
+        check_seed(args.seed)
 
 
 def scenes_to_write(args: argparse.Namespace) -> dict[str, tuple[Scene, int]]:
@@ -206,7 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     with report_errors(parser):
         check_options(args)
-        for name, (scene, seed) in scenes_to_write(args).items():
+        scenes = scenes_to_write(args)
+        for name in scenes:
+            check_target(args.output / name, args.overwrite)
+        for name, (scene, seed) in scenes.items():
             write_folder(args.output / name, scene, seed, args.size, args.overwrite)
             looks = (f"{toy.look.kind} {toy.look.hue:g}°" for toy in scene.toys)
             print(f"{args.output / name}: {', '.join(looks)}")
