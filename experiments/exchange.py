@@ -24,6 +24,7 @@ from tqdm import tqdm
 from experiments.comparison.folders import painting_settings
 from experiments.comparison.settings import HELP, Settings, folder_seed
 from experiments.judge import judge
+from experiments.study import pictures_folder
 from experiments.tables import Row, markdown
 from experiments.tasks import Task, TaskPainter
 from imagelab.attention import attention_layers
@@ -145,8 +146,9 @@ def exchange_folder(
         facts = [way, learned, asdict(part), asdict(task), painting]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         if key not in records.found:
+            output = pictures_folder(work, way, name) / f"exchange {part.name}-{key}"
             with exchanged(base.unet, part, own, other):
-                row = painter.run(task, work / "pictures" / way / name / f"exchange {part.name}")
+                row = painter.run(task, output)
             shown = [
                 [shows_other(each, box, looks) for box, each in enumerate(picture)]
                 for picture in row["judged"]

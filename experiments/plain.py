@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.comparison.settings import HELP
 from experiments.study import Job, rows_of, run_study
 from experiments.tables import (
     Row,
@@ -43,16 +44,27 @@ NAMES = {2: "two", 3: "three"}  # of tasks, by their boxes
 ALONE_MEASURES = (own_there, other_there)
 
 
-def make_jobs(folder_path: Path, work: Path, seeds: int, settings: dict | None = None) -> list[Job]:
+def make_jobs(
+    folder_path: Path,
+    work: Path,
+    seeds: int,
+    mixed_precision: str = "auto",
+    settings: dict | None = None,
+) -> list[Job]:
     """A job for each seed and instance folder, seeds outermost.
 
-    ``settings``: of learning, by name, in place of what the plain command takes.
+    Args:
+        mixed_precision: of learning and painting; what is learned in another than ``auto`` is a way
+            of its own.
+        settings: of learning, by name, in place of what the plain command takes.
     """
+    given = {} if mixed_precision == "auto" else {"mixed_precision": mixed_precision}
     names = list_instances(folder_path)
     if not names:
         raise UserError(f"{folder_path} holds no instance folder; give another --folder_path")
     jobs = []
     for seed in range(seeds):
+        way = "-".join([f"seed{seed}", *given.values()])
         for name in names:
             looks = tuple(read_looks(folder_path / name))
             if len(looks) not in NAMES:
@@ -62,7 +74,7 @@ def make_jobs(folder_path: Path, work: Path, seeds: int, settings: dict | None =
                 )
             config = LearningConfig.from_settings(
                 instance=name, folder_path=str(folder_path), model_path="toybox", seed=seed,
-                output_dir=str(work / "learned" / f"seed{seed}"), **(settings or {}),
+                output_dir=str(work / "learned" / way), **given | (settings or {}),
             )  # fmt: skip
             tasks = [
                 Task(NAMES[count], tuple(range(count)), True, PICTURES, 1000 * seed)
@@ -72,7 +84,7 @@ def make_jobs(folder_path: Path, work: Path, seeds: int, settings: dict | None =
                 Task(f"alone {asset}", (asset,), False, ALONE, 1000 * seed)
                 for asset in range(len(looks))
             ]
-            jobs.append(Job(f"seed{seed}", config, looks, tuple(tasks), {"learning_seed": seed}))
+            jobs.append(Job(way, config, looks, tuple(tasks), {"learning_seed": seed}, given))
     return jobs
 
 
@@ -163,6 +175,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument(
         "--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu"
     )
+    parser.add_argument("--mixed_precision", default="auto", help=HELP["mixed_precision"])
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 
@@ -173,11 +186,13 @@ def main(argv: list[str] | None = None) -> None:
         if options.seeds < 1:
             raise UserError(f"--seeds is {options.seeds}; give a whole number from 1 on")
         check_writable(options.work, "work")
-        from imagelab.models.device import choose_device
+        from imagelab.models.device import choose_device, choose_precision
         from imagelab.processes import Processes
 
-        processes = Processes(choose_device(options.device))
-        jobs = make_jobs(options.folder_path, options.work, options.seeds)
+        device = choose_device(options.device)
+        choose_precision(options.mixed_precision, device)  # fails before anything is learned
+        processes = Processes(device)
+        jobs = make_jobs(options.folder_path, options.work, options.seeds, options.mixed_precision)
         try:
             failures = run_study(jobs, options.work, processes)
         except KeyboardInterrupt:

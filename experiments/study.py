@@ -34,7 +34,8 @@ class Job:
     """One folder, learned in one way, and what is painted of it.
 
     Attributes:
-        way: the name of the way; pictures go into ``pictures/{way}/{folder}``.
+        way: the name of the way; pictures go into ``pictures/{way}/{folder}``, those of each row
+            into a folder of their own.
         looks: of the folder's instances.
         about: what the rows say of the way, for tables.
         painting: settings of synthesis, by name, in place of its defaults.
@@ -70,10 +71,10 @@ def base_facts(model_path: str) -> list:
 
 
 def run_study(jobs: Sequence[Job], work: Path, processes: Processes) -> dict[str, str]:
-    """Learn and paint what has no row yet, shared over processes.
+    """Learn and paint what has no row yet, or none with its pictures, shared over processes.
 
-    A failure of one job does not keep the others from running. Returns sentences about what
-    failed, by the job's name.
+    Of two rows with one key the later one counts. A failure of one job does not keep the others
+    from running. Returns sentences about what failed, by the job's name.
     """
     records, classifier = Records(work / ROWS), load_classifier()
     failures: dict[str, str] = {}
@@ -91,7 +92,11 @@ def run_study(jobs: Sequence[Job], work: Path, processes: Processes) -> dict[str
 
 
 def _run(job: Job, work: Path, records: Records, classifier, device: str) -> None:
-    missing = [task for task in job.tasks if job.key(task) not in records.found]
+    missing = []
+    for task in job.tasks:
+        if not is_whole(records.found.get(job.key(task)), work):
+            records.found.pop(job.key(task), None)  # else its new row would not be added
+            missing.append(task)
     if not missing:
         return
     learn_folder(work, job.config, device)
@@ -99,14 +104,28 @@ def _run(job: Job, work: Path, records: Records, classifier, device: str) -> Non
     separation = read_manifest(folder)["separation"]
     painter = TaskPainter(folder, job.looks, classifier, device, dict(job.painting))
     for task in missing:
-        output = work / PICTURES / job.way / job.config.instance / task.name
+        key = job.key(task)
+        output = pictures_folder(work, job.way, job.config.instance) / f"{task.name}-{key}"
         found = painter.run(task, output)
         about = {"way": job.way, **job.about, "folder": job.config.instance}
-        records.add({"key": job.key(task), **about, "separation": separation, **found})
+        records.add({"key": key, **about, "separation": separation, **found})
+
+
+def pictures_folder(work: Path, way: str, folder: str) -> Path:
+    """Where the pictures of a learned folder go; the paths in rows are below it."""
+    return work / PICTURES / way / folder
+
+
+def is_whole(row: dict | None, work: Path) -> bool:
+    """Whether a row is there, and all pictures that it was judged on."""
+    if row is None:
+        return False
+    folder = pictures_folder(work, row["way"], row["folder"])
+    return all((folder / name).is_file() for name in row["pictures"])
 
 
 def rows_of(jobs: Sequence[Job], work: Path) -> list[dict]:
-    """The rows of jobs that are there, in the order of the jobs and their tasks."""
+    """The rows of jobs that are there with their pictures, by the order of jobs and tasks."""
     found = Records(work / ROWS).found
-    keys = [job.key(task) for job in jobs for task in job.tasks]
-    return [found[key] for key in keys if key in found]
+    rows = [found.get(job.key(task)) for job in jobs for task in job.tasks]
+    return [row for row in rows if is_whole(row, work)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from experiments.study import PICTURES
+from experiments.study import pictures_folder
 from imagelab.boxes import Box, raster
 from imagelab.evaluation.report import Mean, mean_interval
 from imagelab.io.pictures import Tile, contact_sheet
@@ -82,8 +82,8 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def marked(row: Row, index: int, work: Path) -> Image.Image:
     """Picture ``index`` of a row with its boxes: thin and white; thick and red for wrong ones."""
-    path = work / PICTURES / row["way"] / row["folder"] / row["pictures"][index]
-    with Image.open(path) as file:
+    folder = pictures_folder(work, row["way"], row["folder"])
+    with Image.open(folder / row["pictures"][index]) as file:
         picture = file.convert("RGB")
     draw = ImageDraw.Draw(picture)
     judged = row["judged"][index] if row["judged"] else []

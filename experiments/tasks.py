@@ -66,7 +66,7 @@ class TaskPainter:
         return scene
 
     def run(self, task: Task, output: Path) -> dict:
-        """Paint a task's pictures into a folder; its row.
+        """Paint a task's pictures into a folder, and replace those that are there; its row.
 
         Returns a dict with
 

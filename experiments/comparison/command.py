@@ -10,12 +10,22 @@ stopped, also with more folders, losses or bases. Processes share the work:
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from experiments.comparison.settings import HELP, LOSSES, TOKENS, Settings, Variant, variants
+from experiments.comparison.settings import (
+    BOUNDS,
+    HELP,
+    LOSSES,
+    TOKENS,
+    Settings,
+    Variant,
+    variants,
+)
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
+from imagelab.settings import check_within
+from mifo.bounds import check_bounds
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -45,11 +55,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def chosen(options: argparse.Namespace) -> tuple[Settings, list[Variant]]:
     """What the options ask for; a UserError for what makes no sense."""
+    from imagelab.training.seeds import check_seed  # which takes its time: it imports torch
+
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
-    for name, least in (("folders", 1), ("first", 0), ("pictures", 1), ("alone", 1)):
-        value = getattr(settings, name)
-        if value < least:
-            raise UserError(f"--{name} is {value}; give a whole number from {least} on")
+    check_within(asdict(settings), BOUNDS)
+    check_bounds(asdict(settings))
+    check_seed(settings.seed)
     found = variants(
         *(list(dict.fromkeys(v)) for v in (options.bases, options.tokens, options.losses))
     )
@@ -65,10 +76,12 @@ def main(argv: list[str] | None = None) -> None:
         from experiments.comparison.folders import make_job, prepare
         from experiments.comparison.report import write_comparison
         from experiments.study import rows_of, run_study
-        from imagelab.models.device import choose_device
+        from imagelab.models.device import choose_device, choose_precision
         from imagelab.processes import Processes
 
-        work, processes = options.work, Processes(choose_device(settings.device))
+        device = choose_device(settings.device)
+        choose_precision(settings.mixed_precision, device)  # fails before anything is learned
+        work, processes = options.work, Processes(device)
         with processes.first_alone():
             names = prepare(work, settings, list(dict.fromkeys(v.base for v in found)))
         # folder by folder, so that a table of some folders has all variants

@@ -21,6 +21,8 @@ from imagelab.io.folders import check_writable
 from imagelab.io.tensors import read_json
 from imagelab.models.digests import weights_digest
 from imagelab.models.sources import check_folder, locate_model
+from imagelab.models.stable_diffusion import LOADERS
+from imagelab.sampling import check_steps
 from mifo.learning.checks import check_settings
 from mifo.learning.config import LearningConfig
 from toybox.scenes.instances import look_alikes, read_looks, with_looks, write_folder
@@ -77,9 +79,12 @@ def prepare(work: Path, settings: Settings, bases: Sequence[str]) -> list[str]:
             "another --work"
         )
     names = [folder_name(settings.first + index) for index in range(settings.folders)]
+    last = names[-1]  # whose seed is the largest
+    check_settings(learning_config(work, settings, Variant(bases[0], "random", "mifo"), last))
+    for model in models.values():
+        check_steps(settings.num_inference_steps, LOADERS["scheduler"](model / "scheduler"))
     for index, name in enumerate(names):
         make_folder(work / "folders" / name, settings.seed, settings.first + index, kinds)
-    check_settings(learning_config(work, settings, Variant(bases[0], "random", "mifo"), names[0]))
     if then | digests != then or not path.is_file():
         write_json(path, then | digests)
     return names

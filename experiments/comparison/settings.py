@@ -47,6 +47,14 @@ class Settings:
     mixed_precision: str = "auto"
 
 
+#: Least and most of the numbers that learning and synthesis do not have (`mifo.bounds`).
+BOUNDS = {
+    "folders": (1, 100_000),
+    "first": (0, 1_000_000),
+    "weight": (0.0, 1e6),
+    "pictures": (1, 100_000),
+    "alone": (1, 100_000),
+}
 HELP = {
     "folders": "instance folders",
     "first": "number of the first of them: others are other toys",

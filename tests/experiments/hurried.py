@@ -30,11 +30,8 @@ TINY = [
 LOSSES = ["--losses", "mifo", "none"]
 STEPS = 3 + 1  # of learning one folder
 #: The same for the plain commands, which have no options for it.
-LEARNING = {
-    "train_steps": 3, "reward_steps": 1, "finetune_steps": 1, "num_class_images": 1,
-    "mixed_precision": "no",
-}  # fmt: skip
-PAINTING = {"num_inference_steps": 1, "guidance_steps": 1, "mixed_precision": "no"}
+LEARNING = {"train_steps": 3, "reward_steps": 1, "finetune_steps": 1, "num_class_images": 1}
+PAINTING = {"num_inference_steps": 1, "guidance_steps": 1}
 make_plain_jobs = partial(plain.make_jobs, settings=LEARNING)
 
 
@@ -42,7 +39,9 @@ def hurry(patch):
     """Class images take one step, the figures of learning are empty, plain jobs are tiny."""
 
     def plain_jobs(*args):
-        return [replace(job, painting=PAINTING) for job in make_plain_jobs(*args)]
+        return [
+            replace(job, painting={**job.painting, **PAINTING}) for job in make_plain_jobs(*args)
+        ]
 
     patch.setattr(priors, "STEPS", 1)
     for name in ("plot_losses", "plot_attention"):
@@ -76,7 +75,7 @@ def run(work, *more):
 def run_plain(work, *more):
     """The plain commands with one seed; ``work`` holds what is learned, too."""
     options = ["--folder_path", str(work / "folders"), "--seeds", "1", "--device", "cpu"]
-    plain.main(["--work", str(work), *options, *more])
+    plain.main(["--work", str(work), *options, "--mixed_precision", "no", *more])
 
 
 def settings_of(*argv) -> Settings:

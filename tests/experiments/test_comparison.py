@@ -189,10 +189,14 @@ def test_settings_and_variants_from_options():
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ("--folders 0", "--folders is 0; give a whole number from 1 on"),
-        ("--first -1", "--first is -1; give a whole number from 0 on"),
-        ("--pictures 0", "--pictures is 0; give a whole number from 1 on"),
-        ("--alone 0", "--alone is 0; give a whole number from 1 on"),
+        ("--folders 0", "--folders is 0; give a whole number from 1 to 100000"),
+        ("--first -1", "--first is -1; give a whole number from 0 to 1000000"),
+        ("--pictures 0", "--pictures is 0; give a whole number from 1 to 100000"),
+        ("--alone 0", "--alone is 0; give a whole number from 1 to 100000"),
+        ("--num_inference_steps 0", "--num_inference_steps is 0; give a whole number from 1 to"),
+        ("--guidance_scale nan", "--guidance_scale is nan; give a number from 0 to 1000000"),
+        ("--seed -1", "the seed is -1; give a whole number from 0 to"),
+        ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
         ("--bases a/x b/x", "--bases has two models of one name; rename the folder of one"),
         ("--losses some", "invalid choice: 'some'"),
         ("--train_steps 4", "holds a comparison with other settings (train_steps 3)"),
@@ -211,8 +215,11 @@ def test_bad_options(more, sentence, finished, fails):
     [
         (["--mixed_precision", "fp32"], "--mixed_precision is 'fp32'; give auto, no, fp16, bf16"),
         (["--train_steps", "-5"], "--train_steps is -5; give a whole number from 0 to"),
+        (["--num_inference_steps", "600"], "--num_inference_steps is 600, which would not start"),
+        (["--seed", str(2**63 - 1)], "the seed is 9223372036854776807; give a whole number"),
     ],
 )
 def test_bad_settings_are_not_kept(more, sentence, work, fails):
+    """Nor is anything learned before they are told."""
     assert sentence in fails(run, work, *more).err
-    assert not (work / "settings.json").exists()
+    assert not work.exists()

@@ -52,8 +52,20 @@ def test_jobs_are_the_plain_command_over_seeds(monkeypatch):
         ("alone 1", (1,)),
         ("alone 2", (2,)),
     ]
-    [tuned] = make_jobs(EXAMPLES, Path("work"), 1, {"train_steps": 9})[:1]
+    [tuned] = make_jobs(EXAMPLES, Path("work"), 1, settings={"train_steps": 9})[:1]
     assert tuned.config.recipe.train_steps == 9
+
+
+def test_another_precision_is_a_way_of_its_own():
+    """Nothing that was learned or painted in one of them counts for another."""
+    [usual, half] = (make_jobs(EXAMPLES, Path("work"), 1, p)[0] for p in ("auto", "bf16"))
+    assert (usual.way, half.way) == ("seed0", "seed0-bf16")
+    assert half.config.runtime.mixed_precision == "bf16"
+    assert half.config.output_dir == "work/learned/seed0-bf16"
+    assert half.painting == {"mixed_precision": "bf16"}
+    assert half.about == {"learning_seed": 0}
+    keys = {job.key(task) for job in (usual, half) for task in usual.tasks}
+    assert len(keys) == 2 * len(usual.tasks)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -176,10 +188,11 @@ def test_everything_is_written(plain_finished):
     names = ["two", "three", "alone 0", "alone 1", "alone 2"]
     assert [each["task"] for each in rows] == names
     for each in rows:
-        assert (each["way"], each["folder"], each["learning_seed"]) == ("seed0", "toy_car", 0)
-    manifest = read_manifest(plain_finished / "learned/seed0/toy_car")
+        assert (each["way"], each["folder"], each["learning_seed"]) == ("seed0-no", "toy_car", 0)
+    manifest = read_manifest(plain_finished / "learned/seed0-no/toy_car")
     settings = manifest["settings"]
     assert {name: settings[name] for name in LEARNING} == LEARNING
+    assert settings["mixed_precision"] == "no"
     assert manifest["base_model"]["source"] == "toybox"
     assert settings["attention_loss"] == "mifo" and not settings["initialize_from_class"]
     assert "| toy_car | " in (plain_finished / "plain.md").read_text()
@@ -224,6 +237,7 @@ def test_stopped_and_resumed_is_as_undisturbed(
         (["--folder_path", "nowhere"], "there is no folder nowhere"),
         (["--folder_path", "."], ". holds no instance folder; give another --folder_path"),
         (["--device", "tpu"], "tpu"),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
     ],
 )
 def test_bad_options(more, sentence, plain_finished, tmp_path, monkeypatch, fails):
@@ -238,7 +252,7 @@ def test_a_failing_folder_is_told_and_the_rest_is_painted(plain_finished, tmp_pa
     (work / "folders/fish/mask1.png").write_bytes(b"no picture")
     told = fails(run_plain, work).out
     [last] = [line for line in told.splitlines() if " failed: " in line]
-    assert last.startswith("seed0, fish failed: ") and "mask1.png" in last
+    assert last.startswith("seed0-no, fish failed: ") and "mask1.png" in last
     assert "| fish | – | – |" in told and "| toy_car | " in told
     assert not (work / "fish.jpg").exists()
 

@@ -112,6 +112,7 @@ def test_only_missing_rows_are_painted(copied, finished, monkeypatch):
     assert keys == [
         key for key, row in whole.items() if row["folder"] + row["way"] == "kind2_000" + WAY
     ]
+    shutil.copytree(finished / "pictures", copied / "pictures")
     lines = (finished / "rows.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if keys[1] not in line and "kind3" not in line]
     (copied / "rows.jsonl").write_text("".join(kept))
@@ -125,6 +126,42 @@ def test_only_missing_rows_are_painted(copied, finished, monkeypatch):
     assert rows_of([job], copied) == [whole[key] for key in keys]  # in the order of the tasks
     assert study_in(copied, job) == {}
     assert painted.count == 1
+
+
+def test_a_task_is_painted_anew_where_a_picture_was_removed(copied, finished, monkeypatch):
+    shutil.copytree(finished / "pictures", copied / "pictures")
+    shutil.copy(finished / "rows.jsonl", copied)
+    job = job_of(copied, "kind2_000")
+    rows = rows_of([job], copied)
+    removed = copied / "pictures" / WAY / "kind2_000" / rows[0]["pictures"][0]
+    before = removed.read_bytes()
+    removed.unlink()
+    assert rows_of([job], copied) == rows[1:]
+    painted = Counter(monkeypatch, TaskPainter, "run")
+    assert study_in(copied, job) == {}
+    assert painted.count == 1
+    assert removed.read_bytes() == before
+    assert rows_of([job], copied) == rows
+    assert study_in(copied, job) == {}
+    assert painted.count == 1
+
+
+def test_pictures_of_other_settings_stay(copied):
+    """Of each row the pictures that it was judged on."""
+    task = Task("alone 0", (0,), False, 1, 9)
+    usual = replace(job_of(copied, "kind2_000"), tasks=(task,))
+    longer = replace(usual, painting={**usual.painting, "num_inference_steps": 3})
+    folder = copied / "pictures" / WAY / "kind2_000"
+    assert study_in(copied, usual) == {}
+    [path] = folder.rglob("*.png")
+    before = path.read_bytes()
+    assert study_in(copied, longer) == {}
+    assert path.read_bytes() == before
+    assert len(list(folder.rglob("*.png"))) == 2
+    [row] = rows_of([usual], copied)
+    assert folder / row["pictures"][0] == path
+    [other] = rows_of([longer], copied)
+    assert (folder / other["pictures"][0]).read_bytes() != before
 
 
 def test_a_failing_job_is_told_and_the_rest_runs(copied, finished, capsys):
