@@ -14,11 +14,20 @@ from torch import Tensor
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, put, recover, scratch_folder, write_json
-from imagelab.io.folders import check_writable
+from imagelab.io.folders import check_only, check_writable
 from imagelab.io.tensors import write_tensors
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
 from imagelab.prompts import encode_ids
-from mifo.learned import LORA, MANIFEST, PIPELINE, Learned, portable, write_pipeline
+from mifo.learned import (
+    ASSETS,
+    LORA,
+    MANIFEST,
+    PIPELINE,
+    PIPELINE_OWN,
+    Learned,
+    portable,
+    write_pipeline,
+)
 from mifo.tokens import view_prompt
 from mifo_lora import kohya_metadata, lora_state_dict, to_kohya
 
@@ -32,6 +41,8 @@ LEARNED_AS = {
     "embeddings": ("lora", "none"),
     "pipeline": ("lora", "none", "full"),
 }
+#: What is in the exports that are folders.
+FOLDERS = {"embeddings": ASSETS, "pipeline": PIPELINE_OWN}
 
 
 class Export(NamedTuple):
@@ -66,17 +77,26 @@ def export(
     check_formats(learned, formats)
     check_writable(folder, "output_path")
     with folder_lock(folder, "--output_path"):
-        for target in targets.values():
+        for form, target in targets.items():
             recover(target)
             if target.exists() and not overwrite:
                 raise UserError(f"{target} is there already; give --overwrite to replace it")
+            _check_replaced(form, target)
         with scratch_folder(folder) as scratch:
             fresh = {form: scratch / target.name for form, target in targets.items()}
             differences = _write_and_compare(learned, fresh, model_path, offline)
             folder.mkdir(parents=True, exist_ok=True)
+            for form, target in targets.items():  # once more: that took a while
+                _check_replaced(form, target)
             for form, target in targets.items():
                 put(fresh[form], target)
     return [Export(target, differences[form]) for form, target in targets.items()]
+
+
+def _check_replaced(form: str, target: Path) -> None:
+    """Raises UserError where an export that would be replaced holds files of the user's."""
+    if target.is_dir():
+        check_only(target, FOLDERS[form])
 
 
 def check_formats(learned: Learned, formats: Sequence[str]) -> None:

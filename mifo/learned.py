@@ -20,8 +20,10 @@ from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import folder_names, readable
 from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
 from imagelab.models.digests import weights_digest
+from imagelab.models.sources import OWN as MODEL_OWN
 from imagelab.models.sources import check_folder, locate_model
 from imagelab.models.stable_diffusion import StableDiffusion, load_base
+from mifo.defaults import FILE as MODEL_NUMBERS
 from mifo.defaults import read_own, write_own
 from mifo.tokens import add_tokens, asset_token, write_rows
 from mifo_lora import (
@@ -40,9 +42,12 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LORA = "pytorch_lora_weights.safetensors"
 PIPELINE = "pipeline"
-OWN = ("asset*.safetensors", LORA, PIPELINE, MANIFEST, "masks.png", "learning.png", "attention.png")
+ASSETS = ("asset[0-9].safetensors", "asset[0-9][0-9].safetensors")
+OWN = (*ASSETS, LORA, PIPELINE, MANIFEST, "masks.png", "learning.png", "attention.png")
 FORMAT = 1
 FINETUNES = ("lora", "full", "none")
+#: What may be in a pipeline that is written here.
+PIPELINE_OWN = (*MODEL_OWN, MODEL_NUMBERS, MANIFEST)
 #: What is read of a manifest of this format; see :func:`imagelab.io.tensors.misfit`.
 FORM = {
     "base_model": {"source": str, "sha256": str},

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.errors import UserError
+from imagelab.io.tensors import tensors_digest
 
 #: Spaces of transformers' models, and where their weights come from by default.
 SOURCES = {
@@ -89,7 +90,7 @@ def _clip(source: str, offline: bool) -> FeatureSpace:
         ids = tokenizer(prompt, truncation=True, return_tensors="pt").input_ids
         return F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=1)[0]
 
-    return FeatureSpace("clip", source, images, text)
+    return FeatureSpace("clip", _identity(source, model), images, text)
 
 
 def _dinov2(source: str, offline: bool) -> FeatureSpace:
@@ -103,7 +104,12 @@ def _dinov2(source: str, offline: bool) -> FeatureSpace:
     def images(pictures: Sequence[Image.Image]) -> Tensor:
         return F.normalize(model(prepare(pictures)).last_hidden_state[:, 0], dim=1)  # class token
 
-    return FeatureSpace("dinov2", source, images)
+    return FeatureSpace("dinov2", _identity(source, model), images)
+
+
+def _identity(source: str, model: torch.nn.Module) -> str:
+    """A source with a digest of its weights: a folder may hold others later."""
+    return f"{source} {tensors_digest(model.state_dict())[:16]}"
 
 
 def _preparation(source: str, side: int | None, where: dict) -> Callable:

@@ -16,19 +16,22 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
 
 from imagelab.errors import UserError
+from imagelab.io.folders import check_only
 
 log = logging.getLogger(__name__)
 OLD = ".old"  # ends the hidden name of a folder while another takes its place
 DAY = 86400  # seconds; nobody writes one file for so long
 #: How a disk says that it knows no locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+#: How it says that somebody else has a lock.
+TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -149,10 +152,17 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A `scratch_folder` to fill; it takes the place of ``target`` unless there is an error."""
+def replacing(target: Path, own: Iterable[str] | None = None) -> Iterator[Path]:
+    """A `scratch_folder` to fill; it takes the place of ``target`` unless there is an error.
+
+    Args:
+        own: names of what may be replaced; see :func:`~imagelab.io.folders.check_only`, which looks
+            once more at the end, when somebody may have put something there. None: all.
+    """
     with scratch_folder(target) as aside:
         yield aside
+        if own is not None and target.is_dir():
+            check_only(target, own)
         put(aside, target)
 
 
@@ -208,7 +218,7 @@ def folder_names(parent: Path, file: str) -> list[str]:
     """
     found = {path.parent.name for path in parent.glob(f"*/{file}")}
     found |= {name[1 : -len(OLD)] for name in found if name[0] == "." and name.endswith(OLD)}
-    return sorted(name for name in found if name[0] != ".")
+    return sorted(name for name in found if name and name[0] != ".")
 
 
 def _old(target: Path) -> Path:
@@ -296,7 +306,14 @@ def lock_file(file: int, folder: Path, wait: bool = True) -> bool:
             import msvcrt
 
             os.lseek(file, 1 << 40, os.SEEK_SET)  # a lock of a byte that nobody reads
-            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            while True:
+                try:
+                    msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+                    break
+                except OSError as error:  # LK_LOCK would give up after ten seconds
+                    if not wait or error.errno not in TAKEN:
+                        raise
+                    time.sleep(0.1)
         else:
             import fcntl
 
@@ -304,7 +321,7 @@ def lock_file(file: int, folder: Path, wait: bool = True) -> bool:
     except OSError as error:
         if error.errno in NO_LOCKS:
             _warn_without_lock(folder)
-        elif wait or error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+        elif wait or error.errno not in TAKEN:
             raise
         else:
             return False

@@ -4,6 +4,7 @@ Tensors are in safetensors files, which run no code; facts are JSON. What is wro
 UserError that names it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -103,6 +104,15 @@ def write_tensors(
     with disk_errors(path), written_aside(path) as aside:
         save_file(_separate(tensors), aside, dict(metadata) if metadata else None)
         aside.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over tensors on the CPU and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

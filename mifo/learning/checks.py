@@ -8,7 +8,7 @@ from imagelab.io.folders import check_name, check_only, check_writable
 from imagelab.prompts import check_prompt
 from imagelab.training.seeds import check_seed
 from mifo.bounds import check_bounds
-from mifo.learned import OWN
+from mifo.learned import OWN, PIPELINE, PIPELINE_OWN
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET
@@ -31,6 +31,8 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{target} is there already; give --overwrite to learn it anew")
     if is_there:
         check_only(readable(target), OWN)
+        if (pipeline := readable(target) / PIPELINE).is_dir():
+            check_only(pipeline, PIPELINE_OWN)
     if is_begun(config) and not (overwrite or resume):
         raise UserError(
             f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"

@@ -11,6 +11,7 @@ from imagelab.io.images import proportion
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learned import (
     FORMAT,
+    OWN,
     PIPELINE,
     read_learned_folder,
     write_learned,
@@ -45,7 +46,7 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
             " and ".join(map(asset_token, low)),
         )
     manifest = describe_result(session, curves, scores)
-    with replacing(plan.target) as folder:
+    with replacing(plan.target, OWN) as folder:
         has_lora = recipe.finetune == "lora" and 2 in recipe.steps
         write_learned(folder, model, session.rows, has_lora, manifest)
         plot_losses(folder / "learning.png", curves, recipe.turns)

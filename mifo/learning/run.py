@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from imagelab.errors import memory_errors
+from imagelab.errors import UserError, memory_errors
 from imagelab.io.atomic import folder_lock, sweep
 from imagelab.training.checkpoint import Checkpoint, read_checkpoint
 from imagelab.training.loop import Trainer
@@ -61,7 +61,7 @@ def learn(
         try:
             with memory_errors():
                 _run(plan, saved, after_stage)
-        except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError):
+        except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, UserError):
             if checkpoint.is_file():
                 log.warning("saved in %s: go on with the same command and --resume", plan.work)
             raise

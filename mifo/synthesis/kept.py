@@ -3,8 +3,7 @@
 import hashlib
 import json
 
-import torch
-
+from imagelab.io.tensors import tensors_digest
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learned import Learned
@@ -52,8 +51,5 @@ def model_key(config: SynthesisConfig, learned: Learned, device: str) -> str:
     if learned.lora:
         facts += [learned.lora.metadata, learned.lora.scale]
         tensors |= learned.lora.tensors
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    facts.append(tensors_digest(tensors))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

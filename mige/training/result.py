@@ -33,7 +33,7 @@ def write_model(model: TrainedModel, source: Path, target: Path, is_writer: bool
     changes = {name: dict(_changes(model.parts[name], is_writer)) for name in MODULES}
     if not is_writer:
         return
-    with folder_lock(target, "--output"), replacing(target) as aside:
+    with folder_lock(target, "--output"), replacing(target, (INDEX, *PARTS)) as aside:
         shutil.copyfile(source / INDEX, aside / INDEX)
         for name, part in PARTS.items():
             (aside / name).mkdir()

@@ -1,12 +1,14 @@
 """Files that appear whole, locks, checked readers, numbered pictures and contact sheets."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +21,11 @@ from safetensors.torch import save_file
 
 from imagelab.boxes import Box, color_of
 from imagelab.errors import UserError
-from imagelab.io import pictures
+from imagelab.io import atomic, pictures
 from imagelab.io.atomic import (
     folder_lock,
     folder_names,
+    lock_file,
     readable,
     replacing,
     sweep,
@@ -30,6 +33,7 @@ from imagelab.io.atomic import (
     write_new,
     written_aside,
 )
+from imagelab.io.folders import check_name, check_only, foreign
 from imagelab.io.pictures import Tile, contact_sheet, next_number, save_picture, save_sheet
 from imagelab.io.tensors import (
     disk_errors,
@@ -38,6 +42,7 @@ from imagelab.io.tensors import (
     read_json,
     read_metadata,
     read_tensors,
+    tensors_digest,
     write_tensors,
 )
 
@@ -117,6 +122,24 @@ def test_a_failed_rename_puts_the_earlier_folder_back(tmp_path, monkeypatch):
     assert (target / "text").read_text() == "first" and os.listdir(tmp_path) == ["toys"]
 
 
+def test_what_was_put_into_a_folder_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "toys"
+    fill(target, "first")
+
+    def replace(notes: bool) -> None:
+        with folder_lock(target), replacing(target, ["te?t"]) as folder:
+            (folder / "text").write_text("second")
+            if notes:
+                (target / "notes.txt").write_text("years")
+
+    with pytest.raises(UserError, match="toys holds notes.txt, which would be removed with the fo"):
+        replace(notes=True)
+    assert (target / "text").read_text() == "first" and os.listdir(tmp_path) == ["toys"]
+    (target / "notes.txt").unlink()
+    replace(notes=False)
+    assert (target / "text").read_text() == "second"
+
+
 @pytest.mark.parametrize("there", ["a file", "a link", "a dangling link"])
 def test_what_is_no_folder_makes_room_for_one(tmp_path, there):
     target, other = tmp_path / "toys", tmp_path / "other"
@@ -146,6 +169,38 @@ def test_readers_find_what_a_killed_writer_moved_away_and_rename_nothing(tmp_pat
     assert (readable(target) / "text").read_text() == "earlier"
     assert folder_names(tmp_path, "text") == ["toys"]
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_folder_called_old_is_a_hidden_one(tmp_path):
+    for name in (".old", "toys"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").touch()
+    assert folder_names(tmp_path, "text") == ["toys"]
+
+
+def test_hidden_files_go_with_a_folder_and_hidden_folders_do_not(tmp_path):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".y.0123456789ab.part", "asset0.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".x.0123456789ab.part").mkdir()  # of a writer that was killed
+    assert [path.name for path in foreign(tmp_path)] == ["asset0.txt"]
+    check_only(tmp_path, ["asset*.txt"])
+    (tmp_path / ".git").mkdir()
+    assert [path.name for path in foreign(tmp_path)] == [".git", "asset0.txt"]
+    with pytest.raises(UserError, match=r" holds \.git, which would be removed with the folder"):
+        check_only(tmp_path, ["asset*.txt"])
+
+
+def test_a_name_leaves_room_for_what_is_written_beside_it(tmp_path):
+    """Disks take 255 bytes: 85 Chinese characters, of which a hidden name takes some."""
+    with pytest.raises(UserError) as error:
+        check_name("字" * 70, "instance")
+    assert str(error.value) == (f"--instance '{'字' * 59}…' is too long; give at most 200 bytes")
+    with pytest.raises(UserError, match="is too long"):
+        check_name("a" * 201, "instance")
+    name = "字" * 66 + "aa"
+    check_name(name, "instance")
+    fill(tmp_path / name, "text")
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_who_gets_the_lock_finds_what_a_killed_holder_left_cleared_away(tmp_path):
@@ -219,6 +274,39 @@ def test_another_failure_to_lock_stops_the_writer(tmp_path, monkeypatch, caplog,
     assert not (tmp_path / "toys").exists() and caplog.messages == []
 
 
+class Msvcrt:
+    """Windows' locks, of a file that is free at the ``free``-th look."""
+
+    LK_LOCK, LK_NBLCK = 1, 2
+
+    def __init__(self, free: int):
+        self.free, self.looks = free, 0
+
+    def locking(self, file: int, mode: int, count: int) -> None:
+        for _ in range(10 if mode == self.LK_LOCK else 1):
+            self.looks += 1
+            if self.looks >= self.free:
+                return
+        raise OSError(errno.EDEADLK if mode == self.LK_LOCK else errno.EACCES, "it is locked")
+
+
+@pytest.mark.parametrize(
+    ("wait", "free", "is_held", "looks"),
+    [(True, 1, True, 1), (True, 25, True, 25), (False, 1, True, 1), (False, 25, False, 1)],
+)
+def test_windows_is_waited_for_as_long_as_it_takes(
+    tmp_path, monkeypatch, wait, free, is_held, looks
+):
+    windows, pauses = Msvcrt(free), []
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    nt = SimpleNamespace(name="nt", lseek=os.lseek, SEEK_SET=os.SEEK_SET)
+    monkeypatch.setattr(atomic, "os", nt)
+    monkeypatch.setattr(atomic, "time", SimpleNamespace(sleep=pauses.append))
+    with (tmp_path / "lock").open("wb") as file:
+        assert lock_file(file.fileno(), tmp_path, wait) is is_held
+    assert windows.looks == looks and len(pauses) == looks - 1
+
+
 def test_unfinished_files_are_swept(tmp_path):
     for name in (".a.0123456789ab.part", "a", ".hidden"):
         (tmp_path / name).touch()
@@ -241,6 +329,22 @@ def test_tensors_come_back_as_they_were(tmp_path):
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_digest_is_of_names_kinds_shapes_and_values():
+    """In bfloat16 1 is 0x3f80 and −2 is 0xc000."""
+    a = torch.tensor([[1.0, 9.0], [-2.0, 9.0]], dtype=torch.bfloat16)[:, 0]
+    b = torch.tensor(7, dtype=torch.uint8)
+    text = b"a torch.bfloat16 [2]" + bytes.fromhex("803f 00c0") + b"b torch.uint8 []" + b"\7"
+    assert tensors_digest({"b": b, "a": a}) == hashlib.sha256(text).hexdigest()
+    others = [
+        {"a": a, "c": b},
+        {"a": a[:, None], "b": b},
+        {"a": a.contiguous().view(torch.int16), "b": b},
+        {"a": -a, "b": b},
+        {"a": a},
+    ]
+    assert len({tensors_digest(each) for each in [{"a": a, "b": b}, *others]}) == 6
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 from thin import thin_pipeline, thin_scheduler, thin_unet
 
-from imagelab.errors import sentence
+from imagelab.errors import UserError, sentence
 from imagelab.models import stable_diffusion
 from imagelab.models.device import choose_device, choose_precision
 from imagelab.models.sources import DEFAULT_MODEL, MIRRORS, choose_model, locate_model
@@ -92,6 +92,11 @@ def test_a_missing_path_names_the_mirrors_and_the_command(here, source):
         locate_model(source)
     assert all(mirror in str(error.value) for mirror in MIRRORS)
     assert f"hf download {MIRRORS[0]} --include " in str(error.value)
+
+
+def test_a_home_of_nobody_holds_no_model():
+    with pytest.raises(UserError, match="there can be no model at '~nouser_of_this_name/x'; give"):
+        locate_model("~nouser_of_this_name/x")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "model.pth"])

@@ -279,6 +279,40 @@ def test_overwrite_replaces_its_formats_alone(small_sd, exported, tmp_path):
     assert changed == {FILES["kohya"], *(name for name in first if name.startswith("embeddings"))}
 
 
+@pytest.mark.parametrize("form", ["embeddings", "pipeline"])
+def test_overwrite_replaces_no_files_of_the_users(
+    form, models_dir, exported, tmp_path, monkeypatch, fails
+):
+    shutil.copytree(exported, tmp_path / "toys")
+    mine = tmp_path / "toys" / form / "asset0 best of March.safetensors"
+    mine.write_bytes(b"years")
+    before = contents(tmp_path)
+    monkeypatch.delattr(Learned, "load")  # it is told before the work
+    message = fails(run, models_dir, tmp_path, "--overwrite", "--format", *FORMATS).err
+    assert f"{form} holds {mine.name}, which would be removed with the folder; move it" in message
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["toys"]
+
+
+@pytest.mark.parametrize("form", ["embeddings", "pipeline"])
+def test_overwrite_replaces_no_file_that_was_put_there_meanwhile(
+    form, models_dir, exported, tmp_path, monkeypatch, fails
+):
+    shutil.copytree(exported, tmp_path / "toys")
+    before = contents(tmp_path)
+
+    def write(learned, paths, *_):
+        for path in paths.values():
+            path.write_bytes(b"new") if path.suffix else path.mkdir()
+        (tmp_path / "toys" / form / "notes.txt").write_bytes(b"years")
+        return dict.fromkeys(paths, 0.0)
+
+    monkeypatch.setattr(export, "_write_and_compare", write)
+    message = fails(run, models_dir, tmp_path, "--overwrite", "--format", *FORMATS).err
+    assert f"{form} holds notes.txt, which would be removed with the folder" in message
+    assert contents(tmp_path) == before | {f"toys/{form}/notes.txt": b"years"}
+    assert [path.name for path in tmp_path.iterdir()] == ["toys"]
+
+
 @pytest.mark.parametrize(
     ("model_id", "form", "words"),
     [

@@ -364,6 +364,41 @@ def test_files_of_the_users_are_never_replaced(learn, fails, folder):
     learn("--finetune", "none", "--overwrite")
 
 
+@pytest.mark.parametrize("name", ["pipeline/notes.txt", "asset0 best of March.safetensors"])
+def test_files_among_those_of_a_learned_folder_are_never_replaced(fails, folder, learned_dir, name):
+    mine = shutil.copytree(learned_dir / "toys", folder / "out/toys") / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("years")
+    told = fails(2, "--overwrite")
+    assert f"{mine.parent.name} holds {mine.name}, which would be removed with the folder" in told
+    assert mine.read_text() == "years" and os.listdir(folder / "out") == ["toys"]
+
+
+def test_a_file_that_is_put_into_the_former_result_meanwhile_stays(
+    learn, fails, folder, learned_dir, monkeypatch
+):
+    former = shutil.copytree(learned_dir / "toys", folder / "out/toys")
+    before, update = contents(former), Trainer.update
+
+    def put(*at):
+        (former / "notes.txt").write_bytes(b"years")
+        return update(*at)
+
+    options = ("--finetune", "none", "--train_steps", 1, "--seed", 2, "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", put)
+        told = fails(2, *options)
+    assert "toys holds notes.txt, which would be removed with the folder; move it elsewhere" in told
+    assert "go on with the same command and --resume" in told
+    assert contents(former) == before | {"notes.txt": b"years"}
+    assert tree(folder / "out/.toys.work") == ["checkpoint.safetensors"]
+    (former / "notes.txt").rename(folder / "notes.txt")
+    monkeypatch.delattr(Trainer, "update")  # every step is done
+    manifest = json.loads((learn(*options, "--resume") / "manifest.json").read_text())
+    assert manifest["settings"]["seed"] == 2
+    assert os.listdir(folder / "out") == ["toys"]
+
+
 def test_full_disk_at_the_end_loses_nothing(learn, fails, folder, monkeypatch):
     before = contents(learn("--finetune", "none"))
     with monkeypatch.context() as patch:
