@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import mifo
 from imagelab.boxes import Box
 from imagelab.errors import UserError, shorten
 from imagelab.evaluation import runner
@@ -22,7 +23,7 @@ from imagelab.models.device import choose_precision
 from mifo.learned import Learned, learned_names, read_learned_folder
 from mifo.learning.instance import Instance, read_instance
 from mifo.synthesis.config import SynthesisConfig
-from mifo.synthesis.kept import KeptModel
+from mifo.synthesis.kept import KeptModel, model_key
 from mifo.synthesis.layouts import GetBoxes
 from mifo.synthesis.paint import paint, prepare
 from mifo.synthesis.placing import check_placed, place_boxes
@@ -112,7 +113,7 @@ def plan_cases(
         settled, _ = settle_synthesis(named, learned, config.runtime.offline)
         asset_names(config.negative_prompt, learned, NEGATIVE)
         grid = read_grid(named, learned)
-        for prompt in prompts or [view_prompt(tuple(learned.assets))]:
+        for prompt in dict.fromkeys(prompts) or [view_prompt(tuple(learned.assets))]:
             own = _prompt_assets(prompt, learned)
             names = [asset_token(asset) for asset in own]
             layout = partial(lay_out, names, learned, get_boxes, grid or (1, 1))
@@ -198,6 +199,7 @@ class CasePainter:
     def __init__(self, device: str):
         self.device = device
         self._model = KeptModel()
+        self._keys: dict[LearnedCase, str] = {}
 
     def facts(self, case: LearnedCase, index: int) -> dict:
         """Everything, for JSON, that picture ``index`` depends on."""
@@ -206,7 +208,9 @@ class CasePainter:
         settings = config.settings() | {"seed": case.seeds[index], "mixed_precision": precision}
         for name in IRRELEVANT:
             del settings[name]
-        return {"settings": settings, "manifest": case.learned.manifest}
+        if case not in self._keys:
+            self._keys[case] = model_key(config, case.learned, self.device)
+        return {"settings": settings, "model": self._keys[case], "version": mifo.__version__}
 
     def paint(self, case: LearnedCase, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         """Pictures of these indices, each with its index."""

@@ -30,6 +30,7 @@ from imagelab.evaluation.measures import (
     objects_by_colour,
 )
 from imagelab.evaluation.report import Mean, mean_interval, over_all, summarise, total_confusion
+from imagelab.io.tensors import read_tensors, write_tensors
 from mifo import evaluation, learned
 from mifo.cli import evaluation as command
 from mifo.cli.synthesis import GUIDANCE_HELP
@@ -171,6 +172,34 @@ def test_records_do_not_depend_on_what_no_evaluation_has(learned_dir):
     assert "lora" in settings and "lora_scale" not in settings
 
 
+def test_records_depend_on_what_was_learned(learned_dir, tmp_path):
+    folder = shutil.copytree(learned_dir / "toys", tmp_path / "toys")
+
+    def key() -> str:
+        [case] = plan(tmp_path, [LEFT, Box(0.5, 0, 1, 0.5)])
+        return runner.record_key(case, 0, [], evaluation.CasePainter("cpu"))
+
+    first = key()
+    found = [first, key()]
+    for name in ("asset0.safetensors", learned.LORA):
+        change(folder / name)
+        found.append(key())
+    assert found[1] == first and len(set(found)) == 3
+
+
+def change(path: Path) -> None:
+    """Write a file of tensors anew, with other numbers in one of them."""
+    tensors, metadata = read_tensors(path, "")
+    name = sorted(tensors)[0]
+    write_tensors(path, {**tensors, name: tensors[name] + 1}, metadata)
+
+
+def test_a_prompt_that_is_given_twice_is_one_case(learned_dir):
+    prompts = ("<asset1> and <asset0>", "<asset0> by <asset1>", "<asset1> and <asset0>")
+    cases = plan(learned_dir, [LEFT, Box(0.5, 0, 1, 0.5)], prompts)
+    assert [case.prompt for case in cases] == ["<asset1> and <asset0>", "<asset0> by <asset1>"]
+
+
 def test_diversity_is_the_mean_distance_of_pairs():
     vectors = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]  # distances 1, 2 and 1
     assert diversity(vectors) == pytest.approx(4 / 3)
@@ -303,19 +332,38 @@ def test_clip_features_are_those_of_the_whole_model(clip_folder):
     assert torch.allclose(space.text("a photo"), text[0], atol=1e-5)
 
 
-def test_dinov2_features_are_class_tokens(tmp_path):
+@pytest.fixture(scope="module")
+def dinov2_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
-    model = Dinov2Model(config).eval()
-    model.save_pretrained(tmp_path)
-    save_preparation(tmp_path, 16)
-    space = load_features(f"dinov2={tmp_path}", offline=True)
+    Dinov2Model(config).save_pretrained(folder)
+    save_preparation(folder, 16)
+    return folder
+
+
+def test_dinov2_features_are_class_tokens(dinov2_folder):
+    space = load_features(f"dinov2={dinov2_folder}", offline=True)
+    model = Dinov2Model.from_pretrained(dinov2_folder).eval()
     with torch.no_grad():
         wanted = model(prepared()).last_hidden_state[:, 0]
     assert torch.allclose(space.images(pictures()), F.normalize(wanted, dim=1), atol=1e-5)
     assert space.text is None
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+def test_other_weights_in_the_same_folder_are_another_space(name, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(f"{name}_folder"), tmp_path / name)
+
+    def source() -> str:
+        return load_features(f"{name}={folder}", offline=True).source
+
+    first = source()
+    assert source() == first and str(folder) in first
+    change(folder / "model.safetensors")
+    assert source() != first
 
 
 @pytest.mark.parametrize(
