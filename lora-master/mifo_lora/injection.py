@@ -114,7 +114,10 @@ def remove(model: nn.Module, keep_merged: bool = False) -> None:
 def check_injectable(
     model: nn.Module, names: Iterable[str], kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
 ) -> None:
-    """Raise a LoraError unless every named module is a plain one of these kinds."""
+    """Raise a LoraError unless every named module is a plain one, with a weight of its own."""
+    owners: dict[int, list[str]] = {}
+    for owned, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(owned)
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, LoRALinear):
@@ -125,6 +128,11 @@ def check_injectable(
                 f"{name!r} is a {type(module).__name__}, and LoRA goes into "
                 f"{' and '.join(f'torch.nn.{kind.__name__}' for kind in kinds)} only; "
                 "narrow the targets."
+            )
+        if others := [each for each in owners[id(module.weight)] if each != f"{name}.weight"]:
+            raise LoraError(
+                f"{name!r} shares its weight with {others[0]!r}, which a merged LoRA would change "
+                "as well; narrow the targets."
             )
 
 

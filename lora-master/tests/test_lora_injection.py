@@ -186,6 +186,37 @@ def test_a_layer_is_not_injected_twice(model):
     assert list(mifo_lora.lora_layers(model)) == ["attn2.to_q"]
 
 
+class Shared(nn.Module):
+    """A layer of its own, and a head that shares its weight with what `share` makes of it."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.own, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other = share(self.head)
+
+
+def tied(module, head):
+    module.weight = head.weight
+    return module
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda head: tied(nn.Embedding(8, 8), head),
+        lambda head: tied(nn.Linear(8, 8), head),
+        lambda head: head,
+    ],
+    ids=["an embedding", "another Linear", "itself under another name"],
+)
+def test_a_weight_that_another_module_shares_is_refused_and_nothing_is_replaced(share):
+    model = Shared(share)
+    with pytest.raises(mifo_lora.LoraError, match="^'head' shares its weight with 'other.weight'"):
+        mifo_lora.inject(model, ["own", "head"], rank=2)
+    assert not mifo_lora.has_lora(model)
+    assert mifo_lora.inject(model, "own", rank=2) == ["own"]
+
+
 def test_a_linear_whose_forward_is_passed_by_is_refused():
     with pytest.raises(ValueError, match="'0.out_proj' is a NonDynamicallyQuantizableLinear"):
         mifo_lora.inject(nn.Sequential(nn.MultiheadAttention(8, 2)), "out_proj", rank=2)
