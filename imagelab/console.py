@@ -12,7 +12,10 @@ from typing import TextIO
 
 
 class Console:
-    """A stream for which nobody need be there: from the first failure on, its text is dropped."""
+    """A stream for which nobody need be there: from the first failure on, its text is dropped.
+
+    What its encoding does not know is written as an escape.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -23,6 +26,9 @@ class Console:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError as error:  # such as that of a redirected output on Windows
+            known = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            return self.write(known)
         except OSError:
             self._drop()
             return len(text)

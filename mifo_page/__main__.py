@@ -150,7 +150,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message["headers"], policy]}
-                if "/file=" in scope["path"]:
+                if "/file=" in scope["path"] or "/file/" in scope["path"]:
                     message["headers"] = as_download(message["headers"])
             await send(message)
 

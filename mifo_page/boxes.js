@@ -2,6 +2,7 @@
 // draw the chosen box anew; arrow keys move, with Shift they resize. Touch works like the mouse.
 // props.value = {names, boxes: [[x0, y0, x1, y1] in fractions], colors}
 const LEAST = 0.04, STEP = 0.01;
+const ENDS = ['pointerup', 'pointercancel'];
 let chosen = 0, held = false;  // held: the chosen box has the focus, which redrawing must not lose
 
 const clip = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -80,10 +81,11 @@ element.addEventListener('pointerdown', (event) => {
   };
   const end = () => {
     window.removeEventListener('pointermove', move);
+    for (const name of ENDS) window.removeEventListener(name, end);
     if (after) keep(chosen, after);
   };
   window.addEventListener('pointermove', move);
-  window.addEventListener('pointerup', end, { once: true });
+  for (const name of ENDS) window.addEventListener(name, end);
 });
 
 element.addEventListener('keydown', (event) => {

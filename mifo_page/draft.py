@@ -17,6 +17,7 @@ from PIL import Image
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, replacing, write_json
+from imagelab.io.folders import foreign
 from imagelab.io.images import read_image, read_mask, resize_mask
 from imagelab.io.tensors import read_json
 from mifo.learning.classes import ADVICE, DESCRIPTION, check_classes, read_classes
@@ -189,7 +190,7 @@ def _check_replaceable(target: Path, draft: Draft, may_replace: bool) -> None:
         raise UserError(f"{target} is there already; give another name, or say to replace it")
     if not target.is_dir():
         raise UserError(f"{target} is no folder; give another name")
-    if others := sorted(path.name for path in target.iterdir() if not _is_replaceable(path)):
+    if others := [path.name for path in foreign(target) if not _is_replaceable(path)]:
         raise UserError(
             f"{target} holds {others[0]}, which would be lost; give another name, or move that away"
         )

@@ -179,4 +179,5 @@ class Job:
             return "nothing has been started"
         code = self._process.poll()
         ends = {None: "running", 0: "finished", 130: "stopped"}
-        return f"{self.title}: {ends.get(code, f'failed (exit code {code})')}"
+        failed = "stopped" if self._stopped else f"failed (exit code {code})"
+        return f"{self.title}: {ends.get(code, failed)}"

@@ -14,8 +14,12 @@ PREFIX = "mifo_page_"
 
 @contextmanager
 def upload_folder() -> Iterator[Path]:
-    """A temporary folder that goes with the page; those of pages that were killed go now."""
-    for left in Path(gettempdir()).glob(f"{PREFIX}*"):
+    """A temporary folder that goes with the page; those of pages that were killed go now.
+
+    A page that was killed leaves the lock of its folder behind. Other folders of such a name stay.
+    """
+    for lock in Path(gettempdir()).glob(f".{PREFIX}*.lock"):
+        left = lock.with_name(lock.name[1 : -len(".lock")])
         if left.is_dir() and not left.is_symlink():
             with suppress(UserError, OSError), folder_lock(left):  # not while a page runs
                 shutil.rmtree(left)

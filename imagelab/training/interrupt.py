@@ -14,6 +14,7 @@ from contextlib import contextmanager
 log = logging.getLogger(__name__)
 
 #: What asks a process to end, beside Ctrl-C. Windows has no SIGHUP.
+AGAIN = "; press Ctrl-C again to stop at once"
 ENDINGS = tuple(getattr(signal, each) for each in ("SIGTERM", "SIGHUP") if hasattr(signal, each))
 
 
@@ -63,10 +64,11 @@ def finish_step_on_interrupt() -> Iterator[Interrupt]:
         interrupt.asked, interrupt.signum = True, signum
         signal.signal(signal.SIGINT, former)
         _ignore(endings)
-        log.warning("finishing this step; press Ctrl-C again to stop at once")
+        log.warning("finishing this step%s", "" if is_ignored else AGAIN)
 
     former, endings = signal.getsignal(signal.SIGINT), _endings()
-    with _handled(handle, (signal.SIGINT, *endings)):
+    is_ignored = former is signal.SIG_IGN  # as by a shell's script, of what runs in the background
+    with _handled(handle, endings if is_ignored else (signal.SIGINT, *endings)):
         yield interrupt
 
 

@@ -1,5 +1,6 @@
 """A process that is asked to end, a terminal that is closed, and output that nobody reads."""
 
+import io
 import os
 import signal
 import subprocess
@@ -119,8 +120,21 @@ def test_after_one_signal_the_others_wait_for_the_step_but_ctrl_c_does_not():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_ctrl_c_that_is_ignored_stays_so(caplog):
+    """As a shell's script has it of what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with finish_step_on_interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupt.asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert (interrupt.asked, interrupt.signum) == (True, signal.SIGTERM)
+    assert caplog.messages == ["finishing this step"]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 # ----------------------------------------------------------------------------------------------
-# nobody reads
+# nobody reads, or not everything
 
 
 def test_a_stream_without_a_reader_takes_everything():
@@ -132,6 +146,16 @@ def test_a_stream_without_a_reader_takes_everything():
             assert console.write("a line\n") == 7
             console.flush()
         assert console.fileno() == mouth
+
+
+def test_what_an_encoding_does_not_know_is_an_escape():
+    """Windows' own of Western Europe, of an output that goes to a file."""
+    file = io.BytesIO()
+    console = Console(io.TextIOWrapper(file, encoding="cp1252"))
+    console.write("né <asset0> → 猫\n")
+    console.write("Übung\n")
+    console.flush()
+    assert file.getvalue() == b"n\xe9 <asset0> \\u2192 \\u732b\n\xdcbung\n"
 
 
 PRINTS = """

@@ -229,6 +229,14 @@ def test_a_folder_with_other_things_is_never_replaced(places, draft):
     assert thesis.read_text() == "years of work"
 
 
+def test_what_file_managers_leave_in_a_folder_is_replaced_with_it(places, draft):
+    folder = Path(places.folder_path, "toys")
+    for name in (".DS_Store", "Thumbs.db"):
+        (folder / name).touch()
+    save_instance(places, "toys", draft, True)
+    assert sorted(os.listdir(folder)) == ["img.png", "mask0.png", "mask1.png"]
+
+
 def test_what_cannot_be_learned_is_not_saved(places, draft):
     for bad, told in (
         (Draft(draft.photo, draft.opened_size), "no mask yet"),
@@ -317,6 +325,15 @@ except KeyboardInterrupt: sys.exit(130)"""
     job.start("second", ["python", "-c", "raise SystemExit(2)"])
     wait_for(lambda: not job.running)
     assert job.status() == "second: failed (exit code 2)"
+
+
+def test_a_command_that_ctrl_c_has_ended_was_stopped_whatever_its_code(interruptible):
+    job = Job()
+    job.start("painting", ["python", "-c", "import time; print('ready'); time.sleep(60)"])
+    wait_for(lambda: job.output() == "ready")
+    job.stop()
+    wait_for(lambda: not job.running)
+    assert job.status() == "painting: stopped"
 
 
 def test_a_command_that_is_too_long_is_told():
@@ -473,7 +490,8 @@ def test_no_file_outside_the_pictures_is_served(site):
         assert status in (403, 404) and b"root:" not in body
 
 
-def test_only_pictures_are_shown_among_the_files(site):
+@pytest.mark.parametrize("way", ["file=", "file/"])  # the second is an older one of gradio's
+def test_only_pictures_are_shown_among_the_files(site, way):
     folder, address = site
     output = folder / "output"
     output.mkdir(exist_ok=True)
@@ -482,7 +500,7 @@ def test_only_pictures_are_shown_among_the_files(site):
         (output / name).write_text(text)
     kinds = {}
     for path in output.iterdir():
-        status, headers, _ = answer(f"{address}/gradio_api/file={path}")
+        status, headers, _ = answer(f"{address}/gradio_api/{way}{path}")
         assert status == 200
         kinds[path.name] = headers["content-disposition"].partition(";")[0]
         path.unlink()

@@ -1,6 +1,7 @@
 """Starting the page, and whom it answers."""
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -43,17 +44,43 @@ def test_pictures_go_with_the_page_and_those_of_killed_pages_with_the_next_one(
     monkeypatch, tmp_path
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "mifo_page_killed").mkdir()
-    (tmp_path / "mifo_page_killed" / "photo.jpg").write_bytes(b"")
-    (tmp_path / "of_another_program").mkdir()
+    others = {"mifo_page_backup", "of_another_program"}  # of the user's, and no page's
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_bytes(b"")
+    killed = killed_page(tmp_path)
+    assert list(killed.iterdir())
     with upload_folder() as running:
         (running / "photo.jpg").write_bytes(b"")
         with upload_folder() as second:
             assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
-                running.name, second.name, "of_another_program",
+                running.name, second.name, *others,
             }  # fmt: skip
             assert list(running.iterdir())
-    assert [path.name for path in tmp_path.iterdir()] == ["of_another_program"]
+    assert {path.name for path in tmp_path.iterdir()} == others
+    assert all(list((tmp_path / name).iterdir()) for name in others)
+
+
+def killed_page(folder: Path) -> Path:
+    """What a page that was killed leaves in a folder of temporary files: its own, with a photo."""
+    code = """from mifo_page.uploads import upload_folder
+with upload_folder() as folder:
+    (folder / "photo.jpg").touch()
+    print(folder, flush=True)
+    input()"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+    ) as page:
+        left = Path(page.stdout.readline().strip())
+        page.kill()
+        page.wait()
+    assert left.parent == folder
+    return left
 
 
 @pytest.mark.parametrize("port", ["99999", "65536", "0", "-1", "many", "80.5"])
