@@ -25,7 +25,8 @@ RECIPE = {
     "batch_size": "samples of an update, over all processes",
     "epochs": "times that all records are seen",
     "steps": "updates, in place of --epochs",
-    "learning_rate": "after the warm-up; None: the release's 3.54e-6, or 1e-4 for a LoRA",
+    "learning_rate": "after the warm-up; None: the release's 3.54e-6, 1e-5 with "
+    "--scale_rate, or 1e-4 for a LoRA",
     "conditioning_rate": "of all but the transformer; None: --learning_rate",
     "cooldown": "last share of the steps, in which the rates fall to 0 as a cosine",
     "timestep_shift": "above 1: noisier timesteps are drawn more often; 1: all alike",
@@ -68,7 +69,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         text="muon: of the matrices of the transformer's blocks; AdamW of all else",
     )
     group.add_argument(
-        "--scale_rate", action="store_true", help="multiply the rate by sqrt(batch_size / 256)"
+        "--scale_rate",
+        action="store_true",
+        help="multiply the rate by sqrt(batch_size / 256), as the release does",
     )
     group.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART",

@@ -14,7 +14,7 @@ LORA_PARTS = ("transformer", "text_encoder")
 #: Rates where none is given: the release's 1e-5 · √(32 / 256), and a usual one for a LoRA.
 RATE, LORA_RATE = 3.54e-6, 1e-4
 OPTIMIZERS = ("adamw", "muon")
-RULE_BATCH = 256  # the batch for which a rate is given, by the release's rule
+RULE_RATE, RULE_BATCH = 1e-5, 256  # the release's rule gives this rate to this batch
 BOUNDS = {
     "batch_size": (1, 1_000_000),
     "micro_batch_size": (1, 100_000),
@@ -46,7 +46,7 @@ class Recipe:
     epochs: int = 20
     steps: int | None = None  # updates, in place of epochs
     optimizer: str = "adamw"  # muon: for the matrices of the transformer's blocks
-    learning_rate: float | None = None  # None: RATE, or LORA_RATE
+    learning_rate: float | None = None  # None: RATE, or LORA_RATE; RULE_RATE with scale_rate
     scale_rate: bool = False  # multiply it by √(batch_size / 256), the release's rule
     conditioning_rate: float | None = None  # of all but the transformer; None: the same
     cooldown: float = 0.0  # last share of the steps, in which the rates fall to 0 as a cosine
@@ -64,7 +64,7 @@ class Recipe:
         """The learning rate after the warm-up."""
         rate = self.learning_rate
         if rate is None:
-            rate = LORA_RATE if self.lora_rank else RATE
+            rate = LORA_RATE if self.lora_rank else RULE_RATE if self.scale_rate else RATE
         return rate * self._scale
 
     @property

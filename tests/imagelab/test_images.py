@@ -233,6 +233,17 @@ def test_exif_rotation_is_applied(tmp_path):
     assert not open_picture(path).was_turned
 
 
+def test_nothing_of_exif_is_kept(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    path = tmp_path / "img.jpg"
+    Image.new("RGB", (SIDE, SIDE)).save(path, exif=exif, comment=b"private")
+    assert b"a camera" in path.read_bytes()
+    picture = read_image(path)
+    assert not picture.info and not picture.getexif()
+
+
 # ----------------------------------------------------------------------------------------------
 # sizes
 

@@ -324,7 +324,10 @@ def test_the_optimiser_is_the_release_s(work, model):
         (Recipe(learning_rate=1e-5, batch_size=32, scale_rate=True), 3.5355339e-6),
         (Recipe(learning_rate=1e-5, batch_size=2048, scale_rate=True), 2.8284271e-5),
         (Recipe(learning_rate=1e-5, batch_size=2048), 1e-5),
+        (Recipe(batch_size=32, scale_rate=True), 3.5355339e-6),
+        (Recipe(batch_size=64, scale_rate=True), 5e-6),
         (Recipe(lora_rank=4), 1e-4),
+        (Recipe(lora_rank=4, batch_size=64, scale_rate=True), 5e-5),
     ],
 )
 def test_the_rule_of_the_rate(recipe, rate):
