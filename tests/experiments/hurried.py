@@ -4,15 +4,14 @@ As a script it is two processes, which find each other as those of torchrun do.
 """
 
 import json
-import os
 import signal
 import sys
-import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import fork_two
 
 import imagelab.figures
 from experiments import plain
@@ -97,30 +96,6 @@ def rows_by_key(work) -> dict[str, dict]:
 def findings(work) -> dict[str, bytes]:
     """What a command writes for people, by the file's name."""
     return {path.name: path.read_bytes() for path in work.glob("*.*") if path.suffix != ".jsonl"}
-
-
-def fork_two(main) -> int:
-    """Run a command in two processes; the larger of their exit codes. For a script."""
-    from thin import free_port
-
-    port, children = str(free_port()), []
-    for rank in ("0", "1"):
-        child = os.fork()
-        if not child:
-            os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank}
-            os.environ |= {"LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            code = 1
-            try:
-                main()
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import picture
 from diffusers import AutoencoderKL
+from forked import start_two
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from thin import contents, free_port
+from thin import contents
 
 from imagelab.errors import UserError
 from mige import features as command
@@ -366,10 +367,8 @@ def test_killed_and_shared_runs_make_the_same_files(make, model):
     """To the byte: each shard is made by one process, from its beginning."""
     for name in ("F", "two"):
         claim(Path(name), Kind.of_model(model), 8)
-    how = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {free_port()}"
-    how += " --mixed_precision no --dynamo_backend no -m mige.features"
     killed = start("-c", KILLED, *usual(model))
-    shared = start("-m", "accelerate.commands.launch", *how.split(), *usual(model, "two"))
+    shared = start_two("mige.features", *usual(model, "two"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each process has: sums are rounded alike
     try:

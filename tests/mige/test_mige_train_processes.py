@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import start_two
 from safetensors.torch import load_file
 from thin import free_port
 from training_data import PLAIN, RECORDS, save_data, usual
@@ -44,8 +45,9 @@ use_cpu: false
 HOW = ("--micro_batch_size", "1", "--max_grad_norm", "1000", "--ema", "0.1")
 
 
-def launch(how: list[str], argv: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how]
+def launch_fsdp(argv: list[str]) -> subprocess.Popen:
+    """With the config file of `accelerate launch`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml"]
     command += ["--main_process_port", str(free_port()), "-m", "mige.train", *argv]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "lora-master")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -62,12 +64,10 @@ def outputs(model, tmp_path_factory):
     os.chdir(folder)
     torch.set_num_threads(1)  # as each process of a launch has: sums are rounded alike
     Path("fsdp.yaml").write_text(FSDP)
-    plain = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    plain += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     try:
         started = {
-            "shared": launch(plain, usual(model, "shared", *HOW)),
-            "split": launch(["--config_file", "fsdp.yaml"], usual(model, "split", *HOW)),
+            "shared": start_two("mige.train", *usual(model, "shared", *HOW)),
+            "split": launch_fsdp(usual(model, "split", *HOW)),
         }
         main(usual(model, "one", *HOW))
         for name, process in started.items():
