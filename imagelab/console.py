@@ -26,9 +26,9 @@ class Console:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except UnicodeEncodeError as error:  # such as that of a redirected output on Windows
-            known = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
-            return self.write(known)
+        except UnicodeEncodeError:  # such as into a file on Windows
+            encoding = self._stream.encoding  # the error's own may be "charmap"
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError:
             self._drop()
             return len(text)

@@ -23,7 +23,7 @@ from imagelab.models.device import choose_precision
 from mifo.learned import Learned, learned_names, read_learned_folder
 from mifo.learning.instance import Instance, read_instance
 from mifo.synthesis.config import SynthesisConfig
-from mifo.synthesis.kept import KeptModel, model_key
+from mifo.synthesis.kept import KeptModel
 from mifo.synthesis.layouts import GetBoxes
 from mifo.synthesis.paint import paint, prepare
 from mifo.synthesis.placing import check_placed, place_boxes
@@ -199,7 +199,6 @@ class CasePainter:
     def __init__(self, device: str):
         self.device = device
         self._model = KeptModel()
-        self._keys: dict[LearnedCase, str] = {}
 
     def facts(self, case: LearnedCase, index: int) -> dict:
         """Everything, for JSON, that picture ``index`` depends on."""
@@ -208,9 +207,9 @@ class CasePainter:
         settings = config.settings() | {"seed": case.seeds[index], "mixed_precision": precision}
         for name in IRRELEVANT:
             del settings[name]
-        if case not in self._keys:
-            self._keys[case] = model_key(config, case.learned, self.device)
-        return {"settings": settings, "model": self._keys[case], "version": mifo.__version__}
+        return {
+            "settings": settings, "learned": case.learned.digest, "version": mifo.__version__
+        }  # fmt: skip
 
     def paint(self, case: LearnedCase, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         """Pictures of these indices, each with its index."""

@@ -94,9 +94,12 @@ def export(
 
 
 def _check_replaced(form: str, target: Path) -> None:
-    """Raises UserError where an export that would be replaced holds files of the user's."""
-    if target.is_dir():
-        check_only(target, FOLDERS[form])
+    """Raises UserError where what would be replaced is, or holds, something of the user's."""
+    if not target.is_dir():
+        return
+    if form not in FOLDERS:
+        raise UserError(f"{target} is a folder, where a file is to be; move it elsewhere")
+    check_only(target, FOLDERS[form])
 
 
 def check_formats(learned: Learned, formats: Sequence[str]) -> None:

@@ -8,9 +8,11 @@ A learned folder, which appears only when it is whole:
     manifest.json  masks.png  learning.png  attention.png
 """
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +20,15 @@ from torch import Tensor
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import folder_names, readable
-from imagelab.io.tensors import disk_errors, misfit, read_json, read_tensors, write_tensors
+from imagelab.io.folders import check_only
+from imagelab.io.tensors import (
+    disk_errors,
+    misfit,
+    read_json,
+    read_tensors,
+    tensors_digest,
+    write_tensors,
+)
 from imagelab.models.digests import weights_digest
 from imagelab.models.sources import OWN as MODEL_OWN
 from imagelab.models.sources import check_folder, locate_model
@@ -127,6 +137,19 @@ class Learned:
     def proportions(self) -> dict[str, float]:
         """Width over height of assets in their photo, by name; of those that are known."""
         return dict(zip(self.tokens, self.manifest.get("proportions", []), strict=False))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what was learned, wherever it lies."""
+        facts = [self.manifest, [[base.sha256, base.configs] for base in self.bases]]
+        tensors = {str(asset): row for asset, row in self.rows.items()}
+        if self.lora:
+            facts += [self.lora.metadata, self.lora.scale]
+            tensors |= self.lora.tensors
+        if self.pipeline:
+            facts.append(weights_digest(check_folder(self.pipeline)))
+        facts.append(tensors_digest(tensors))
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def base_source(self) -> str:
@@ -355,6 +378,16 @@ def merge_lora(model: StableDiffusion) -> None:
     for module in (model.unet, model.text_encoder):
         if has_lora(module):
             remove(module, keep_merged=True)
+
+
+def check_own(folder: Path) -> None:
+    """Raises UserError where a learned folder, which is to be replaced, holds files of the user's.
+
+    See :func:`imagelab.io.folders.check_only`.
+    """
+    check_only(folder, OWN)
+    if (folder / PIPELINE).is_dir():
+        check_only(folder / PIPELINE, PIPELINE_OWN)
 
 
 def write_pipeline(folder: Path, model: StableDiffusion) -> None:

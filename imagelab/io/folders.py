@@ -14,7 +14,7 @@ LONGEST = 200  # bytes of a name, as disks take 255: the folder that is written 
 
 def check_name(name: str, option: str) -> None:
     """Raises UserError unless a name is that of a folder right below another."""
-    if len(os.fsencode(name)) > LONGEST:
+    if len(name.encode(errors="replace")) > LONGEST:
         raise UserError(f"--{option} {shorten(name)!r} is too long; give at most {LONGEST} bytes")
     if not name or Path(name).name != name or name.startswith("."):
         raise UserError(

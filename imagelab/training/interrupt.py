@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
-#: What asks a process to end, beside Ctrl-C. Windows has no SIGHUP.
 AGAIN = "; press Ctrl-C again to stop at once"
+#: What asks a process to end, beside Ctrl-C. Windows has no SIGHUP.
 ENDINGS = tuple(getattr(signal, each) for each in ("SIGTERM", "SIGHUP") if hasattr(signal, each))
 
 

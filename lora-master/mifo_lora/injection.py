@@ -129,6 +129,11 @@ def check_injectable(
                 f"{' and '.join(f'torch.nn.{kind.__name__}' for kind in kinds)} only; "
                 "narrow the targets."
             )
+        if id(module.weight) not in owners:
+            raise LoraError(
+                f"the weight of {name!r} is computed, as by weight_norm, and cannot be shared; "
+                "narrow the targets."
+            )
         if others := [each for each in owners[id(module.weight)] if each != f"{name}.weight"]:
             raise LoraError(
                 f"{name!r} shares its weight with {others[0]!r}, which a merged LoRA would change "

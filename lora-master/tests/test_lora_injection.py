@@ -217,6 +217,14 @@ def test_a_weight_that_another_module_shares_is_refused_and_nothing_is_replaced(
     assert mifo_lora.inject(model, "own", rank=2) == ["own"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_is_computed_is_refused(norm):
+    model = nn.Sequential(norm(nn.Linear(8, 8)))
+    with pytest.raises(mifo_lora.LoraError, match="^the weight of '0' is computed"):
+        mifo_lora.inject(model, "0", rank=2)
+
+
 def test_a_linear_whose_forward_is_passed_by_is_refused():
     with pytest.raises(ValueError, match="'0.out_proj' is a NonDynamicallyQuantizableLinear"):
         mifo_lora.inject(nn.Sequential(nn.MultiheadAttention(8, 2)), "out_proj", rank=2)

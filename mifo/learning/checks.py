@@ -4,11 +4,11 @@ from importlib.util import find_spec
 
 from imagelab.errors import UserError, shorten
 from imagelab.io.atomic import readable
-from imagelab.io.folders import check_name, check_only, check_writable
+from imagelab.io.folders import check_name, check_writable
 from imagelab.prompts import check_prompt
 from imagelab.training.seeds import check_seed
 from mifo.bounds import check_bounds
-from mifo.learned import OWN, PIPELINE, PIPELINE_OWN
+from mifo.learned import check_own
 from mifo.learning.config import CHOICES, LearningConfig, check_choice
 from mifo.learning.places import is_begun, is_learned, target_folder, work_folder
 from mifo.tokens import ASSET
@@ -30,9 +30,7 @@ def check_target(config: LearningConfig, resume: bool, overwrite: bool) -> None:
     if is_there and not (overwrite or resume):
         raise UserError(f"{target} is there already; give --overwrite to learn it anew")
     if is_there:
-        check_only(readable(target), OWN)
-        if (pipeline := readable(target) / PIPELINE).is_dir():
-            check_only(pipeline, PIPELINE_OWN)
+        check_own(readable(target))
     if is_begun(config) and not (overwrite or resume):
         raise UserError(
             f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite"

@@ -1,9 +1,5 @@
 """The model of the last scene, kept in memory for scenes that need the same one."""
 
-import hashlib
-import json
-
-from imagelab.io.tensors import tensors_digest
 from imagelab.models.device import choose_precision
 from imagelab.models.stable_diffusion import StableDiffusion
 from mifo.learned import Learned
@@ -40,16 +36,11 @@ class KeptModel:
 
 
 def model_key(config: SynthesisConfig, learned: Learned, device: str) -> str:
-    """A hash of what a painted model is made of: two of the same key are the same.
+    """What a painted model is made of: two of the same key are the same.
 
     The precision is a part of it, since weights are rounded to it for good; the device is none,
     since they move whole. Of the base model it knows the name alone.
     """
     precision = choose_precision(config.runtime.mixed_precision, device)
-    facts = [str(precision), model_source(config, learned), str(learned.bases), learned.manifest]
-    tensors = {str(asset): row for asset, row in learned.rows.items()}
-    if learned.lora:
-        facts += [learned.lora.metadata, learned.lora.scale]
-        tensors |= learned.lora.tensors
-    facts.append(tensors_digest(tensors))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    source = model_source(config, learned)
+    return " ".join([str(precision), source, str(learned.bases), learned.digest])

@@ -158,6 +158,23 @@ def test_what_an_encoding_does_not_know_is_an_escape():
     assert file.getvalue() == b"n\xe9 <asset0> \\u2192 \\u732b\n\xdcbung\n"
 
 
+@pytest.mark.parametrize(
+    "encoding, text, written",
+    [
+        ("cp1251", "n\xe9", b"n\\xe9"),
+        ("cp437", "\xd7", b"\\xd7"),
+        ("cp1252", "\u20ac \u2192", b"\x80 \\u2192"),
+        ("ascii", "\x81", b"\\x81"),
+    ],
+)
+def test_each_code_page_has_its_own_escapes(encoding, text, written):
+    file = io.BytesIO()
+    console = Console(io.TextIOWrapper(file, encoding=encoding))
+    console.write(text)
+    console.flush()
+    assert file.getvalue() == written
+
+
 PRINTS = """
 import sys
 from tqdm import tqdm

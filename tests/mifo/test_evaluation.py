@@ -175,12 +175,12 @@ def test_records_do_not_depend_on_what_no_evaluation_has(learned_dir):
 def test_records_depend_on_what_was_learned(learned_dir, tmp_path):
     folder = shutil.copytree(learned_dir / "toys", tmp_path / "toys")
 
-    def key() -> str:
-        [case] = plan(tmp_path, [LEFT, Box(0.5, 0, 1, 0.5)])
+    def key(models_dir=tmp_path) -> str:
+        [case] = plan(models_dir, [LEFT, Box(0.5, 0, 1, 0.5)])
         return runner.record_key(case, 0, [], evaluation.CasePainter("cpu"))
 
     first = key()
-    found = [first, key()]
+    found = [first, key(learned_dir)]  # wherever it lies
     for name in ("asset0.safetensors", learned.LORA):
         change(folder / name)
         found.append(key())

@@ -293,6 +293,20 @@ def test_overwrite_replaces_no_files_of_the_users(
     assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["toys"]
 
 
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_overwrite_replaces_no_folder_by_a_file(
+    form, models_dir, exported, tmp_path, monkeypatch, fails
+):
+    shutil.copytree(exported, tmp_path / "toys")
+    target = tmp_path / "toys" / FILES[form]
+    target.unlink()
+    target.mkdir()
+    monkeypatch.delattr(Learned, "load")
+    message = fails(run, models_dir, tmp_path, "--overwrite", "--format", *FORMATS).err
+    assert f"{target} is a folder, where a file is to be; move it elsewhere" in message
+    assert target.is_dir()
+
+
 @pytest.mark.parametrize("form", ["embeddings", "pipeline"])
 def test_overwrite_replaces_no_file_that_was_put_there_meanwhile(
     form, models_dir, exported, tmp_path, monkeypatch, fails

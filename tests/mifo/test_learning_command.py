@@ -379,20 +379,22 @@ def test_a_file_that_is_put_into_the_former_result_meanwhile_stays(
 ):
     former = shutil.copytree(learned_dir / "toys", folder / "out/toys")
     before, update = contents(former), Trainer.update
+    notes = former / "pipeline/notes.txt"
+    notes.parent.mkdir()
 
     def put(*at):
-        (former / "notes.txt").write_bytes(b"years")
+        notes.write_bytes(b"years")
         return update(*at)
 
     options = ("--finetune", "none", "--train_steps", 1, "--seed", 2, "--overwrite")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", put)
         told = fails(2, *options)
-    assert "toys holds notes.txt, which would be removed with the folder; move it elsewhere" in told
+    assert "pipeline holds notes.txt, which would be removed with the folder; move it" in told
     assert "go on with the same command and --resume" in told
-    assert contents(former) == before | {"notes.txt": b"years"}
+    assert contents(former) == before | {"pipeline/notes.txt": b"years"}
     assert tree(folder / "out/.toys.work") == ["checkpoint.safetensors"]
-    (former / "notes.txt").rename(folder / "notes.txt")
+    notes.rename(folder / "notes.txt")
     monkeypatch.delattr(Trainer, "update")  # every step is done
     manifest = json.loads((learn(*options, "--resume") / "manifest.json").read_text())
     assert manifest["settings"]["seed"] == 2
