@@ -103,10 +103,12 @@ def stopped_after(count: int) -> Iterator[None]:
 
     with counted_updates() as updates:
         hook = register_optimizer_step_post_hook(press)
+        former = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
         try:
             with pytest.raises(SystemExit) as stop:
                 yield
         finally:
+            signal.signal(signal.SIGINT, former)
             hook.remove()
     assert stop.value.code == 130
 

@@ -1,6 +1,7 @@
 """Exchanging assets at some noise levels or in some layers: what the UNet is given, the table."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,13 +152,14 @@ def test_the_table_counts_boxes():
 
 
 def test_learned_folders_are_painted_once(copied, capsys, monkeypatch):
+    shutil.rmtree(copied / "learned/toybox-random-mifo/kind3_001")
     few = [Part(0, 0), Part()]
     monkeypatch.setattr(exchange, "parts_of", lambda unet: few)
     run(copied)
     rows = rows_of(copied)
-    assert [row["folder"] for row in rows] == ["kind2_000"] * 2 + ["kind3_001"] * 2
+    assert [row["folder"] for row in rows] == ["kind2_000"] * 2
     assert len({row["key"] for row in rows}) == len(rows)
-    assert [row["part"] for row in rows] == ["nowhere", "everywhere"] * 2
+    assert [row["part"] for row in rows] == ["nowhere", "everywhere"]
     shown = capsys.readouterr().out
     assert (copied / "exchange.md").read_text() == shown
     assert len(shown.splitlines()) == 2 + 2
@@ -167,13 +169,13 @@ def test_learned_folders_are_painted_once(copied, capsys, monkeypatch):
         assert path == f"exchange {row['part']}-{row['key']}/00.png"
         painted[row["key"]] = copied / "pictures/toybox-random-mifo" / row["folder"] / path
     pictures = {key: path.read_bytes() for key, path in painted.items()}
-    assert len(set(pictures.values())) == 4
+    assert len(set(pictures.values())) == 2
     run(copied, "--num_inference_steps", "3")  # whose pictures replace none
-    assert len(rows_of(copied)) == 8
+    assert len(rows_of(copied)) == 4
     assert {key: path.read_bytes() for key, path in painted.items()} == pictures
     monkeypatch.setattr(exchange.TaskPainter, "run", None)  # all rows are there
     run(copied)
-    assert rows_of(copied)[:4] == rows
+    assert rows_of(copied)[:2] == rows
 
 
 def test_what_is_not_there_or_makes_no_sense_is_refused(tmp_path, capsys):

@@ -263,7 +263,8 @@ def share(index, port, folder):
 
 
 def test_processes_share_gradients_and_losses_and_stop_together(tmp_path):
-    torch.multiprocessing.spawn(share, (free_port(), tmp_path), nprocs=2)
+    shared = (free_port(), tmp_path)
+    torch.multiprocessing.start_processes(share, shared, nprocs=2, start_method="fork")
     first, second = (read_checkpoint(tmp_path / f"{index}.safetensors") for index in (0, 1))
     assert first.step == second.step == 6
     assert torch.equal(first.tensors["trained.values"], second.tensors["trained.values"])

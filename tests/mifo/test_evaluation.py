@@ -451,7 +451,7 @@ def append(path, start):
 
 
 def test_records_of_two_processes_at_once_stay_whole(tmp_path):
-    path, start = tmp_path / "records.jsonl", multiprocessing.get_context("spawn")
+    path, start = tmp_path / "records.jsonl", multiprocessing.get_context("fork")
     workers = [start.Process(target=append, args=(path, first)) for first in (0, 50)]
     for worker in workers:
         worker.start()

@@ -542,7 +542,9 @@ def test_second_ctrl_c_stops_at_once(learn, fails, folder, ctrl_c):
     assert contents(learn(*options, "--resume")) == whole
 
 
-def test_ctrl_c_while_own_class_images_are_encoded(learn, fails, folder, monkeypatch):
+def test_ctrl_c_while_own_class_images_are_encoded(
+    learn, fails, folder, monkeypatch, interruptible
+):
     options = ("--prior_weight", 1, "--class_images", folder / "classes")
     (folder / "classes").mkdir()
     for shade in range(3):
@@ -562,7 +564,7 @@ def test_ctrl_c_while_own_class_images_are_encoded(learn, fails, folder, monkeyp
     assert (learn(*options, "--resume") / "manifest.json").is_file()
 
 
-def test_ctrl_c_while_class_images_are_made(learn, fails, folder, monkeypatch):
+def test_ctrl_c_while_class_images_are_made(learn, fails, folder, monkeypatch, interruptible):
     options = ("--prior_weight", 1, "--num_class_images", 5)
     denoise = priors.denoise
 

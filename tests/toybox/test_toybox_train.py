@@ -166,7 +166,8 @@ def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
     data_folder, *_, encoded, scale, tokenizer = data
     assert SHORT.grounding_weight > 0
     one, two = tmp_path / "one", tmp_path / "two"
-    torch.multiprocessing.spawn(train_in_process, (free_port(), data_folder, two), nprocs=2)
+    shared = (free_port(), data_folder, two)
+    torch.multiprocessing.start_processes(train_in_process, shared, nprocs=2, start_method="fork")
     run = Run(SHORT, SHAPE, one)
     vae, _ = train_vae(run, pictures_of(run))
     train_decoder(run, vae, pictures_of(run))
