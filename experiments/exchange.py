@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.comparison.folders import painting_settings
-from experiments.comparison.settings import HELP, Settings, folder_seed
+from experiments.comparison.settings import Settings, add_options, folder_seed
 from experiments.judge import judge
 from experiments.study import pictures_folder
-from experiments.tables import Row, markdown
+from experiments.tables import Row, markdown, right_boxes
 from experiments.tasks import Task, TaskPainter
 from imagelab.attention import attention_layers
 from imagelab.cli import HelpFormatter, Parser, report_errors
@@ -47,21 +48,22 @@ OPTIONS = ("pictures", "num_inference_steps", "guidance_steps", "device")
 
 @dataclass(frozen=True)
 class Part:
-    """Where assets are exchanged: noise levels low <= t / 1000 < high, in blocks of the UNet."""
+    """Where assets are exchanged: noise levels low <= t / 1000 < high, in a block."""
 
     low: float = 0.0
     high: float = 1.0
-    blocks: tuple[str, ...] | None = None
+    block: str | None = None  # of the UNet; None: all
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         if self.high <= self.low:
             return "nowhere"
-        levels = f"t from {1000 * self.high:.0f} to {1000 * self.low:.0f}"
-        if self.blocks is not None:
-            return ", ".join(self.blocks)
-        return "everywhere" if (self.low, self.high) == (0, 1) else levels
+        if self.block is not None:
+            return self.block
+        if (self.low, self.high) == (0, 1):
+            return "everywhere"
+        return f"t from {1000 * self.high:.0f} to {1000 * self.low:.0f}"
 
 
 def parts_of(unet) -> list[Part]:
@@ -71,10 +73,10 @@ def parts_of(unet) -> list[Part]:
     ``mid_block``.
     """
     edges = [level / LEVELS for level in range(LEVELS + 1)]
-    windows = [Part(*pair) for pair in zip(edges, edges[1:], strict=False)][::-1]
+    windows = [Part(*pair) for pair in pairwise(edges)][::-1]
     begun = [Part(low, 1.0) for low in edges[-3:0:-1]]
     names = [name.partition(".attentions")[0] for name in attention_layers(unet, "cross")]
-    blocks = [Part(blocks=(name,)) for name in sorted(set(names))]  # down, mid, up
+    blocks = [Part(block=name) for name in sorted(set(names))]  # down, mid, up
     return [Part(0, 0), Part(), *windows, *begun, *blocks]
 
 
@@ -111,7 +113,7 @@ def exchanged(unet, part: Part, own: Tensor, other: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         hooks = [unet.register_forward_pre_hook(note_level, with_kwargs=True)]
         for name, layer in attention_layers(unet, "cross").items():
-            if part.blocks is None or name.startswith(tuple(f"{b}." for b in part.blocks)):
+            if part.block is None or name.startswith(f"{part.block}."):
                 hooks.append(layer.register_forward_pre_hook(exchange, with_kwargs=True))
         for hook in hooks:
             stack.callback(hook.remove)
@@ -165,10 +167,9 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
-        own = sum(each["is_right"] for row in mine for picture in row["judged"] for each in picture)
-        other = sum(each for row in mine for picture in row["exchanged"] for each in picture)
-        count = sum(len(picture) for row in mine for picture in row["judged"])
-        lines.append([part, own, other, count - own - other])
+        own = [value for row in mine for value in right_boxes(row)]
+        other = sum(value for row in mine for picture in row["exchanged"] for value in picture)
+        lines.append([part, sum(own), other, len(own) - sum(own) - other])
     return markdown(["exchanged", "own", "the exchanged one", "neither"], lines)
 
 
@@ -186,10 +187,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument(
         "--way", default="toybox-random-mifo", help="base, tokens and loss, a folder of learned/"
     )
-    default = Settings()
-    for name in OPTIONS:
-        value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=HELP[name])
+    add_options(parser, OPTIONS)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 
@@ -210,14 +208,13 @@ def main(argv: list[str] | None = None) -> None:
                 f"{work / 'learned' / way} holds nothing that was learned; give --work and --way "
                 "of a comparison"
             )
-        records, rows = Records(work / "exchange.jsonl", "--work"), []
+        records, classifier = Records(work / "exchange.jsonl", "--work"), load_classifier()
+        rows = []
         try:
             with tqdm(unit="part") as bar:
                 for name in names:
                     bar.set_description(name)
-                    rows += exchange_folder(
-                        work, way, name, settings, records, load_classifier(), bar
-                    )
+                    rows += exchange_folder(work, way, name, settings, records, classifier, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the very same command goes on from here") from None
         text = table(rows)

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.settings import HELP
+from experiments.comparison.settings import add_options
 from experiments.study import Job, rows_of, run_study
 from experiments.tables import (
     Row,
@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument(
         "--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu"
     )
-    parser.add_argument("--mixed_precision", default="auto", help=HELP["mixed_precision"])
+    add_options(parser, ["mixed_precision"])
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from experiments.comparison.settings import (
     BOUNDS,
-    HELP,
     LOSSES,
     TOKENS,
     Settings,
     Variant,
+    add_options,
     variants,
 )
 from imagelab.cli import HelpFormatter, Parser, report_errors
@@ -45,10 +45,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
         parser.add_argument(
             f"--{name}", nargs="+", choices=known, default=list(known), metavar="NAME", help=shown
         )
-    for one in fields(Settings):
-        parser.add_argument(
-            f"--{one.name}", type=type(one.default), default=one.default, help=HELP[one.name]
-        )
+    add_options(parser, [one.name for one in fields(Settings)])
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 

@@ -1,5 +1,7 @@
 """The settings of a comparison, and its variants: the only home of both."""
 
+from argparse import ArgumentParser
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -79,6 +81,14 @@ FREE_SETTINGS = {
     "folders", "first", "pictures", "alone", "num_inference_steps", "guidance_scale",
     "guidance_steps", "device",
 }  # fmt: skip
+
+
+def add_options(parser: ArgumentParser, names: Iterable[str]) -> None:
+    """Add an option for each of these settings."""
+    default = Settings()
+    for name in names:
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=HELP[name])
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_only_the_layers_of_a_block_read_the_other_prompt(base, prompts, predict
         return hook
 
     layers = attention_layers(base.unet, "cross")
-    with exchanged(base.unet, Part(blocks=("up_blocks.1",)), own, other):
+    with exchanged(base.unet, Part(block="up_blocks.1"), own, other):
         hooks = [
             layer.register_forward_pre_hook(look(name), with_kwargs=True)
             for name, layer in layers.items()
