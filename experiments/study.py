@@ -76,7 +76,7 @@ def run_study(jobs: Sequence[Job], work: Path, processes: Processes) -> dict[str
     Of two rows with one key the later one counts. A failure of one job does not keep the others
     from running. Returns sentences about what failed, by the job's name.
     """
-    records, classifier = Records(work / ROWS), load_classifier()
+    records, classifier = read_records(work), load_classifier()
     failures: dict[str, str] = {}
     mine = processes.share(jobs)
     for number, job in enumerate(mine, 1):
@@ -92,11 +92,7 @@ def run_study(jobs: Sequence[Job], work: Path, processes: Processes) -> dict[str
 
 
 def _run(job: Job, work: Path, records: Records, classifier, device: str) -> None:
-    missing = []
-    for task in job.tasks:
-        if not is_whole(records.found.get(job.key(task)), work):
-            records.found.pop(job.key(task), None)  # else its new row would not be added
-            missing.append(task)
+    missing = [task for task in job.tasks if job.key(task) not in records.found]
     if not missing:
         return
     learn_folder(work, job.config, device)
@@ -116,16 +112,20 @@ def pictures_folder(work: Path, way: str, folder: str) -> Path:
     return work / PICTURES / way / folder
 
 
-def is_whole(row: dict | None, work: Path) -> bool:
-    """Whether a row is there, and all pictures that it was judged on."""
-    if row is None:
-        return False
-    folder = pictures_folder(work, row["way"], row["folder"])
-    return all((folder / name).is_file() for name in row["pictures"])
+def read_records(work: Path) -> Records:
+    """The rows of a study that have all pictures which they were judged on."""
+
+    def is_gone(row: dict) -> bool:
+        folder = pictures_folder(work, row["way"], row["folder"])
+        return not all((folder / name).is_file() for name in row["pictures"])
+
+    records = Records(work / ROWS)
+    records.forget(is_gone)
+    return records
 
 
 def rows_of(jobs: Sequence[Job], work: Path) -> list[dict]:
     """The rows of jobs that are there with their pictures, by the order of jobs and tasks."""
-    found = Records(work / ROWS).found
-    rows = [found.get(job.key(task)) for job in jobs for task in job.tasks]
-    return [row for row in rows if is_whole(row, work)]
+    found = read_records(work).found
+    keys = [job.key(task) for job in jobs for task in job.tasks]
+    return [found[key] for key in keys if key in found]

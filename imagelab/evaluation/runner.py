@@ -13,7 +13,7 @@ features   of the whole picture, for the diversity over seeds
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +83,7 @@ def evaluate(
     keys = [
         [record_key(case, i, spaces, painter) for i in range(len(case.seeds))] for case in cases
     ]
-    for each in set().union(*keys) & records.found.keys():
-        if not (output / PICTURES / records.found[each]["picture"]).is_file():
-            del records.found[each]
+    records.forget(lambda each: not (output / PICTURES / each["picture"]).is_file())
     done = sum(each in records.found for row in keys for each in row)
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
@@ -177,6 +175,10 @@ class Records:
             os.fsync(file.fileno())
             self._read += len(line)
         self.found[record["key"]] = record
+
+    def forget(self, is_gone: Callable[[dict], bool]) -> None:
+        """Pass over records whose pictures are gone; new ones of their keys may be added."""
+        self.found = {key: each for key, each in self.found.items() if not is_gone(each)}
 
     def _catch_up(self, file: BinaryIO) -> None:
         """Read what other processes have added since the last time."""

@@ -50,9 +50,9 @@ def evaluate(
         items: of each row; of a trial ``calibration``.
     """
     records = Records(output / RECORDS, "--output")
-    for key, record in list(records.found.items()):
-        if "picture" in record and not (output / PICTURES / record["picture"]).is_file():
-            del records.found[key]
+    records.forget(
+        lambda each: "picture" in each and not (output / PICTURES / each["picture"]).is_file()
+    )
     classifier = load_classifier()
     work = [
         (each, row, min(calibration, items))
