@@ -16,14 +16,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
 
 from imagelab.errors import UserError
-from imagelab.io.folders import check_only
 
 log = logging.getLogger(__name__)
 OLD = ".old"  # ends the hidden name of a folder while another takes its place
@@ -152,17 +151,18 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(target: Path, own: Iterable[str] | None = None) -> Iterator[Path]:
+def replacing(target: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A `scratch_folder` to fill; it takes the place of ``target`` unless there is an error.
 
     Args:
-        own: names of what may be replaced; see :func:`~imagelab.io.folders.check_only`, which looks
-            once more at the end, when somebody may have put something there. None: all.
+        check: raises UserError where a folder must not be replaced, as
+            :func:`~imagelab.io.folders.check_only` does. It looks at the end: meanwhile somebody
+            may have put something there.
     """
     with scratch_folder(target) as aside:
         yield aside
-        if own is not None and target.is_dir():
-            check_only(target, own)
+        if check and target.is_dir():
+            check(target)
         put(aside, target)
 
 

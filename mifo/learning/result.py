@@ -46,7 +46,7 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
             " and ".join(map(asset_token, low)),
         )
     manifest = describe_result(session, curves, scores)
-    with replacing(plan.target) as folder:
+    with replacing(plan.target, check_own) as folder:
         has_lora = recipe.finetune == "lora" and 2 in recipe.steps
         write_learned(folder, model, session.rows, has_lora, manifest)
         plot_losses(folder / "learning.png", curves, recipe.turns)
@@ -64,8 +64,6 @@ def write_result(session: Session, curves: dict[str, list[float]]) -> None:
             learned = read_learned_folder(folder)
             loaded, _ = learned.load(offline=plan.config.runtime.offline)
             write_pipeline(folder / PIPELINE, loaded)
-        if plan.target.is_dir():  # once more: somebody may have put something there
-            check_own(plan.target)
 
 
 def mixed_up(scores: Sequence[float]) -> list[int]:

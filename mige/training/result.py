@@ -11,11 +11,13 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from imagelab.io.atomic import folder_lock, replacing
+from imagelab.io.folders import check_only
 from imagelab.io.tensors import read_tensors, write_tensors
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from imagelab.training.sharding import whole
@@ -33,7 +35,8 @@ def write_model(model: TrainedModel, source: Path, target: Path, is_writer: bool
     changes = {name: dict(_changes(model.parts[name], is_writer)) for name in MODULES}
     if not is_writer:
         return
-    with folder_lock(target, "--output"), replacing(target, (INDEX, *PARTS)) as aside:
+    check = partial(check_only, own=(INDEX, *PARTS))
+    with folder_lock(target, "--output"), replacing(target, check) as aside:
         shutil.copyfile(source / INDEX, aside / INDEX)
         for name, part in PARTS.items():
             (aside / name).mkdir()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,7 +128,7 @@ def test_what_was_put_into_a_folder_meanwhile_is_not_replaced(tmp_path):
     fill(target, "first")
 
     def replace(notes: bool) -> None:
-        with folder_lock(target), replacing(target, ["te?t"]) as folder:
+        with folder_lock(target), replacing(target, partial(check_only, own=["te?t"])) as folder:
             (folder / "text").write_text("second")
             if notes:
                 (target / "notes.txt").write_text("years")

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from imagelab.io.atomic import folder_lock, replacing, write_json
+from imagelab.io.folders import check_only
 from imagelab.models.loading import quiet_libraries
 from imagelab.training.seeds import seed_for
 from mige.folder import INDEX, PARTS
@@ -153,7 +155,7 @@ def save(
     own = (*RECORDS, *records)
     with folder_lock(folder, "--output"):
         check_output(folder, [], overwrite, own)
-        with replacing(folder, (INDEX, *PARTS, *own)) as aside:
+        with replacing(folder, partial(check_only, own=(INDEX, *PARTS, *own))) as aside:
             pipeline.save_pretrained(aside)
             for name, facts in records.items():
                 write_json(aside / name, facts)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -136,7 +137,8 @@ def write_pipeline(
 
     It appears when it is whole.
     """
-    with folder_lock(output, "--output"), replacing(output, OWN) as folder:
+    check = partial(check_only, own=OWN)
+    with folder_lock(output, "--output"), replacing(output, check) as folder:
         save_half(pipeline, folder)
         copy_vocabulary(work, folder / "tokenizer")
         if curves := {name: course.losses for name, course in courses.items() if course.losses}:
