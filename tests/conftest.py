@@ -17,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test, or its fixtures, draw without a seed of their own is the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def fails(capsys):
     """Run a command that must end with an exit code and no traceback; returns what it told.
