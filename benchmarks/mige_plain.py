@@ -86,9 +86,7 @@ def encode(parts, inputs: Inputs, end: int) -> Embedded:
     """
     meaning = see(parts.vision_encoder, parts.qformer, parts.fusion, inputs.seen)
     vectors = parts.fusion(meaning, embed_patches(parts.transformer, inputs.latents))
-    embedded = embed_instruction(
-        parts.fusion, parts.text_encoder, inputs.segments, vectors, len(vectors), end
-    )
+    embedded = embed_instruction(parts.fusion, parts.text_encoder, inputs.segments, vectors, end)
     return Embedded(encode_text(parts.text_encoder, embedded), embedded.mask)
 
 

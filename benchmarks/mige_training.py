@@ -58,7 +58,7 @@ class PlainModel(TrainedModel):
         vectors = self.fuse(vision.flatten(0, 1), latents.flatten(0, 1)).split(SLOTS)
         fusion, text_encoder = self.parts["fusion"], self.parts["text_encoder"]
         found = [
-            embed_instruction(fusion, text_encoder, segments, mine, SLOTS, END)
+            embed_instruction(fusion, text_encoder, segments, mine, END)
             for segments, mine in zip(batch.segments, vectors, strict=True)
         ]
         return Embedded(*(torch.stack(each) for each in zip(*found, strict=True)))
@@ -93,7 +93,7 @@ def make_model(
     """A model of which the release's choice learns, without dropout."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     parts = build_parts(MODELS[args.model], args.device)
-    model = kind(parts, Diffusion(), slots=SLOTS, end=END, round_timesteps=False, autocast=dtype)
+    model = kind(parts, Diffusion(), end=END, round_timesteps=False, autocast=dtype)
     choose_trained(model, Recipe(lora_rank=lora_rank, dropout=0.0), 0)
     if is_checkpointed:
         checkpointed(model)

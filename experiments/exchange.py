@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.comparison.folders import painting_settings
 from experiments.comparison.settings import Settings, add_options, folder_seed
-from experiments.judge import judge
+from experiments.judge import judge, judge_facts
 from experiments.study import pictures_folder
 from experiments.tables import Row, markdown, right_boxes
 from experiments.tasks import Task, TaskPainter
@@ -145,7 +145,7 @@ def exchange_folder(
     learned = (folder / MANIFEST).read_text(encoding="utf-8")
     rows = []
     for part in parts_of(base.unet):
-        facts = [way, learned, asdict(part), asdict(task), painting]
+        facts = [way, learned, asdict(part), asdict(task), painting, judge_facts()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         if key not in records.found:
             output = pictures_folder(work, way, name) / f"exchange {part.name}-{key}"

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from imagelab.boxes import Box
 from toybox.classifier.boxes import Seen, read_boxes
-from toybox.classifier.network import SCENE, Classifier, hue_distance, to_input
+from toybox.classifier.network import SCENE, Classifier, hue_distance, to_input, weights_digest
 from toybox.scenes.toys import KINDS, Look
 
 CLOSE = 25.0  # degrees
 FILLED = 0.1  # share of a box; thin toys that fill theirs cover 0.13 or more
 PRESENT = 0.015  # share of a picture that an instance covers at least to be there
+VERSION = 1  # of how these are used
+
+
+def judge_facts() -> list:
+    """All that a judgement depends on but the picture, for keys."""
+    return [VERSION, CLOSE, FILLED, PRESENT, weights_digest()]
 
 
 @dataclass(frozen=True)

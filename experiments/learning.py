@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from imagelab.errors import UserError
+from imagelab.io.atomic import written_aside
 from mifo.learning.config import LearningConfig
 
 #: Settings of learning that stage 1 does not depend on.
@@ -81,4 +82,5 @@ def share_class_images(learned: Path, mine: Path) -> None:
         except FileExistsError:  # by another process, just now
             continue
         except OSError:  # a disk without hard links
-            shutil.copy(path, target)
+            with written_aside(target) as aside:
+                shutil.copy(path, aside)

@@ -25,14 +25,13 @@ from experiments.tables import (
     own_there,
     right_boxes,
     right_kinds,
-    sheet,
 )
 from experiments.tasks import Task
 from imagelab.cli import HelpFormatter, Parser, report_errors
 from imagelab.errors import UserError
 from imagelab.io.atomic import written_aside
 from imagelab.io.folders import check_writable
-from imagelab.io.pictures import Tile
+from imagelab.io.pictures import Tile, sheet_of_lines
 from mifo.learning.config import LearningConfig
 from mifo.learning.instance import list_instances
 from toybox.scenes.instances import read_looks
@@ -158,7 +157,7 @@ def folder_sheet(rows: Sequence[Row], work: Path):
         for index in range(len(row["pictures"])):
             wrong = sum(not each["is_right"] for each in row["judged"][index])
             line.append(Tile(marked(row, index, work), f"{wrong} wrong" if wrong else "", "red"))
-    return sheet([line for _, line in sorted(lines.items())], SHEET_SIDE)
+    return sheet_of_lines([line for _, line in sorted(lines.items())], SHEET_SIDE)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+from experiments.judge import judge_facts
 from experiments.learning import learn_folder
 from experiments.tasks import Task, TaskPainter
 from imagelab.errors import FAILURES, memory_errors, sentence
@@ -57,9 +58,8 @@ class Job:
         """A hash of all that a row depends on but the photo."""
         looks = [asdict(look) for look in self.looks]
         settings, base = kept_settings(self.config), base_facts(self.config.model_path)
-        text = json.dumps(
-            [self.way, settings, asdict(task), dict(self.painting), looks, base], sort_keys=True
-        )
+        facts = [self.way, settings, asdict(task), dict(self.painting), looks, base, judge_facts()]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

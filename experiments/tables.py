@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw
 from experiments.study import pictures_folder
 from imagelab.boxes import Box, raster
 from imagelab.evaluation.report import Mean, mean_interval
-from imagelab.io.pictures import Tile, contact_sheet
 
 Row = dict
 RIGHT, WRONG = "white", "red"
@@ -93,11 +92,3 @@ def marked(row: Row, index: int, work: Path) -> Image.Image:
         is_right = each["is_right"]
         draw.rectangle(frame, outline=RIGHT if is_right else WRONG, width=1 if is_right else 3)
     return picture
-
-
-def sheet(lines: Sequence[Sequence[Tile]], side: int) -> Image.Image:
-    """A contact sheet of lines of tiles; shorter ones are filled up."""
-    columns = max(map(len, lines))
-    blank = Tile(Image.new("RGB", (1, 1), "white"))
-    tiles = [tile for line in lines for tile in [*line, *[blank] * (columns - len(line))]]
-    return contact_sheet(tiles, columns, side)

@@ -33,6 +33,7 @@ from mifo_lora import kohya_metadata, lora_state_dict, to_kohya
 
 TOLERANCE = 1e-4  # largest difference of two noise predictions, of the largest prediction
 TIMESTEP = 500  # at which the predictions are compared
+LATENT_CHANNELS = 4  # of Stable Diffusion
 EMBEDDINGS = "embeddings"
 #: What ``--finetune`` must have been for each format.
 LEARNED_AS = {
@@ -187,7 +188,12 @@ WRITERS: dict[str, Callable[[Path, Learned, StableDiffusion], None]] = {
 
 
 def architecture(model: StableDiffusion) -> str:
-    """The base model's kind in the words of the modelspec, by its configs."""
+    """The base model's kind in the words of the modelspec, by its configs.
+
+    One with latents of its own, such as toybox, is none of those that others know.
+    """
+    if model.latent_channels != LATENT_CHANNELS:
+        return f"latent-diffusion-of-{model.latent_channels}-channels"
     if not model.unet.config.use_linear_projection:
         return "stable-diffusion-v1"
     velocity = model.scheduler.config.prediction_type == "v_prediction"

@@ -166,10 +166,7 @@ def measure(items: list, notes: list[str], options: argparse.Namespace) -> str:
         raise UserError("subjects are measured by --clip and --dino; give one of them")
     weights = {name: find(name, source, options.offline) for name, source in given.items()}
     bench = read_bench_pictures(items, not options.no_mask, options.format == "magicbrush")
-    outputs = find_outputs(items, options.outputs, bench.digests)
-    outputs = [
-        each for each in outputs if not options.task or items[each.place].task in options.task
-    ]
+    outputs = find_outputs(items, options.outputs, bench.digests, options.task)
     missing = [output for output in outputs if output.reason]
     there = [output for output in outputs if not output.reason]
     if missing and not (options.allow_missing and there):

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def convert(
     check_output(output, (sources.weights, sources.vae, sources.text), overwrite)
     model = read_model(sources, heads or {})
     check_room(output, model.size)
-    write_folder(output, model, prefixes)
+    write_folder(output, model, prefixes, overwrite=overwrite)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -128,11 +129,16 @@ def write_folder(
     model: Model,
     prefixes: Mapping[str, str] | None = None,
     round_timesteps: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write a model folder, which appears when it is whole.
 
     Args:
         prefixes: sentences before the instructions; None: empty ones.
+        overwrite: take the place of a model that is there.
+
+    Raises:
+        UserError: something else is there by now, or another process writes it.
     """
     settings = {
         "slots": SLOTS,
@@ -140,7 +146,8 @@ def write_folder(
         "prefixes": dict(prefixes or dict.fromkeys(PREFIXES, "")),
         "guidance": {},
     }
-    with folder_lock(output, "--output"), replacing(output) as folder, disk_errors(output):
+    check = partial(check_output, sources=(), overwrite=overwrite)
+    with folder_lock(output, "--output"), replacing(output, check) as folder, disk_errors(output):
         write_model(folder, model)
         write_index(folder, settings)
 

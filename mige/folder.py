@@ -75,6 +75,7 @@ PARTS = {
         ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
     ),
 }  # fmt: skip
+CONTENTS = (INDEX, *PARTS)  # all that lies in a model folder
 #: What a model folder says besides its parts, and its form.
 SETTINGS = {"slots": int, "round_timesteps": bool, "prefixes": dict}
 MOST_SLOTS, LONGEST_PREFIX, MOST_TIMESTEPS = 64, 2000, 100_000

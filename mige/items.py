@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.images import MissingPicture, Picture, open_picture
+from imagelab.io.images import MissingPicture, Picture, open_picture, open_unchanged
 from imagelab.io.tensors import misfit
 from mige.lists import read_text
 from mige.method.wording import TASKS
@@ -75,13 +75,7 @@ class Item:
         Args:
             digests: sha256 of the files, as :func:`read_pictures` found them.
         """
-        pictures = []
-        for path in self.paths:
-            picture = open_picture(path)
-            if picture.sha256 != digests[path]:
-                raise UserError(f"{path} has changed since the work began; run the command again")
-            pictures.append(picture.as_rgb())
-        return self.request(pictures)
+        return self.request([open_unchanged(path, digests[path]).as_rgb() for path in self.paths])
 
 
 def read_items(path: Path, root: Path | None, edits: bool) -> list[Item]:
@@ -163,7 +157,7 @@ def read_pictures(items: Sequence[Item]) -> dict[Path, str]:
     """
     digests: dict[Path, str] = {}
     for item in tqdm(items, "reading", unit=" items", disable=len(items) < 100):
-        with told_of(item, len(items)):
+        with naming_item(item, len(items)):
             for path in item.paths:
                 if path not in digests:
                     picture = open_listed(path) if item.is_listed else open_picture(path)
@@ -187,12 +181,12 @@ def check_items(items: Sequence[Item], pipeline) -> None:
     """
     blank = Image.new("RGB", (1, 1))
     for item in tqdm(items, "checking", unit=" items", disable=len(items) < 100):
-        with told_of(item, len(items)):
+        with naming_item(item, len(items)):
             pipeline.segments(item.request([blank] * len(item.paths)))
 
 
 @contextmanager
-def told_of(item: Item, count: int) -> Iterator[None]:
+def naming_item(item: Item, count: int) -> Iterator[None]:
     """Within, a UserError tells of which of several items it is."""
     try:
         yield

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, sweep, write_json, write_new, written_aside
+from imagelab.io.folders import check_unused
 from imagelab.io.images import read_image
 from imagelab.io.pictures import Tile, encode_png, next_number, save_picture, sheet_of_lines
 from imagelab.io.tensors import read_json
 from imagelab.processes import Processes
 from mige.config import Guidance, PaintingConfig
-from mige.items import Item, told_of
+from mige.items import Item, naming_item
 from mige.latents import Size
-from mige.method.wording import MARK
+from mige.method.wording import readable
 from mige.pipeline import Condition, MigePipeline
 from mige.request import Request
 
@@ -158,9 +159,8 @@ def check_place(folder: Path, is_list: bool) -> None:
     has_list = (folder / RUN).is_file()
     if not is_list and has_list:
         raise UserError(f"{folder} holds the pictures of a list; give another --output_path")
-    left = [p for p in folder.iterdir() if p.suffix != ".part"] if folder.is_dir() else []
-    if is_list and not has_list and left:
-        raise UserError(f"{folder} holds other files; give another --output_path for a list")
+    if is_list and not has_list:
+        check_unused(folder, "output_path")
 
 
 def _is_whole(path: Path) -> bool:
@@ -213,7 +213,7 @@ def _paint(
             encoded = {name: each for name, each in encoded.items() if name in names}
             for item, _ in batch:
                 if item.name not in encoded:
-                    with told_of(item, len(job.items)):
+                    with naming_item(item, len(job.items)):
                         request = item.read(job.pictures)
                     condition = job.pipeline.encode(request, job.config.seed, job.size)
                     encoded[item.name] = request, condition
@@ -257,7 +257,7 @@ def sheet_of(items: Sequence[Item], pictures: Sequence[Sequence[Path]]) -> Image
             Tile(_small(path), "to edit" if index == item.source else f"<image> {index + 1}")
             for index, path in enumerate(item.paths)
         ]
-        text = item.text.replace(MARK, " <image> ").strip()
+        text = readable(item.text)
         lines.append([*given, *(Tile(path, text) for path in painted)])
     return sheet_of_lines(lines, SHEET_SIDE)
 

@@ -218,9 +218,8 @@ class MigePipeline(DiffusionPipeline):
             if request.task == "edit":  # which may name its one picture more than once
                 vectors = vectors.expand(request.marks, -1, -1)
         embedded = embed_instruction(
-            self.fusion, self.text_encoder, segments, vectors, self.config.slots,
-            self.tokenizer.eos_token_id,
-        )  # fmt: skip
+            self.fusion, self.text_encoder, segments, vectors, self.tokenizer.eos_token_id
+        )
         device = self._execution_device
         moved = embedded._replace(
             embeddings=embedded.embeddings.to(device), mask=embedded.mask.to(device)

@@ -78,7 +78,7 @@ def start(
     model = read_start(origins, seed, text_length)
     check_room(output, model.size)
     check_finite(model)
-    write_folder(output, model, prefixes, round_timesteps)
+    write_folder(output, model, prefixes, round_timesteps, overwrite)
 
 
 def read_start(origins: Origins, seed: int, text_length: int) -> Model:

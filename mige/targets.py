@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from imagelab.errors import UserError
-from imagelab.io.folders import check_only, check_writable
+from imagelab.io.folders import check_only, check_writable, foreign
 from imagelab.io.tensors import read_json
-from mige.folder import INDEX, PARTS
+from mige.folder import CONTENTS, INDEX
 
 PIPELINE = "MigePipeline"  # the class that a model's index names
 ROOM = 64 * 2**20  # bytes of what is written beside the weights, and then some
@@ -27,7 +27,7 @@ def check_output(
         if source.resolve().is_relative_to(output.resolve()):
             raise UserError(f"--output {output} holds {source}; give another folder")
     check_writable(output.absolute().parent, "output")
-    if output.is_dir() and not any(output.iterdir()):
+    if output.is_dir() and not any(foreign(output)):
         return
     if output.exists() or output.is_symlink():
         if not _is_model(output):
@@ -38,7 +38,7 @@ def check_output(
             raise UserError(
                 f"{output} holds a model; replace it with --overwrite, or give another --output"
             )
-        check_only(output, (INDEX, *PARTS, *records))
+        check_only(output, (*CONTENTS, *records))
 
 
 def _is_model(folder: Path) -> bool:

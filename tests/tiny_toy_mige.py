@@ -40,7 +40,7 @@ def tiny_parts(seed: int = 0) -> dict:
 
 def tiny_model(seed: int = 0):
     parts = tiny_parts(seed)
-    model = reading_model(parts, the_tokenizer(), TINY.slots, Diffusion.of(parts["scheduler"]))
+    model = reading_model(parts, the_tokenizer(), Diffusion.of(parts["scheduler"]))
     return model.eval()
 
 

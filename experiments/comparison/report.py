@@ -17,11 +17,10 @@ from experiments.tables import (
     own_there,
     right_boxes,
     share,
-    sheet,
 )
 from imagelab.evaluation.report import Mean, mean_interval
 from imagelab.io.atomic import written_aside
-from imagelab.io.pictures import Tile
+from imagelab.io.pictures import Tile, sheet_of_lines
 
 BASE = "mifo"  # the loss that the others are compared with
 SHEET_ROWS, SHEET_SIDE = 12, 144
@@ -104,4 +103,4 @@ def loss_sheet(rows: Sequence[Row], work: Path) -> Image.Image:
                 caption = row["loss"] + (f": {wrong} wrong" if wrong else "")
                 line.append(Tile(marked(row, 0, work), caption, "red" if wrong else "black"))
         lines.append(line)
-    return sheet(lines, SHEET_SIDE)
+    return sheet_of_lines(lines, SHEET_SIDE)

@@ -73,19 +73,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError for what makes no sense, or is not what the work folder was made with."""
+    """Raises UserError for what makes no sense, or is not what the work folder was made with.
+
+    ``--begin`` becomes a folder.
+    """
     check_within({name: getattr(options, name) for name in BOUNDS}, BOUNDS)
     check_writable(options.work, "work")
     path = options.triplets / "triplets.json"
     if not path.is_file():
         raise UserError(f"there is no {path}; `python -m toybox.triplets` writes it")
-    begin = model_digest(find_folder(str(options.begin)))
+    options.begin = find_folder(str(options.begin))
     with path.open("rb") as file:
         triplets = hashlib.file_digest(file, "sha256").hexdigest()
     now = {
         name: getattr(options, name) for name in ("steps", "items", "held_out", "mixed_precision")
     }
-    now |= {"begin": begin, "triplets": triplets}
+    now |= {"begin": model_digest(options.begin), "triplets": triplets}
     options.work.mkdir(parents=True, exist_ok=True)
     if (options.work / SETTINGS).is_file():
         then = read_json(options.work / SETTINGS, {}, "give another --work")

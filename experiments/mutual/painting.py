@@ -35,7 +35,7 @@ class WordsPainter(MigePainter):
         prompt = prompt_for(item.triplet.task, text_of(item), pipeline.config.prefixes)
         embedded = embed_instruction(
             pipeline.fusion, pipeline.text_encoder, segment_ids(pipeline.tokenizer, prompt), None,
-            pipeline.config.slots, pipeline.tokenizer.eos_token_id,
+            pipeline.tokenizer.eos_token_id,
         )  # fmt: skip
         text = encode_text(pipeline.text_encoder, embedded)
         return whole._replace(text=text, mask=embedded.mask.to(text.device))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagelab.io.atomic import write_json, written_aside
+from imagelab.io.atomic import folder_lock, replacing, write_json, written_aside
 from mige.folder import PARTS
 from mige.method.wording import TASKS, split
 from toybox.scenes.wording import noun
@@ -79,10 +79,8 @@ def write_start(variant: Variant, begun: Path, target: Path) -> None:
     """The model that a variant begins with: that of all, whose fusion may read no latents."""
     if target.is_dir():
         return
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(begun, aside)
-    path = aside / "fusion" / PARTS["fusion"].config
-    config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, config | {"reads_latents": variant.reads_latents})
-    aside.rename(target)
+    with folder_lock(target, "--work"), replacing(target) as aside:
+        shutil.copytree(begun, aside, dirs_exist_ok=True)
+        path = aside / "fusion" / PARTS["fusion"].config
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, config | {"reads_latents": variant.reads_latents})

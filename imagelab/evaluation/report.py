@@ -13,7 +13,7 @@ from PIL import Image
 from imagelab.evaluation.measures import confusion, diversity, margins
 from imagelab.evaluation.runner import PICTURES, RECORDS, Case, locked
 from imagelab.io.atomic import write_json, written_aside
-from imagelab.io.pictures import Tile, contact_sheet
+from imagelab.io.pictures import Tile, sheet_of_lines
 
 TILE = 192  # pixels of the longer side of a contact sheet's pictures
 
@@ -159,18 +159,15 @@ def sheet(
         folder: where the records' pictures are.
         captions: of the columns of pictures; without them each picture has its seed.
     """
-    columns = max(map(len, records))
-    blank = Tile(Image.new("RGB", (1, 1), "white"))
-    tiles = []
+    lines = []
     for case, each in zip(cases, records, strict=True):
         texts = captions or [f"seed {record['seed']}" for record in each]
-        tiles.append(Tile(case.photo, f"{case.name}: {case.prompt}"))
-        tiles += [
+        pictures = [
             Tile(folder / record["picture"], text, boxes=case.boxes, labels=_box_labels(record))
             for record, text in zip(each, texts, strict=True)
         ]
-        tiles += [blank] * (columns - len(each))
-    return contact_sheet(tiles, 1 + columns, TILE)
+        lines.append([Tile(case.photo, f"{case.name}: {case.prompt}"), *pictures])
+    return sheet_of_lines(lines, TILE)
 
 
 def _box_labels(record: dict) -> list[str]:

@@ -83,7 +83,7 @@ def evaluate(
     keys = [
         [record_key(case, i, spaces, painter) for i in range(len(case.seeds))] for case in cases
     ]
-    records.forget(lambda each: not (output / PICTURES / each["picture"]).is_file())
+    records.forget_without(output / PICTURES)
     done = sum(each in records.found for row in keys for each in row)
     (output / PICTURES).mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, keys)), initial=done, desc="pictures", unit="picture") as bar:
@@ -179,6 +179,10 @@ class Records:
     def forget(self, is_gone: Callable[[dict], bool]) -> None:
         """Pass over records whose pictures are gone; new ones of their keys may be added."""
         self.found = {key: each for key, each in self.found.items() if not is_gone(each)}
+
+    def forget_without(self, pictures: Path) -> None:
+        """Pass over records whose ``picture`` is no longer in a folder."""
+        self.forget(lambda each: "picture" in each and not (pictures / each["picture"]).is_file())
 
     def _catch_up(self, file: BinaryIO) -> None:
         """Read what other processes have added since the last time."""

@@ -47,6 +47,12 @@ def check_only(folder: Path, own: Iterable[str]) -> None:
             )
 
 
+def check_unused(folder: Path, option: str) -> None:
+    """Raises UserError where a folder that is to be a command's own holds something already."""
+    if folder.is_dir() and (other := next(foreign(folder), None)):
+        raise UserError(f"{folder} holds other files ({other.name}); give another --{option}")
+
+
 def foreign(folder: Path) -> Iterator[Path]:
     """What lies in a folder, sorted, but for hidden files and what is left there unasked."""
     for path in sorted(folder.iterdir()):

@@ -119,6 +119,14 @@ def read_mask(path: Path, label: str | None = None) -> np.ndarray:
     return open_picture(path).as_mask(label)
 
 
+def open_unchanged(path: Path, sha256: str) -> Picture:
+    """Decode a file that was read before; a UserError where it is not any more what it was."""
+    picture = open_picture(path)
+    if picture.sha256 != sha256:
+        raise UserError(f"{path} has changed since the work began; run the command again")
+    return picture
+
+
 def open_picture(path: Path) -> Picture:
     """Decode a file, once its header says that it is not too large, and turn it upright.
 

@@ -104,11 +104,11 @@ def checked_folder(
             files = [files] if isinstance(files, Path) else list(files)
             config = read_config(folder / key / part.config, part, *files)
             _write(ours / key / part.config, config)
-            _link_weights(files, ours / key, part)
+            link_weights(files, ours / key, part)
         yield ours
 
 
-def _link_weights(files: Sequence[Path], folder: Path, part: Part) -> None:
+def link_weights(files: Sequence[Path], folder: Path, part: Part) -> None:
     """Put a part's weights into a folder; of shards, an index of what is really in them."""
     if len(files) == 1:
         link(files[0], folder / f"{part.weights}.safetensors")

@@ -159,7 +159,8 @@ def kohya_metadata(
     Args:
         file: All tensors of the file, of both parts.
         architecture: The base in the words of the modelspec: `stable-diffusion-v1`,
-            `stable-diffusion-v2-512` or `stable-diffusion-v2-768-v`.
+            `stable-diffusion-v2-512` or `stable-diffusion-v2-768-v`; or a word of one's own for
+            another model.
         title: The name that a user sees.
     """
     ranks = {len(tensor) for key, tensor in file.items() if key.endswith(".lora_down.weight")}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, sweep, write_json
+from imagelab.io.folders import check_unused
 from imagelab.io.images import open_picture
 from imagelab.io.tensors import read_tensors, tensor_names, write_tensors
 from imagelab.models.loading import load_module, quiet_libraries, read_part
@@ -109,9 +110,7 @@ def check_place(folder: Path, kind: Kind) -> None:
     if (folder / FACTS).is_file():
         read_shards(folder, kind.vae, kind.latent_shape)
         return
-    left = [p for p in folder.iterdir() if p.suffix != ".part"] if folder.is_dir() else []
-    if left:
-        raise UserError(f"{folder} holds other files ({left[0].name}); give another --output")
+    check_unused(folder, "output")
 
 
 def claim(folder: Path, kind: Kind, references: int) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.evaluation.runner import Records
-from imagelab.io.images import MissingPicture, Picture, open_picture, resize_mask
+from imagelab.io.images import MissingPicture, Picture, open_unchanged, resize_mask
 from imagelab.io.masks import alpha_of
 from mige.evaluation.extraction import Extractor
 from mige.evaluation.item import BenchItem
@@ -46,20 +46,13 @@ class Bench:
 
     def picture(self, path: Path) -> Image.Image:
         """A picture of an item; a UserError where it has changed."""
-        return _unchanged(path, self.digests[path]).as_rgb()
+        return open_unchanged(path, self.digests[path]).as_rgb()
 
     def mask(self, item: BenchItem) -> np.ndarray | None:
         """Bool [h, w] of the size of what is compared; None without a mask."""
         if item.mask is None or not self.use_masks:
             return None
-        return read_mask(_unchanged(item.mask, self.digests[item.mask]), self.erased)
-
-
-def _unchanged(path: Path, sha256: str) -> Picture:
-    picture = open_picture(path)
-    if picture.sha256 != sha256:
-        raise UserError(f"{path} has changed since the work began; run the command again")
-    return picture
+        return read_mask(open_unchanged(item.mask, self.digests[item.mask]), self.erased)
 
 
 def read_mask(picture: Picture, erased: bool) -> np.ndarray:
@@ -134,7 +127,7 @@ def measure_all(bench: Bench, outputs: Sequence[Output], judges: Judges, path: P
             output = outputs[at]
             if known is None or known[0] != output.place:
                 known = output.place, Wanted(bench, bench.items[output.place], judges)
-            picture = _unchanged(output.path, output.sha256).as_rgb()
+            picture = open_unchanged(output.path, output.sha256).as_rgb()
             records.add({"key": keys[at], **known[1].measure(picture)})
             bar.update()
     return [records.found[key] for key in keys]

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.errors import UserError, shorten
-from imagelab.io.tensors import tensor_names
 from imagelab.models.digests import weights_digest
 from imagelab.models.loading import quiet_libraries, read_part
-from imagelab.models.parts import Part, find_weights, harmless, link, read_config
+from imagelab.models.parts import Part, find_weights, harmless, link_weights, read_config
 from imagelab.models.sources import NOT_THE_HUB
-from imagelab.models.tokenizers import ADVICE, copy_clip_tokenizer
+from imagelab.models.tokenizers import copy_clip_tokenizer
 from mige.evaluation.measures import middle, normalised
 from mige.folder import check_finite
 from mige.pictures import DEVIATION, MEAN
@@ -161,7 +160,8 @@ def load(weights: Weights, device: str, **more):
         ours = Path(name)
         with _naming(weights.option):
             config = _config(weights.folder, weights.option)
-            link_weights(find_weights(weights.folder, _part(weights.option)), ours)
+            part = _part(weights.option)
+            link_weights(find_weights(weights.folder, part), ours, part)
         (ours / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             model = read_part(read, ours, f"--{weights.option}")
@@ -170,20 +170,6 @@ def load(weights: Weights, device: str, **more):
     with _naming(weights.option):
         check_finite(model, weights.folder)
     return model.eval().requires_grad_(False).to(device)
-
-
-def link_weights(files: Sequence[Path], folder: Path) -> None:
-    """Put weights into a folder; of shards, an index of what is really in them."""
-    if len(files) == 1:
-        return link(files[0], folder / f"{WEIGHTS}.safetensors")
-    places = {}
-    for number, file in enumerate(files, 1):
-        name = f"{WEIGHTS}-{number:05d}-of-{len(files):05d}.safetensors"
-        link(file, folder / name)
-        places |= dict.fromkeys(tensor_names(file, ADVICE), name)
-    index = {"metadata": {}, "weight_map": places}
-    path = folder / f"{WEIGHTS}.safetensors.index.json"
-    path.write_text(json.dumps(index), encoding="utf-8")
 
 
 class Clip:

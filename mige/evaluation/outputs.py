@@ -3,7 +3,7 @@ named as the release does."""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,21 +45,26 @@ class Output:
     reason: str = ""
 
 
-def find_outputs(items: Sequence[BenchItem], folder: Path, digests: Digests) -> list[Output]:
-    """The outputs of all items, in their order; also those that are missing.
+def find_outputs(
+    items: Sequence[BenchItem], folder: Path, digests: Digests, tasks: Collection[str] = ()
+) -> list[Output]:
+    """The outputs of items, in their order; also those that are missing.
 
     Where there is a folder for each task, such as ``add`` and ``replace``, each is for its own.
 
     Args:
         digests: sha256 of the items' pictures.
+        tasks: whose outputs are asked for; none: all tasks'.
 
     Raises:
         UserError: the outputs are of another list.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; {ADVICE}")
-    places = {task: [at for at, each in enumerate(items) if each.task == task] for task in
-              dict.fromkeys(each.task for each in items)}  # fmt: skip
+    wanted = [at for at, each in enumerate(items) if not tasks or each.task in tasks]
+    places: dict[str, list[int]] = {}
+    for at in wanted:
+        places.setdefault(items[at].task, []).append(at)
     apart = [task for task in places if FOLDER.fullmatch(task) and (folder / task).is_dir()]
     if apart and not (folder / RUN).is_file():
         if missing := [task for task in places if task not in apart]:
@@ -67,17 +72,20 @@ def find_outputs(items: Sequence[BenchItem], folder: Path, digests: Digests) -> 
                 f"{folder} has a folder {apart[0]} and none for the task {missing[0]}; {ADVICE}, "
                 "or name with --task what is to be measured"
             )
-        parts = [(folder / task, places[task]) for task in places]
+        parts = {folder / task: mine for task, mine in places.items()}
     else:
-        parts = [(folder, range(len(items)))]
-    found = []
-    for part, mine in parts:
-        asked = [items[at] for at in mine]
-        match = _named if painted_count(part) is None else _numbered
-        for output in match(asked, part, digests):
-            found.append(
-                Output(mine[output.place], output.index, output.path, reason=output.reason)
-            )
+        parts = {folder: wanted}
+    found: list[Output] = []
+    for part, mine in parts.items():
+        if painted_count(part) is None:
+            others = {each.release_name for each in items if tasks and each.task not in tasks}
+            matched = _named([items[at] for at in mine], part, digests, others)
+        else:  # in a folder of no task's own, numbers are those of the whole list
+            mine = range(len(items)) if part == folder else mine
+            matched = _numbered([items[at] for at in mine], part, digests)
+        found += [replace(output, place=mine[output.place]) for output in matched]
+    asked = set(wanted)
+    found = [output for output in found if output.place in asked]
     found.sort(key=lambda each: (each.place, each.index))
     return [_read(each) for each in tqdm(found, "outputs", unit=" pictures")]
 
@@ -153,8 +161,14 @@ def check_facts(facts: Mapping, item: BenchItem, path: Path, digests: Digests) -
 # the release's names
 
 
-def _named(items: Sequence[BenchItem], folder: Path, digests: Digests) -> Iterator[Output]:
-    """Edits are called {idx}; subjects {first picture}_{text}_{seed}, of one or more seeds."""
+def _named(
+    items: Sequence[BenchItem], folder: Path, digests: Digests, others: Set[str]
+) -> Iterator[Output]:
+    """Edits are called {idx}; subjects {first picture}_{text}_{seed}, of one or more seeds.
+
+    Args:
+        others: names of outputs that are not asked for.
+    """
     names = Counter(each.release_name for each in items)
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(
@@ -171,6 +185,8 @@ def _named(items: Sequence[BenchItem], folder: Path, digests: Digests) -> Iterat
         if name not in places and (with_seed := re.fullmatch(r"(.*)_([0-9]{1,20})", name, re.S)):
             name, seed = with_seed[1], int(with_seed[2])
         place = places.get(name)
+        if place is None and not others.isdisjoint((name, path.stem)):
+            continue
         if place is None or (items[place].source is None) == (name == path.stem):
             raise UserError(
                 f"{folder} holds {shorten(path.name)}, which is the output of no item of the "

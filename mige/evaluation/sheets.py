@@ -11,7 +11,7 @@ from imagelab.io.pictures import Tile, sheet_of_lines
 from mige.evaluation.item import BenchItem
 from mige.evaluation.measuring import Bench
 from mige.evaluation.outputs import Output
-from mige.method.wording import MARK
+from mige.method.wording import readable
 
 SHEET_ITEMS, SHEET_SIDE = 24, 192
 
@@ -37,7 +37,7 @@ def _line(bench: Bench, item: BenchItem, outputs: Sequence[Path]) -> list[Tile]:
     if item.against != "source":
         name = item.against.removesuffix("s")
         tiles += [Tile(_small(read_image(path)), name) for path in item.compared]
-    text = item.item.text.replace(MARK, " <image> ").strip()
+    text = readable(item.item.text)
     return [*tiles, *(Tile(_small(read_image(path)), f"{item.idx}: {text}") for path in outputs)]
 
 

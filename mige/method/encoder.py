@@ -44,7 +44,6 @@ def embed_instruction(
     text_encoder,
     segments: Sequence[Sequence[int]],
     vectors: Tensor | None,
-    slots: int,
     end: int,
 ) -> Embedded:
     """An instruction's words and pictures as the text encoder reads them.
@@ -52,13 +51,12 @@ def embed_instruction(
     Args:
         segments: token ids before, between and behind the marks.
         vectors: [r, q, d] of its pictures; None: there are none, and every mark takes zeros.
-        slots: pictures that an instruction may have.
         end: id of the end token.
     """
     table = text_encoder.get_input_embeddings().weight
     if vectors is None:
-        queries = fusion.config.queries
-        vectors = table.new_zeros(min(slots, len(segments) - 1), queries, table.shape[1])
+        marks, queries = len(segments) - 1, fusion.config.queries
+        vectors = table.new_zeros(marks, queries, table.shape[1])
     pad = text_encoder.config.pad_token_id
     return interleave(segments, vectors, table, fusion.config.text_length, end, pad)
 

@@ -33,6 +33,11 @@ def split(prompt: str) -> list[str]:
     return prompt.split(MARK)
 
 
+def readable(text: str) -> str:
+    """A prompt for people, with ``<image>`` for each mark."""
+    return text.replace(MARK, " <image> ").strip()
+
+
 def clean(text: str, most: int | None = MOST_WORDS) -> str:
     """Lower case, without some punctuation, blanks joined, at most so many words.
 

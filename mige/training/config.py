@@ -95,10 +95,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Running:
-    """How training is carried out; it changes nothing of what is learned but rounding.
+    """How training is carried out.
 
-    And, with the batches of a process, which numbers the dropout within Q-Former and text encoder
-    leaves out.
+    Only rounding depends on it, and which numbers the dropout within Q-Former and text encoder
+    leaves out, which follows from how a batch is divided.
     """
 
     micro_batch_size: int = 8  # samples that a process computes at a time

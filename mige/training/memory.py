@@ -101,9 +101,7 @@ def empty_model(
         name: build(name, {k: v for k, v in config.items() if k not in NAMES})
         for name, config in configs.items()
     }
-    model = TrainedModel(
-        parts, Diffusion(), slots=1, end=0, round_timesteps=False, autocast=autocast
-    )
+    model = TrainedModel(parts, Diffusion(), end=0, round_timesteps=False, autocast=autocast)
     choose_trained(model, recipe, 0)
     for parameter in model.parameters():
         if not parameter.requires_grad:

@@ -43,7 +43,7 @@ class TrainedModel(nn.Module):
 
     Args:
         parts: modules by the names in :data:`MODULES`.
-        slots, end: pictures that an instruction may have, and the id of its last token.
+        end: id of an instruction's last token.
         round_timesteps: see :class:`~mige.pipeline.MigePipeline`.
         autocast: precision of the computation; float32 for none.
         always_sees: run the vision side for batches without pictures, too: processes that share
@@ -55,7 +55,6 @@ class TrainedModel(nn.Module):
         parts: dict[str, nn.Module],
         process: Diffusion,
         *,
-        slots: int,
         end: int,
         round_timesteps: bool,
         autocast: torch.dtype = torch.float32,
@@ -63,7 +62,7 @@ class TrainedModel(nn.Module):
     ):
         super().__init__()
         self.parts = nn.ModuleDict({name: parts[name] for name in MODULES})
-        self.process, self.slots, self.end = process, slots, end
+        self.process, self.end = process, end
         self.round_timesteps, self.autocast = round_timesteps, autocast
         self.always_sees = always_sees
         self.parts["vision_encoder"].post_layernorm.eps = VISION_NORM_EPS
@@ -78,7 +77,6 @@ class TrainedModel(nn.Module):
         return cls(
             parts,
             Diffusion.of(parts["scheduler"]),
-            slots=parts["slots"],
             end=parts["tokenizer"].eos_token_id,
             round_timesteps=parts["round_timesteps"],
             **settings,
@@ -115,9 +113,7 @@ class TrainedModel(nn.Module):
             fused = self.fuse(batch.vision, batch.latents)
             vectors = [each if len(each) else None for each in fused.split(batch.counts)]
         found = [
-            embed_instruction(
-                parts["fusion"], parts["text_encoder"], segments, mine, self.slots, self.end
-            )
+            embed_instruction(parts["fusion"], parts["text_encoder"], segments, mine, self.end)
             for segments, mine in zip(batch.segments, vectors, strict=True)
         ]
         embeddings, mask = (torch.stack(each) for each in zip(*found, strict=True))

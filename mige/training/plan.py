@@ -9,6 +9,7 @@ The output folder holds
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from imagelab.errors import UserError
-from imagelab.io.folders import check_only, check_writable
+from imagelab.io.folders import check_only, check_writable, foreign
 from imagelab.models.device import choose_precision
 from imagelab.processes import Processes
 from imagelab.training.checkpoint import Checkpoint, read_facts
@@ -25,7 +26,7 @@ from imagelab.training.seeds import check_seed
 from mige.data.checking import MOST_TOLD, Limits, check_records, tell
 from mige.data.features import Features, open_features
 from mige.data.records import RecordList
-from mige.folder import INDEX, PARTS, find_folder, model_digest
+from mige.folder import CONTENTS, find_folder, model_digest
 from mige.training.config import (
     FREE_SETTINGS,
     LENGTH_SETTINGS,
@@ -152,9 +153,9 @@ def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
             f"{output} holds a trained model; replace it with --overwrite, or give another --output"
         )
     if (output / MODEL).is_dir():
-        check_only(output / MODEL, (INDEX, *PARTS))
+        check_only(output / MODEL, CONTENTS)
     if not is_begun and output.is_dir():
-        names = [p.name for p in output.iterdir() if p.name[0] != "."]
+        names = [path.name for path in foreign(output)]
         if (own := [name for name in names if name in OWN]) and not overwrite:
             raise UserError(
                 f"{output} holds {own[0]}, as of a training; replace it with --overwrite, or give "
@@ -181,8 +182,7 @@ def check_apart(config: TrainingConfig) -> None:
 def check_same(config: TrainingConfig, inputs: dict[str, str]) -> None:
     """Raises UserError unless an unfinished training had these settings and inputs."""
     facts = read_facts(Path(config.output) / CHECKPOINT, {"settings": dict, "inputs": dict})
-    # a checkpoint may be older than a setting, which then was as it is by default
-    now, then = kept_settings(config), kept_settings(TrainingConfig()) | facts["settings"]
+    now, then = kept_settings(config), settings_then(facts)
     changed = [n for n in now if n not in LENGTH_SETTINGS and then.get(n) != now[n]]
     if changed:
         shown = ", ".join(
@@ -212,8 +212,8 @@ def check_rates(plan: Plan, saved: Checkpoint) -> None:
             f"{plan.output} has {done} steps already, and {plan.steps} are asked for; give more "
             "--steps, or use the model that is there"
         )
-    then = saved.facts["settings"]
-    before = replace(recipe, **{n: then[n] for n in LENGTH_SETTINGS if n in then})
+    then = settings_then(saved.facts)
+    before = replace(recipe, **{name: then[name] for name in LENGTH_SETTINGS})
     steps = before.updates(len(plan.which))
     if (before.cooldown, steps) == (recipe.cooldown, plan.steps):
         return
@@ -227,6 +227,11 @@ def check_rates(plan: Plan, saved: Checkpoint) -> None:
             f"{plan.output} has {done} steps already, and with --cooldown {recipe.cooldown:g} the "
             f"rates of {plan.steps} would have begun to fall; give more --steps"
         )
+
+
+def settings_then(facts: Mapping) -> dict:
+    """The settings of a checkpoint; one that it is older than was as it is by default."""
+    return kept_settings(TrainingConfig()) | facts["settings"]
 
 
 def kept_settings(config: TrainingConfig) -> dict:

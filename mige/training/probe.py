@@ -79,7 +79,7 @@ def undropped(batch: Batch) -> Batch:
 
 
 def other_pictures(batches: Sequence[Batch]) -> list[Batch] | None:
-    """Each mark has the picture of the next one in any batch; the pictures to edit stay.
+    """Each mark has the picture of the one before, in any batch; the pictures to edit stay.
 
     None where there is but one.
     """

@@ -22,7 +22,7 @@ from imagelab.io.tensors import read_tensors, write_tensors
 from imagelab.models.tokenizers import ADVICE, TOKENIZER_CONFIG
 from imagelab.training.sharding import whole
 from mifo_lora import LoRALinear
-from mige.folder import INDEX, PARTS, find_weights
+from mige.folder import CONTENTS, INDEX, PARTS, find_weights
 from mige.training.model import MODULES, TrainedModel
 
 
@@ -35,7 +35,7 @@ def write_model(model: TrainedModel, source: Path, target: Path, is_writer: bool
     changes = {name: dict(_changes(model.parts[name], is_writer)) for name in MODULES}
     if not is_writer:
         return
-    check = partial(check_only, own=(INDEX, *PARTS))
+    check = partial(check_only, own=CONTENTS)
     with folder_lock(target, "--output"), replacing(target, check) as aside:
         shutil.copyfile(source / INDEX, aside / INDEX)
         for name, part in PARTS.items():

@@ -11,7 +11,7 @@ from imagelab.io.atomic import written_aside
 from imagelab.io.images import open_picture
 from imagelab.io.pictures import Tile, encode_png, sheet_of_lines
 from mige.data.records import Record
-from mige.method.wording import MARK, TASKS
+from mige.method.wording import TASKS, readable
 from mige.pictures import crop
 from mige.pipeline import MigePipeline
 from mige.request import Request
@@ -59,7 +59,7 @@ class SamplePainter:
         condition = pipeline.encode(request, self.samples.seed)
         asked = [(request, condition, self.samples.seed)]
         (painted,) = pipeline.paint(asked, pipeline.guidance(record.task))
-        text = shorten(record.prompt.replace(MARK, " <image> ").strip(), 80)
+        text = shorten(readable(record.prompt), 80)
         tiles = [
             Tile(
                 _fitted(picture, size),

@@ -203,7 +203,7 @@ def test_errors_are_those_of_each_triplet_alone(work):
     assert [each["place"] for each in found] == list(range(12))
     parts = load_parts(model)
     trained = TrainedModel(
-        parts, Diffusion.of(parts["scheduler"]), slots=2, end=1, round_timesteps=False
+        parts, Diffusion.of(parts["scheduler"]), end=1, round_timesteps=False
     ).eval()
     samples = Samples(
         RecordList(root / "triplets.json"), np.arange(12), open_features(args[1], model), root,
@@ -255,6 +255,9 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
     }
     assert places["no_pictures"] == set(range(6)) > places["edit"] != set()
     monkeypatch.setattr(command, "train", None)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(work))
+    argv[argv.index("--begin") + 1] = "~/begin"
     command.main(argv)
     assert table_of(rows) in capsys.readouterr().out
     told = fails(command.main, [*argv, "--steps", "2"]).err

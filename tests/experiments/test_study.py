@@ -11,7 +11,7 @@ from hurried import Counter, job_of, rows_by_key
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from experiments import study, tasks
+from experiments import judge, study, tasks
 from experiments.study import Job, rows_of, run_study
 from experiments.tasks import Task, TaskPainter
 from imagelab.processes import Processes
@@ -50,7 +50,7 @@ def test_moving_the_folders_keeps_the_key():
     assert len(JOB.key(TASK)) == 16
 
 
-def test_everything_that_a_row_depends_on_is_in_its_key():
+def test_everything_that_a_row_depends_on_is_in_its_key(monkeypatch):
     others = [
         with_settings(instance="b"),
         with_settings(seed=4),
@@ -69,7 +69,11 @@ def test_everything_that_a_row_depends_on_is_in_its_key():
     keys = [JOB.key(TASK), *(job.key(TASK) for job in others)]
     task = {"name": "b", "assets": (1, 0), "has_boxes": False, "images": 3, "seed": 8}
     keys += [JOB.key(replace(TASK, **{name: value})) for name, value in task.items()]
-    assert len(set(keys)) == len(keys) == 1 + 13 + 5
+    for what, value in (("VERSION", 2), ("FILLED", 0.2), ("weights_digest", lambda: "other")):
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, what, value)
+            keys.append(JOB.key(TASK))
+    assert len(set(keys)) == len(keys) == 1 + 13 + 5 + 3
 
 
 def test_another_base_or_other_numbers_of_its_own_change_the_key(tmp_path):

@@ -55,6 +55,19 @@ def test_records_that_somebody_removes_are_begun_anew(tmp_path):
     assert list(records.found) == ["a" * 20, "b", "c", "d", "e"]
 
 
+def test_records_of_another_command_are_passed_over(tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    for record in (
+        {"key": "a", "picture": "a.png"},
+        {"key": "b", "picture": "b.png"},
+        {"key": "c"},
+    ):
+        records.add(record)
+    (tmp_path / "a.png").touch()
+    records.forget_without(tmp_path)
+    assert list(records.found) == ["a", "c"]
+
+
 def test_a_report_is_written_while_no_other_process_writes_one(tmp_path, monkeypatch):
     path = tmp_path / "records.jsonl"
     free = []

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,24 @@ def test_kohya_holds_the_learned_factors(exported, models_dir):
     assert metadata["ss_v2"] == "True"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-512/lora"
     assert metadata["modelspec.title"] == "toys"
+
+
+@pytest.mark.parametrize(
+    "channels, linear, predicts, architecture",
+    [
+        (4, False, "epsilon", "stable-diffusion-v1"),
+        (4, True, "epsilon", "stable-diffusion-v2-512"),
+        (4, True, "v_prediction", "stable-diffusion-v2-768-v"),
+        (12, True, "epsilon", "latent-diffusion-of-12-channels"),
+    ],
+)
+def test_architectures(channels, linear, predicts, architecture):
+    parts = {
+        "latent_channels": channels,
+        "unet": SimpleNamespace(config=SimpleNamespace(use_linear_projection=linear)),
+        "scheduler": SimpleNamespace(config=SimpleNamespace(prediction_type=predicts)),
+    }
+    assert export.architecture(SimpleNamespace(**parts)) == architecture
 
 
 def test_manifest_travels_in_every_file(exported, models_dir):

@@ -583,6 +583,24 @@ def test_other_work_is_never_replaced(released, output, fails):
     assert (released / "model.pth").is_file()
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_what_came_to_the_output_meanwhile_stays(released, output, fails, monkeypatch, more):
+    """Another conversion, which was faster, or what somebody put there."""
+    faster = T5EncoderModel.save_pretrained
+
+    def slow(self, folder, **settings):
+        monkeypatch.setattr(T5EncoderModel, "save_pretrained", faster)
+        shutil.copytree(convert(released, output.with_name("faster")), output)
+        if more:
+            (output / "notes.txt").touch()
+        faster(self, folder, **settings)
+
+    monkeypatch.setattr(T5EncoderModel, "save_pretrained", slow)
+    told = fails(convert, released, output, *more).err
+    assert ("holds notes.txt, which would be removed" if more else "holds a model") in told
+    check_weights(output)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_ctrl_c_leaves_nothing(released, output, fails, interruptible, monkeypatch, there):
     if there:

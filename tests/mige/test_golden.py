@@ -32,7 +32,7 @@ from mige.method.wording import clean, name_source, safe_name
 from mige.pictures import letterbox
 from mige.pipeline import Condition, MigePipeline
 
-SLOTS, LENGTH, END, PAD = 4, 24, 1, 0
+LENGTH, END, PAD = 24, 1, 0
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,9 +90,7 @@ def encoded(parts, given: dict, prompts=PROMPTS) -> tuple[torch.Tensor, torch.Te
         meaning = see(parts.vision_encoder, parts.qformer, parts.fusion, pictures)
         vectors = parts.fusion(meaning, embed_patches(parts.transformer, latents))
         segments = segment_ids(WordTokenizer(), prompt)
-        embedded = embed_instruction(
-            parts.fusion, parts.text_encoder, segments, vectors, SLOTS, END
-        )
+        embedded = embed_instruction(parts.fusion, parts.text_encoder, segments, vectors, END)
         found.append((encode_text(parts.text_encoder, embedded), embedded.mask))
     return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
@@ -141,7 +139,7 @@ def test_without_pictures_marks_are_zeros(parts):
     """The prompts' ids are the golden arrays' own: one has no mark, one has one."""
     given = arrays("forward_noimage")
     found = [
-        embed_instruction(parts.fusion, parts.text_encoder, segments, None, SLOTS, END)
+        embed_instruction(parts.fusion, parts.text_encoder, segments, None, END)
         for segments in ([[6, 22]], [[], [48]])
     ]
     text = torch.stack([encode_text(parts.text_encoder, each) for each in found])

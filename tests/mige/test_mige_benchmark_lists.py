@@ -237,12 +237,12 @@ def test_a_picture_that_is_missing_is_told_with_its_item(bench):
 # outputs of the release
 
 
-def found(items, folder="out"):
+def found(items, folder="out", **asked):
     """(place, index, name, whether it is there) of all outputs."""
     digests = read_bench_pictures(items, True, False).digests
     return [
         (each.place, each.index, each.path.name, each.sha256 is not None)
-        for each in find_outputs(items, Path(folder), digests)
+        for each in find_outputs(items, Path(folder), digests, **asked)
     ]
 
 
@@ -274,6 +274,20 @@ def test_numbers_of_two_tasks_collide(bench):
     save("half/add/3.jpg")
     with pytest.raises(UserError, match="a folder add and none for the task replace"):
         found(items, "half")
+
+
+def test_one_task_of_a_list(bench):
+    """Named by the release, in a folder of their own or beside others'."""
+    noise(1).save("in.jpg")
+    items, _ = read([EMU | {"idx": 3}, EMU | {"idx": 4, "task": "color"}], "emu")
+    color = {"tasks": ["color"]}
+    save("apart/color/4.jpg", "both/3.jpg", "both/4.jpg")
+    assert (
+        found(items, "apart", **color) == found(items, "both", **color) == [(1, 0, "4.jpg", True)]
+    )
+    save("both/5.jpg")
+    with pytest.raises(UserError, match="5.jpg, which is the output of no item of the bench"):
+        found(items, "both", **color)
 
 
 def test_a_task_of_a_stranger_names_no_folder_above(bench):

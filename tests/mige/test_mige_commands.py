@@ -235,7 +235,7 @@ def test_a_list_s_folder_takes_no_other_work(paint, fails, model):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("my own")
     told = fails(generate.main, [*command, "--output_path", "mine"])
-    assert "mine holds other files; give another --output_path" in told.err
+    assert "mine holds other files (notes.txt); give another --output_path" in told.err
     assert {p: p.read_bytes() for p in Path("output/mige").iterdir()} == before
 
 

@@ -450,7 +450,7 @@ FULL = {
 def full() -> TrainedModel:
     """The released model's shapes."""
     parts = {name: build(name, config) for name, config in FULL.items()}
-    return TrainedModel(parts, Diffusion(), slots=4, end=1, round_timesteps=True)
+    return TrainedModel(parts, Diffusion(), end=1, round_timesteps=True)
 
 
 def test_what_learns_of_the_released_model(full):
@@ -818,7 +818,7 @@ def test_activations_are_what_a_real_pass_keeps(model, dtype):
     recipe = Recipe(dropout=0.0)
     fixed, each = batch_bytes(empty_model(model, recipe, dtype, dtype), model, False)
     parts = load_parts(model, dtype, learned_whole(recipe), ["vae"])
-    ours = TrainedModel(parts, Diffusion(), slots=1, end=0, round_timesteps=False, autocast=dtype)
+    ours = TrainedModel(parts, Diffusion(), end=0, round_timesteps=False, autocast=dtype)
     choose_trained(ours, recipe, 0)
     for count in (1, 3):
         wanted = kept_bytes(ours, blank_batch(model, count))

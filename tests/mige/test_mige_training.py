@@ -77,7 +77,7 @@ def golden_model(**settings) -> TrainedModel:
     parts = build_parts()
     for name, state in split_release(release()).items():
         load_exactly(parts[name], state, name)
-    return TrainedModel(parts, PROCESS, slots=4, end=1, round_timesteps=False, **settings)
+    return TrainedModel(parts, PROCESS, end=1, round_timesteps=False, **settings)
 
 
 def check_gradients(parts: dict) -> None:

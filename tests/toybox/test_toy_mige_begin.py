@@ -241,7 +241,7 @@ def test_folders_that_hold_other_things(begun, tmp_path, capsys):
     assert "letters is no model folder of MIGE, so it is not replaced" in refused(
         "--output", tmp_path / "letters", "--work", work
     )
-    assert "holds other files; give another --work" in refused(
+    assert "holds other files (a.txt); give another --work" in refused(
         "--output", new, "--work", tmp_path / "letters"
     )
     assert f"lies in --output {new}" in refused("--output", new, "--work", new / "work")

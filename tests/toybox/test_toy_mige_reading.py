@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mige.pictures import to_vision
 from toybox.mige import heads, views
-from toybox.mige.measures import calibrate, told_states
+from toybox.mige.measures import calibrate, states_of_tokens
 from toybox.mige.reading import (
     ASKED,
     HUE_WORDS,
@@ -228,7 +228,7 @@ def test_each_layer_of_the_caption_projection_gives_the_deviation_1(readings):
     layer = model.parts["transformer"].caption_projection
     layer.linear_1.weight.data *= 5  # what the second layer reads is not of its size yet
     calibrate(model, batch)
-    states = told_states(model, batch)
+    states = states_of_tokens(model, batch)
     for values in (layer.linear_1(states), layer(states)):
         assert values.var(0).mean().item() == pytest.approx(1, rel=1e-4)
 

@@ -133,6 +133,20 @@ def test_nothing_is_replaced_unasked(run, tmp_path, monkeypatch, fails):
     assert "run was trained with --steps 600; give that, or another --work" in told
 
 
+def test_a_work_folder_is_the_command_s_own(tmp_path):
+    def told(work: Path) -> str:
+        return refusal("--work", work, "--output", tmp_path / "M")
+
+    study, samples = tmp_path / "study", tmp_path / "W"
+    study.mkdir()
+    (study / "settings.json").write_text('{"pictures": 4}')
+    assert told(study) == f"{study / 'settings.json'} is not of this command; give another --work"
+    (study / "rows.jsonl").touch()
+    assert told(study) == f"{study} holds other files (rows.jsonl); give another --work"
+    (samples / "run" / "samples").mkdir(parents=True)  # kept of a training that was removed
+    assert told(samples) == f"{samples / 'run'} holds other files (samples); give another --work"
+
+
 def test_the_output_is_apart_from_what_it_is_made_of(run, tmp_path):
     def told(output: Path, *more) -> str:
         options = ["--work", run, "--overwrite", "--steps", "600", *more]

@@ -148,7 +148,7 @@ def test_a_folder_of_other_things_is_refused(written, tmp_path, fails):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     options = ["--count", "10", "--seed", "8", "--output"]
     told = fails(main, [*options, str(tmp_path / "mine")])
-    assert "holds other files; give another --output" in told.err
+    assert "holds other files (notes.txt); give another --output" in told.err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     before = contents(written)
     for more in (["--count", "9"], ["--seed", "9"], ["--split", "test"], ["--tasks", "edit"],

@@ -6,7 +6,9 @@ scenes of 96, finds the toys in them, and compares them. ``toybox.classifier.tra
 Axes: b batch, k kinds, r rows and c columns of cells.
 """
 
+import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,3 +147,9 @@ def load_classifier(path: Path = WEIGHTS) -> Classifier:
     classifier = Classifier(weights["kinds.weight"].shape[1])
     classifier.load_state_dict(weights)
     return classifier.eval().requires_grad_(False)
+
+
+@cache
+def weights_digest() -> str:
+    """SHA-256 of the trained classifier, for keys of what depends on its judgement."""
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()

@@ -29,7 +29,7 @@ from imagelab.io.atomic import folder_lock, replacing, write_json
 from imagelab.io.folders import check_only
 from imagelab.models.loading import quiet_libraries
 from imagelab.training.seeds import seed_for
-from mige.folder import INDEX, PARTS
+from mige.folder import CONTENTS, PARTS
 from mige.method.fusion import InstructionFusion
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.wording import TASKS
@@ -155,7 +155,7 @@ def save(
     own = (*RECORDS, *records)
     with folder_lock(folder, "--output"):
         check_output(folder, [], overwrite, own)
-        with replacing(folder, partial(check_only, own=(INDEX, *PARTS, *own))) as aside:
+        with replacing(folder, partial(check_only, own=(*CONTENTS, *own))) as aside:
             pipeline.save_pretrained(aside)
             for name, facts in records.items():
                 write_json(aside / name, facts)

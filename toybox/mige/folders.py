@@ -14,7 +14,7 @@ from pathlib import Path
 
 from imagelab.errors import UserError, shown
 from imagelab.io.atomic import write_json
-from imagelab.io.folders import check_writable
+from imagelab.io.folders import check_unused, check_writable
 from imagelab.io.tensors import read_json
 from imagelab.settings import check_within
 from imagelab.training.seeds import check_seed
@@ -36,8 +36,8 @@ def check(config: BeginConfig, output: Path, work: Path, overwrite: bool) -> Non
     check_output(output, [], overwrite, RECORDS)
     if (work / SETTINGS).is_file():
         _check_same(config, work)
-    elif work.is_dir() and any(each.name[0] != "." for each in work.iterdir()):
-        raise UserError(f"{work} holds other files; give another --work")
+    else:
+        check_unused(work, "work")
 
 
 def _check_same(config: BeginConfig, work: Path) -> None:

@@ -30,7 +30,7 @@ def measure(
     return measured | {"caption_deviation": caption_deviation(model, some)}
 
 
-def told_states(model: TrainedModel, batch: Batch) -> Tensor:
+def states_of_tokens(model: TrainedModel, batch: Batch) -> Tensor:
     """T5's states of all tokens that count, [n, d]."""
     embedded = model.embed(batch)
     return encode_text(model.parts["text_encoder"], embedded)[embedded.mask > 0]
@@ -39,7 +39,7 @@ def told_states(model: TrainedModel, batch: Batch) -> Tensor:
 @torch.inference_mode()
 def caption_deviation(model: TrainedModel, batch: Batch) -> float:
     """The deviation of what the trunk makes of T5's states, between tokens."""
-    return _deviation(model.parts["transformer"].caption_projection(told_states(model, batch)))
+    return _deviation(model.parts["transformer"].caption_projection(states_of_tokens(model, batch)))
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def calibrate(model: TrainedModel, batch: Batch) -> None:
 
     Its layers stay as they were drawn otherwise.
     """
-    states, layer = told_states(model, batch), model.parts["transformer"].caption_projection
+    states, layer = states_of_tokens(model, batch), model.parts["transformer"].caption_projection
     layer.linear_1.weight /= _deviation(layer.linear_1(states))
     layer.linear_2.weight /= _deviation(layer(states))
 

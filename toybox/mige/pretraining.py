@@ -125,7 +125,7 @@ def pretrain(run: Pretraining) -> Begun:
     device = run.processes.device
     parts = build_parts(run.shape, run.vae, run.tokenizer, run.config.seed)
     process = Diffusion.of(parts["scheduler"])
-    model = reading_model(parts, run.tokenizer, run.shape.slots, process).to(device)
+    model = reading_model(parts, run.tokenizer, process).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(run.config.seed, "heads"))
         views = ViewHeads(run.shape.vision_width)
@@ -160,15 +160,9 @@ def pictured(readings: Readings) -> Readings:
     return replace(readings, seen=None)
 
 
-def reading_model(parts: Mapping, tokenizer, slots: int, process: Diffusion) -> TrainedModel:
+def reading_model(parts: Mapping, tokenizer, process: Diffusion) -> TrainedModel:
     """The parts as training calls them."""
-    return TrainedModel(
-        parts,
-        process,
-        slots=slots,
-        end=tokenizer.eos_token_id,
-        round_timesteps=False,
-    )
+    return TrainedModel(parts, process, end=tokenizer.eos_token_id, round_timesteps=False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -204,9 +198,8 @@ def stack_stage(
     config, parts = run.config, model.parts
     encoder = parts["vision_encoder"].eval()
     reader = reading_model(
-        {**parts, "vision_encoder": Remembered(encoder)}, run.tokenizer, run.shape.slots,
-        model.process,
-    )  # fmt: skip
+        {**parts, "vision_encoder": Remembered(encoder)}, run.tokenizer, model.process
+    )
 
     def losses(step: int) -> Tensors:
         batch, truth = readings.read(run.rows("triplets", step, len(readings)).tolist())

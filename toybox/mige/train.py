@@ -109,17 +109,33 @@ def check(options: argparse.Namespace) -> None:
     check_within({name: getattr(options, name) for name in BOUNDS}, BOUNDS)
     check_seed(options.seed)
     choose_device(options.device)
+    check_work(options)
     check_places(options)
     check_training(options)
 
 
+def check_work(options: argparse.Namespace) -> None:
+    """Raises UserError where the work folder holds anything but what this command makes."""
+    from imagelab.io.folders import check_unused, check_writable, foreign
+    from imagelab.io.tensors import read_json
+
+    work, advice = options.work, "give another --work"
+    check_writable(work, "work")
+    for path in foreign(work) if work.is_dir() else []:
+        if path.name not in (*MADE, SETTINGS):
+            raise UserError(f"{work} holds other files ({path.name}); {advice}")
+    noted = work / SETTINGS
+    if noted.is_file() and [*read_json(noted, {}, advice)] != ["mixed_precision"]:
+        raise UserError(f"{noted} is not of this command; {advice}")
+    if not is_begun(options):
+        check_unused(work / "run", "work")
+
+
 def check_places(options: argparse.Namespace) -> None:
     """Raises UserError where the output would replace what is needed, or something else is."""
-    from imagelab.io.folders import check_writable
     from mige.targets import check_output
     from toybox.mige.folders import RECORDS
 
-    check_writable(options.work, "work")
     needed = [options.work, *(options.work / name for name in MADE)]  # which may be links
     needed += [options.begin_from] if options.begin_from else []
     output = options.output.resolve()
@@ -135,14 +151,13 @@ def check_training(options: argparse.Namespace) -> None:
     from imagelab.io.tensors import read_json
     from imagelab.training.checkpoint import read_facts
     from mige.training.config import LENGTH_SETTINGS, TrainingConfig
-    from mige.training.plan import kept_settings
+    from mige.training.plan import kept_settings, settings_then
 
     if not is_begun(options):
         return
     run, noted = options.work / "run", options.work / SETTINGS
     facts = read_facts(run / "checkpoint.safetensors", {"settings": dict, "inputs": dict})
-    # a checkpoint may be older than a setting, which then was as it is by default
-    then = kept_settings(TrainingConfig()) | facts["settings"]
+    then = settings_then(facts)
     if noted.is_file():
         then |= read_json(noted, {"mixed_precision": str}, "give another --work")
     now = kept_settings(TrainingConfig.from_settings(**numbers(options)))
@@ -226,7 +241,7 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
         words += ["--mixed_precision", options.mixed_precision]
         told = numbers(options).items()
         words += [word for name, value in told for word in (f"--{name}", str(value))]
-        found.append(("mige.train", [*words, "--resume" if is_begun(options) else "--overwrite"]))
+        found.append(("mige.train", [*words, "--resume"] if is_begun(options) else words))
     return found
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from imagelab.errors import UserError
 from imagelab.io.atomic import folder_lock, replacing, sweep, write_json, written_aside
-from imagelab.io.folders import check_writable
+from imagelab.io.folders import check_unused, check_writable
 from toybox.scenes.layouts import CUT_OUT
 from toybox.scenes.triplets import SIDE, Triplet, check_choice, cut_out, draw_triplet
 from toybox.scenes.wording import TASKS, coloured, noun
@@ -83,10 +83,9 @@ def _claim(job: Job, folder: Path) -> None:
         if found == facts:
             return
         raise UserError(f"{folder} holds triplets of other options; give another --output")
+    check_unused(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)  # what a killed writer left; the lock is held
-    if any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; give another --output")
     write_json(run, facts)
 
 

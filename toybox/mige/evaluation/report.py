@@ -8,7 +8,7 @@ from PIL import Image
 from imagelab.evaluation.report import mean_interval
 from imagelab.io.atomic import write_json, written_aside
 from imagelab.io.pictures import Tile, contact_sheet
-from mige.method.wording import MARK
+from mige.method.wording import readable
 from toybox.mige.evaluation.items import MOST_L1, ROWS, draw_item
 from toybox.mige.evaluation.running import PICTURES, Findings
 
@@ -174,7 +174,7 @@ def sheet(row: str, records: Sequence[dict], seed: int, folder: Path) -> Image.I
             "source" if place == triplet.source else f"<image> {place + 1}"
             for place in range(len(triplet.entities))
         ]
-        text = item.text.replace(MARK, " <image> ").strip()
+        text = readable(item.text)
         is_right = record["checks"]["right"]
         line = [
             *(Tile(p, name) for p, name in zip(triplet.entities, names, strict=True)),

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from imagelab.evaluation.runner import Records
 from imagelab.io.atomic import written_aside
-from toybox.classifier.network import WEIGHTS, Classifier, load_classifier
+from toybox.classifier.network import Classifier, load_classifier, weights_digest
 from toybox.mige import judge
 from toybox.mige.evaluation.items import Item, draw_items
 from toybox.mige.evaluation.painters import MigePainter, Painter, StandIn, stand_ins
@@ -50,9 +49,7 @@ def evaluate(
         items: of each row; of a trial ``calibration``.
     """
     records = Records(output / RECORDS, "--output")
-    records.forget(
-        lambda each: "picture" in each and not (output / PICTURES / each["picture"]).is_file()
-    )
+    records.forget_without(output / PICTURES)
     classifier = load_classifier()
     work = [
         (each, row, min(calibration, items))
@@ -115,12 +112,7 @@ def key_of(painter: Painter, row: str, index: int, seed: int) -> str:
 
 def judged(key: str) -> str:
     """The key of a picture's record, which depends on the judge as well."""
-    return hashlib.sha256(f"{key} {judge.VERSION} {_classifier()}".encode()).hexdigest()[:16]
-
-
-@cache
-def _classifier() -> str:
-    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    return hashlib.sha256(f"{key} {judge.VERSION} {weights_digest()}".encode()).hexdigest()[:16]
 
 
 def _file(item: Item, key: str) -> str:
