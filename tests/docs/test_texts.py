@@ -52,8 +52,9 @@ class _Seen(Exception):
 
 def parser_of(module: str) -> argparse.ArgumentParser:
     """The parser of ``python -m module``."""
-    is_package = module in ("mifo_page", "experiments.comparison")
-    command = importlib.import_module(f"{module}.__main__" if is_package else module)
+    command = importlib.import_module(module)
+    if hasattr(command, "__path__"):
+        command = importlib.import_module(f"{module}.__main__")
 
     def parse_args(self, *_):
         raise _Seen(self)
