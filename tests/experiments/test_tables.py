@@ -1,4 +1,4 @@
-"""From rows to shares, intervals, tables and sheets, worked by hand."""
+"""From rows to shares, intervals and tables, worked by hand."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,8 @@ from experiments.tables import (
     right_boxes,
     right_kinds,
     share,
-    sheet,
 )
 from imagelab.evaluation.report import Mean
-from imagelab.io.pictures import Tile
 
 T1, T2 = 12.706205, 4.302653  # Student's t of 97.5 % with one and two degrees of freedom
 KINDS = ["fox", "cat", "bear"]
@@ -165,14 +163,3 @@ def test_a_picture_without_boxes_is_unmarked(painted):
     one, work = painted
     plain = found("x", way="way", folder="x", boxes=[], pictures=["boxed/01.png"])
     assert np.unique(np.asarray(marked(plain, 0, work))).tolist() == [120]
-
-
-def test_a_sheet_of_lines():
-    red, blue, lime = (Image.new("RGB", (10, 10), name) for name in ("red", "blue", "lime"))
-    lines = [[Tile(red)], [Tile(blue), Tile(lime), Tile(red)]]
-    drawn = np.asarray(sheet(lines, 20))
-    step = 20 + 4  # a gap between two
-    assert drawn.shape == (2 * step - 4, 3 * step - 4, 3)
-    middle = [[drawn[10 + step * r, 10 + step * c].tolist() for c in range(3)] for r in range(2)]
-    white = [255, 255, 255]
-    assert middle == [[[255, 0, 0], white, white], [[0, 0, 255], [0, 255, 0], [255, 0, 0]]]

@@ -35,7 +35,14 @@ from imagelab.io.atomic import (
     written_aside,
 )
 from imagelab.io.folders import check_name, check_only, foreign
-from imagelab.io.pictures import Tile, contact_sheet, next_number, save_picture, save_sheet
+from imagelab.io.pictures import (
+    Tile,
+    contact_sheet,
+    next_number,
+    save_picture,
+    save_sheet,
+    sheet_of_lines,
+)
 from imagelab.io.tensors import (
     disk_errors,
     misfit,
@@ -478,6 +485,17 @@ def test_a_contact_sheet_is_a_grid_in_reading_order():
         white,
         white,
     ]
+
+
+def test_a_sheet_of_lines():
+    red, blue, lime = (Image.new("RGB", (10, 10), name) for name in ("red", "blue", "lime"))
+    lines = [[Tile(red)], [Tile(blue), Tile(lime), Tile(red)]]
+    drawn = np.asarray(sheet_of_lines(lines, 20))
+    step = 20 + 4  # a gap between two
+    assert drawn.shape == (2 * step - 4, 3 * step - 4, 3)
+    middle = [[drawn[10 + step * r, 10 + step * c].tolist() for c in range(3)] for r in range(2)]
+    white = [255, 255, 255]
+    assert middle == [[[255, 0, 0], white, white], [[0, 0, 255], [0, 255, 0], [255, 0, 0]]]
 
 
 def test_captions_stand_under_their_pictures_in_their_colours():
