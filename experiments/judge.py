@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imagelab.boxes import Box
 from toybox.classifier.boxes import Seen, read_boxes
-from toybox.classifier.network import SCENE, Classifier, hue_distance, to_input, weights_digest
+from toybox.classifier.network import SCENE, Classifier, classifier_digest, hue_distance, to_input
 from toybox.scenes.toys import KINDS, Look
 
 CLOSE = 25.0  # degrees
@@ -25,7 +25,7 @@ VERSION = 1  # of how these are used
 
 def judge_facts() -> list:
     """All that a judgement depends on but the picture, for keys."""
-    return [VERSION, CLOSE, FILLED, PRESENT, weights_digest()]
+    return [VERSION, CLOSE, FILLED, PRESENT, classifier_digest()]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checks of the folders that options name, before any work is done."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -47,10 +47,11 @@ def check_only(folder: Path, own: Iterable[str]) -> None:
             )
 
 
-def check_unused(folder: Path, option: str) -> None:
-    """Raises UserError where a folder that is to be a command's own holds something already."""
-    if folder.is_dir() and (other := next(foreign(folder), None)):
-        raise UserError(f"{folder} holds other files ({other.name}); give another --{option}")
+def check_unused(folder: Path, option: str, own: Collection[str] = ()) -> None:
+    """Raises UserError where a folder holds anything but a command's own names."""
+    for path in foreign(folder) if folder.is_dir() else ():
+        if path.name not in own:
+            raise UserError(f"{folder} holds other files ({path.name}); give another --{option}")
 
 
 def foreign(folder: Path) -> Iterator[Path]:

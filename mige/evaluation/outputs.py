@@ -65,6 +65,8 @@ def find_outputs(
     places: dict[str, list[int]] = {}
     for at in wanted:
         places.setdefault(items[at].task, []).append(at)
+    parts: dict[Path, Sequence[int]]
+    others: set[str] = set()  # names of outputs beside those that are asked for
     apart = [task for task in places if FOLDER.fullmatch(task) and (folder / task).is_dir()]
     if apart and not (folder / RUN).is_file():
         if missing := [task for task in places if task not in apart]:
@@ -73,19 +75,20 @@ def find_outputs(
                 "or name with --task what is to be measured"
             )
         parts = {folder / task: mine for task, mine in places.items()}
-    else:
+    elif painted_count(folder) is None:
         parts = {folder: wanted}
+        others = {each.release_name for each in items if tasks and each.task not in tasks}
+    else:  # whose numbers are those of the whole list
+        parts = {folder: range(len(items))}
     found: list[Output] = []
     for part, mine in parts.items():
+        asked = [items[at] for at in mine]
         if painted_count(part) is None:
-            others = {each.release_name for each in items if tasks and each.task not in tasks}
-            matched = _named([items[at] for at in mine], part, digests, others)
-        else:  # in a folder of no task's own, numbers are those of the whole list
-            mine = range(len(items)) if part == folder else mine
-            matched = _numbered([items[at] for at in mine], part, digests)
+            matched = _named(asked, part, digests, others)
+        else:
+            matched = _numbered(asked, part, digests)
         found += [replace(output, place=mine[output.place]) for output in matched]
-    asked = set(wanted)
-    found = [output for output in found if output.place in asked]
+    found = [output for output in found if not tasks or items[output.place].task in tasks]
     found.sort(key=lambda each: (each.place, each.index))
     return [_read(each) for each in tqdm(found, "outputs", unit=" pictures")]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from imagelab.errors import UserError
-from imagelab.io.folders import check_only, check_writable, foreign
+from imagelab.io.folders import check_only, check_unused, check_writable, foreign
 from imagelab.models.device import choose_precision
 from imagelab.processes import Processes
 from imagelab.training.checkpoint import Checkpoint, read_facts
@@ -161,8 +161,7 @@ def check_output(config: TrainingConfig, resume: bool, overwrite: bool) -> None:
                 f"{output} holds {own[0]}, as of a training; replace it with --overwrite, or give "
                 "another --output"
             )
-        if others := [name for name in names if name not in OWN]:
-            raise UserError(f"{output} holds other files ({others[0]}); give another --output")
+        check_unused(output, "output", OWN)
 
 
 def check_apart(config: TrainingConfig) -> None:

@@ -69,7 +69,7 @@ def test_everything_that_a_row_depends_on_is_in_its_key(monkeypatch):
     keys = [JOB.key(TASK), *(job.key(TASK) for job in others)]
     task = {"name": "b", "assets": (1, 0), "has_boxes": False, "images": 3, "seed": 8}
     keys += [JOB.key(replace(TASK, **{name: value})) for name, value in task.items()]
-    for what, value in (("VERSION", 2), ("FILLED", 0.2), ("weights_digest", lambda: "other")):
+    for what, value in (("VERSION", 2), ("FILLED", 0.2), ("classifier_digest", lambda: "other")):
         with monkeypatch.context() as patch:
             patch.setattr(judge, what, value)
             keys.append(JOB.key(TASK))

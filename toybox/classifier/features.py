@@ -1,6 +1,5 @@
 """The classifier as a feature space, in which pictures of toys are compared."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,13 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagelab.evaluation.features import FeatureSpace, squared
-from toybox.classifier.network import CROP, SCENE, WEIGHTS, load_classifier, to_input
+from toybox.classifier.network import CROP, SCENE, classifier_digest, load_classifier, to_input
 
 
 def feature_space() -> FeatureSpace:
     """What the classifier reads: half the cosine is that of the kinds, half that of the hues."""
     classifier = load_classifier()
-    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
 
     def read(pictures: Sequence[Image.Image], side: int = CROP) -> Tensor:
         seen = classifier.read(to_input([squared(p) for p in pictures], side))
@@ -24,4 +22,4 @@ def feature_space() -> FeatureSpace:
         hues = torch.stack([angle.cos(), angle.sin()], dim=1)
         return torch.cat([F.normalize(seen.areas, dim=1), hues], dim=1) / 2**0.5
 
-    return FeatureSpace("toybox", digest, read, scenes=partial(read, side=SCENE))
+    return FeatureSpace("toybox", classifier_digest()[:12], read, scenes=partial(read, side=SCENE))

@@ -150,6 +150,6 @@ def load_classifier(path: Path = WEIGHTS) -> Classifier:
 
 
 @cache
-def weights_digest() -> str:
+def classifier_digest() -> str:
     """SHA-256 of the trained classifier, for keys of what depends on its judgement."""
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()

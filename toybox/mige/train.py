@@ -116,14 +116,12 @@ def check(options: argparse.Namespace) -> None:
 
 def check_work(options: argparse.Namespace) -> None:
     """Raises UserError where the work folder holds anything but what this command makes."""
-    from imagelab.io.folders import check_unused, check_writable, foreign
+    from imagelab.io.folders import check_unused, check_writable
     from imagelab.io.tensors import read_json
 
     work, advice = options.work, "give another --work"
     check_writable(work, "work")
-    for path in foreign(work) if work.is_dir() else []:
-        if path.name not in (*MADE, SETTINGS):
-            raise UserError(f"{work} holds other files ({path.name}); {advice}")
+    check_unused(work, "work", (*MADE, SETTINGS))
     noted = work / SETTINGS
     if noted.is_file() and [*read_json(noted, {}, advice)] != ["mixed_precision"]:
         raise UserError(f"{noted} is not of this command; {advice}")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from imagelab.evaluation.runner import Records
 from imagelab.io.atomic import written_aside
-from toybox.classifier.network import Classifier, load_classifier, weights_digest
+from toybox.classifier.network import Classifier, classifier_digest, load_classifier
 from toybox.mige import judge
 from toybox.mige.evaluation.items import Item, draw_items
 from toybox.mige.evaluation.painters import MigePainter, Painter, StandIn, stand_ins
@@ -112,7 +112,7 @@ def key_of(painter: Painter, row: str, index: int, seed: int) -> str:
 
 def judged(key: str) -> str:
     """The key of a picture's record, which depends on the judge as well."""
-    return hashlib.sha256(f"{key} {judge.VERSION} {weights_digest()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{key} {judge.VERSION} {classifier_digest()}".encode()).hexdigest()[:16]
 
 
 def _file(item: Item, key: str) -> str:
