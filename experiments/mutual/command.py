@@ -3,11 +3,12 @@
     python -m experiments.mutual --work W --begin BEGIN --triplets TRIPLETS --features FEATURES
 
 trains a toy MIGE in six ways from one start, each for as many samples: all tasks together, each
-task alone, without the autoencoder's features, and without pictures in the instruction. Then each
-paints held-out items, which toybox's classifier judges, and its error is measured on held-out
-triplets. Writes rows.jsonl, errors.jsonl and mutual.md into W. The same command goes on where it
-was stopped; several, with other --variants or --seeds, may share W once one of them has begun.
-What it begins with is made by the first commands of `python -m toybox.mige.train`.
+task alone, without the autoencoder's features, and without pictures in the instruction. A seventh,
+all tasks together, is trained three times as long: for as many samples of each task as those of one
+task. Then each paints held-out items, which toybox's classifier judges, and its error is measured
+on held-out triplets. Writes rows.jsonl, errors.jsonl and mutual.md into W. The same command goes on
+where it was stopped; several, with other --variants or --seeds, may share W once one of them has
+begun. What it begins with is made by the first commands of `python -m toybox.mige.train`.
 """
 
 import argparse
@@ -25,12 +26,15 @@ from imagelab.io.tensors import read_json
 from imagelab.settings import check_within
 from mige.folder import find_folder, model_digest
 from mige.method.wording import TASKS
+from toybox.mige.train import BATCH_SIZE, recipe_for
 
 BOUNDS = {
     "steps": (1, 10_000_000), "items": (1, 100_000), "held_out": (3, 100_000),
-    "batch_size": (1, 10_000),
+    "batch_size": (1, 10_000), "training_batch": (1, 100_000), "workers": (0, 256),
 }  # fmt: skip
 KEPT = ("index", "checks", "l1", "autoencoder_l1")  # of a painted item's record
+#: Options that all trainings of a folder share.
+KNOWN = ("steps", "training_batch", "items", "held_out", "mixed_precision")
 SETTINGS, RUN, HELD_OUT = "settings.json", "run", "held_out"
 
 
@@ -43,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("--begin", type=Path, required=True, help="model folder that all begin with")
     add("--triplets", type=Path, required=True, help="folder that toybox.triplets wrote")
     add("--features", type=Path, required=True, help="folder that mige.features wrote of them")
-    add("--steps", type=int, default=4000, help="updates of each training")
+    add("--steps", type=int, default=4000, help="updates of a training")
+    add("--training_batch", type=int, default=BATCH_SIZE, help="triplets of an update")
     add("--items", type=int, default=64, help="held-out items of each row: of a task and an op")
     add("--held_out", type=int, default=600, help="triplets whose error is measured")
     add("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
@@ -54,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     add("--batch_size", type=int, default=32, help="pictures painted at a time")
     add("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps or cpu")
     add("--mixed_precision", default="no", choices=("no", "bf16"), help="of the trainings")
+    add("--workers", type=int, default=0, help="processes that read ahead for a training")
     add("--debug", action="store_true", help="show the traceback of a failure")
     return parser, parser.parse_args(argv)
 
@@ -85,9 +91,7 @@ def check_options(options: argparse.Namespace) -> None:
     options.begin = find_folder(str(options.begin))
     with path.open("rb") as file:
         triplets = hashlib.file_digest(file, "sha256").hexdigest()
-    now = {
-        name: getattr(options, name) for name in ("steps", "items", "held_out", "mixed_precision")
-    }
+    now = {name: getattr(options, name) for name in KNOWN}
     now |= {"begin": model_digest(options.begin), "triplets": triplets}
     options.work.mkdir(parents=True, exist_ok=True)
     if (options.work / SETTINGS).is_file():
@@ -125,24 +129,24 @@ def run_variant(parser, options: argparse.Namespace, name: str, seed: int) -> No
         if not (folder / "list.json").is_file():
             write_list(VARIANTS[name], options.triplets, folder / "list.json")
     if not (folder / RUN / "model").is_dir():
-        train(options, folder, seed)
+        train(options, name, folder, seed)
     with report_errors(parser, options.debug), folder_lock(folder, "--work"):
         measure(options, name, folder)
         measure_errors(options, name, folder)
 
 
-def train(options: argparse.Namespace, folder: Path, seed: int) -> None:
+def train(options: argparse.Namespace, name: str, folder: Path, seed: int) -> None:
     """Train by the command that anyone trains with."""
     from mige.train import main as train_main
-    from toybox.mige.train import BATCH_SIZE, RECIPE
 
     words = {
         "data": folder / "list.json", "root": options.triplets, "features": options.features,
-        "model": folder / "begin", "output": folder / RUN, "steps": options.steps, "seed": seed,
-        "device": options.device, "workers": 0, "sample_steps": 0, "checkpoint_steps": 250,
-        "batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE,
+        "model": folder / "begin", "output": folder / RUN, "seed": seed,
+        "steps": options.steps * VARIANTS[name].times,
+        "device": options.device, "workers": options.workers, "sample_steps": 0,
+        "checkpoint_steps": 250, "micro_batch_size": options.training_batch,
         "mixed_precision": options.mixed_precision,
-        **RECIPE,
+        **recipe_for(options.training_batch),
     }  # fmt: skip
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     is_begun = (folder / RUN / "checkpoint.safetensors").is_file()

@@ -20,12 +20,14 @@ class Variant:
         tasks: that it is trained and measured on.
         reads_latents: whether the fusion reads the autoencoder's features of pictures.
         reads_pictures: whether pictures stand in the instruction; else words stand for them.
+        times: how many times as long as the others it is trained.
     """
 
     title: str
     tasks: tuple[str, ...] = TASKS
     reads_latents: bool = True
     reads_pictures: bool = True
+    times: int = 1
 
 
 VARIANTS = {
@@ -33,6 +35,8 @@ VARIANTS = {
     "subject": Variant("subjects alone", ("subject",)),
     "edit": Variant("edits alone", ("edit",)),
     "subject_edit": Variant("edits with a subject alone", ("subject_edit",)),
+    # so that it sees as many samples of each task as those that are trained on it alone
+    "longer": Variant("all tasks together, three times as long", times=len(TASKS)),
     "no_latents": Variant("without the autoencoder's features", reads_latents=False),
     "no_pictures": Variant("without pictures in the instruction", reads_pictures=False),
 }

@@ -35,7 +35,7 @@ from mige.latents import Posterior
 FACTS, VERSION = "features.json", 1
 FORM = {"version": int, "vae": str, "side": int, "latent_shape": [int], "shards": int}
 MOST_SHARDS = 10_000_000
-MOST_OPEN = 64  # shards that are kept open for reading
+MOST_OPEN = 256  # shards that are kept open for reading
 #: What a picture is of a record, and the release's folder of such.
 ROLES = {"target": "vae", "entity": "vae_entity", "source": "vae_source"}
 MAKE = "`python -m mige.features` makes them"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mige.method.fusion import InstructionFusion
-from mige.method.instruction import Embedded, interleave
+from mige.method.instruction import Embedded, interleave_all
 
 #: Epsilon of the norm behind the vision encoder, which its config does not hold.
 VISION_NORM_EPS = 1e-5
@@ -53,12 +53,26 @@ def embed_instruction(
         vectors: [r, q, d] of its pictures; None: there are none, and every mark takes zeros.
         end: id of the end token.
     """
+    found = embed_instructions(fusion, text_encoder, [segments], [vectors], end)
+    return Embedded(*(each[0] for each in found))
+
+
+def embed_instructions(
+    fusion: InstructionFusion,
+    text_encoder,
+    segments: Sequence[Sequence[Sequence[int]]],
+    vectors: Sequence[Tensor | None],
+    end: int,
+) -> Embedded:
+    """The same for several instructions at once: [b, k, d] and [b, k]."""
     table = text_encoder.get_input_embeddings().weight
-    if vectors is None:
-        marks, queries = len(segments) - 1, fusion.config.queries
-        vectors = table.new_zeros(marks, queries, table.shape[1])
+    queries, width = fusion.config.queries, table.shape[1]
+    pictures = [
+        table.new_zeros(len(mine) - 1, queries, width) if given is None else given
+        for mine, given in zip(segments, vectors, strict=True)
+    ]
     pad = text_encoder.config.pad_token_id
-    return interleave(segments, vectors, table, fusion.config.text_length, end, pad)
+    return interleave_all(segments, pictures, table, fusion.config.text_length, end, pad)
 
 
 def encode_text(text_encoder, embedded: Embedded) -> Tensor:

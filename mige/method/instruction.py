@@ -1,6 +1,6 @@
 """Instructions in which pictures stand among the words (MIGE, section 3.1).
 
-Axes: k tokens, d their width, q vectors a picture.
+Axes: b instructions, k tokens, d their width, q vectors a picture.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,14 @@ from torch.nn import functional as F
 
 from mige.method.wording import split
 
+VECTOR = -1  # stands among the ids of tokens for a vector of a picture
+
 
 class Embedded(NamedTuple):
-    """Text and pictures as the text encoder reads them: [k, d], and 1 for each that counts, [k]."""
+    """Text and pictures as the text encoder reads them: [k, d], and 1 for each that counts, [k].
+
+    Of several instructions: [b, k, d] and [b, k].
+    """
 
     embeddings: Tensor
     mask: Tensor
@@ -49,20 +54,49 @@ def interleave(
         length: k.
         end, pad: ids of the end token and of the padding.
     """
+    found = interleave_all([segments], [pictures], table, length, end, pad)
+    return Embedded(*(each[0] for each in found))
 
-    def embed(ids: Sequence[int]) -> Tensor:
-        return F.embedding(torch.tensor(ids, dtype=torch.long, device=table.device), table)
 
-    count = min(len(segments) - 1, len(pictures))
-    parts = []
-    for ids, picture in zip(segments[:count], pictures, strict=False):
-        parts += [embed(ids), picture.to(table)]
-    parts.append(embed([*segments[-1], end]))
-    whole = torch.cat(parts)[:length]
-    filler = embed([pad]).expand(length - len(whole), -1)
-    mask = torch.zeros(length, dtype=torch.long, device=table.device)
-    mask[: len(whole)] = 1
-    return Embedded(torch.cat([whole, filler]), mask)
+def interleave_all(
+    segments: Sequence[Sequence[Sequence[int]]],
+    pictures: Sequence[Tensor],
+    table: Tensor,
+    length: int,
+    end: int,
+    pad: int,
+) -> Embedded:
+    """The same for several instructions at once: [b, k, d] and [b, k].
+
+    All words are looked up together, and all vectors put in together: on a GPU, a few operations in
+    place of a few for each segment.
+    """
+    ids, mask, places, first = [], [], [], 0
+    for row, (mine, given) in enumerate(zip(segments, pictures, strict=True)):
+        slots, queries = given.shape[:2]
+        tokens = _layout(mine, slots, queries, end)[:length]
+        columns = [column for column, each in enumerate(tokens) if each == VECTOR]
+        places += [(row, column, first + n) for n, column in enumerate(columns)]
+        first += slots * queries
+        rest = length - len(tokens)
+        ids.append([pad if each == VECTOR else each for each in tokens] + [pad] * rest)
+        mask.append([1] * len(tokens) + [0] * rest)
+    device = table.device
+    embeddings = F.embedding(torch.tensor(ids, device=device), table)
+    if places:
+        rows, columns, taken = torch.tensor(places, device=device).unbind(1)
+        vectors = torch.cat([each.flatten(0, 1) for each in pictures]).to(table)
+        embeddings = embeddings.index_put((rows, columns), vectors.index_select(0, taken))
+    return Embedded(embeddings, torch.tensor(mask, device=device))
+
+
+def _layout(segments: Sequence[Sequence[int]], slots: int, queries: int, end: int) -> list[int]:
+    """Ids of an instruction's tokens, and VECTOR for each vector of a picture."""
+    count = min(len(segments) - 1, slots)
+    found = []
+    for ids in segments[:count]:
+        found += [*ids, *[VECTOR] * queries]
+    return [*found, *segments[-1], end]
 
 
 def length_of(segments: Sequence[Sequence[int]], queries: int) -> int:

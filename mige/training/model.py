@@ -15,7 +15,7 @@ from mifo_lora import inject, lora_parameters
 from mige.method.dropout import choose_dropped, drop
 from mige.method.encoder import (
     VISION_NORM_EPS,
-    embed_instruction,
+    embed_instructions,
     embed_patches,
     encode_text,
     see,
@@ -112,11 +112,9 @@ class TrainedModel(nn.Module):
         if len(batch.vision):
             fused = self.fuse(batch.vision, batch.latents)
             vectors = [each if len(each) else None for each in fused.split(batch.counts)]
-        found = [
-            embed_instruction(parts["fusion"], parts["text_encoder"], segments, mine, self.end)
-            for segments, mine in zip(batch.segments, vectors, strict=True)
-        ]
-        embeddings, mask = (torch.stack(each) for each in zip(*found, strict=True))
+        embeddings, mask = embed_instructions(
+            parts["fusion"], parts["text_encoder"], batch.segments, vectors, self.end
+        )
         if self.always_sees and not len(batch.vision):
             blank = batch.vision.new_zeros(1, *batch.vision.shape[1:])
             nothing = self.fuse(blank, batch.latents.new_zeros(1, *batch.latents.shape[1:]))

@@ -1,4 +1,4 @@
-"""The six trainings of toybox's MIGE: their lists, starts, painting in words, rows and table."""
+"""The trainings of toybox's MIGE: their lists, starts, painting in words, rows and table."""
 
 import json
 import shutil
@@ -24,12 +24,14 @@ from mige.folder import load_parts
 from mige.method.encoder import encode_text
 from mige.method.instruction import Embedded, length_of
 from mige.method.loss import Diffusion
+from mige.train import parse_args
 from mige.training.model import TrainedModel
 from mige.training.samples import Facts, Samples
 from toybox import triplets
 from toybox.mige.architecture import build_pipeline, save
 from toybox.mige.evaluation.items import ROWS, draw_item
 from toybox.mige.evaluation.painters import request_of
+from toybox.mige.train import RECIPE
 from toybox.scenes.wording import noun
 
 
@@ -73,7 +75,7 @@ def test_the_list_of_each_variant(work, tmp_path):
     for name, variant in VARIANTS.items():
         write_list(variant, work / "triplets", tmp_path / "list.json")
         found[name] = json.loads((tmp_path / "list.json").read_text())
-    assert found["together"] == found["no_latents"] == whole
+    assert found["together"] == found["longer"] == found["no_latents"] == whole
     for task in ("subject", "edit", "subject_edit"):
         assert found[task] == [record for record in whole if record["task"] == task] != []
     for before, after in zip(whole, found["no_pictures"], strict=True):
@@ -269,8 +271,24 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
     assert "was made with another --begin; go on with that, or give another --work" in told
 
 
+@pytest.mark.parametrize("name, steps", [("together", 5), ("longer", 15)])
+def test_what_a_training_is_told(tmp_path, monkeypatch, name, steps):
+    """One three times as long sees as many samples of each task as those of one task."""
+    words = ["--begin", "b", "--triplets", "t", "--features", "f", "--steps", "5"]
+    _, options = command.parse_args([*words, "--training_batch", "128", "--workers", "2"])
+    told = []
+    monkeypatch.setattr("mige.train.main", told.extend)
+    command.train(options, name, tmp_path, 3)
+    _, given = parse_args(told)
+    assert (given.steps, given.seed, given.workers) == (steps, 3, 2)
+    assert given.batch_size == given.micro_batch_size == 128
+    assert given.learning_rate == pytest.approx(2 * RECIPE["learning_rate"])
+    assert given.ema == RECIPE["ema"]
+
+
 def test_bad_input(tmp_path, fails):
     argv = ["--begin", "b", "--triplets", str(tmp_path), "--features", "f"]
     told = fails(command.main, [*argv, "--work", str(tmp_path / "W")]).err
     assert "triplets.json; `python -m toybox.triplets` writes it" in told
-    assert "--items is 0" in fails(command.main, [*argv, "--items", "0"]).err
+    for name in ("items", "training_batch"):
+        assert f"--{name} is 0" in fails(command.main, [*argv, f"--{name}", "0"]).err

@@ -9,7 +9,7 @@ from PIL import Image
 from imagelab.errors import UserError
 from mige.method.fusion import InstructionFusion
 from mige.method.guidance import Branch, branches, guide
-from mige.method.instruction import interleave, length_of, segment_ids
+from mige.method.instruction import interleave, interleave_all, length_of, segment_ids
 from mige.method.loss import Diffusion
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.schedule import make_betas
@@ -176,6 +176,36 @@ def test_surplus_marks_lose_the_words_between_as_in_the_release():
     pictures = torch.tensor([[[1.0]]])
     found = interleave([[7], [8], [9]], pictures, table, 5, 1, 0)
     assert found.embeddings[:, 0].tolist() == [70, 1, 90, 10, 0]
+
+
+def test_several_instructions_are_each_as_if_alone():
+    """With two pictures, none, one that is cut off, one too many; their gradients, too."""
+    segments = [[[7], [8, 9], []], [[3]], [[2] * 6, [4]], [[5], [6]]]
+    counts, table = (2, 0, 1, 2), torch.randn(10, 3, requires_grad=True)
+    pictures = torch.randn(5, 2, 3, requires_grad=True)
+    weights = torch.randn(4, 7, 3)
+    gradients = []
+    for at_once in (True, False):
+        given = pictures.split(counts)
+        if at_once:
+            found = interleave_all(segments, given, table, 7, 1, 0)
+        else:
+            alone = [
+                interleave(mine, its, table, 7, 1, 0)
+                for mine, its in zip(segments, given, strict=True)
+            ]
+            embeddings, mask = (torch.stack(each) for each in zip(*alone, strict=True))
+            assert torch.equal(found.embeddings, embeddings) and torch.equal(found.mask, mask)
+            assert mask.sum(1).tolist() == [7, 2, 7, 5]
+            found = found._replace(embeddings=embeddings)
+        loss = (found.embeddings * weights).sum()
+        gradients.append(torch.autograd.grad(loss, (pictures, table)))
+    for once, alone in zip(*gradients, strict=True):
+        assert torch.allclose(once, alone, atol=1e-6)
+    # what is cut off, or has no mark, is not learned from
+    learned = gradients[0][0].abs().sum((1, 2)) > 0
+    assert learned.tolist() == [True, True, True, True, False]
+    assert gradients[0][0][2].abs().sum(1)[1] == 0
 
 
 def test_empty_segments_have_no_tokens():

@@ -17,7 +17,7 @@ from imagelab.errors import UserError, shown
 from imagelab.settings import check_within
 
 BATCH_SIZE = 16  # triplets of an update
-#: How `mige.train` trains it. Batch size and rates are from trials; see toybox/mige/README.md.
+#: How `mige.train` trains it with BATCH_SIZE, from trials; see toybox/mige/README.md.
 RECIPE = {
     "optimizer": "muon",
     "warmup_steps": 100,
@@ -245,7 +245,14 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 def numbers(options: argparse.Namespace) -> dict:
     """The numbers of the method, by their names in mige.train."""
-    return {"steps": options.steps, "batch_size": options.batch_size, **RECIPE}
+    return {"steps": options.steps, **recipe_for(options.batch_size)}
+
+
+def recipe_for(batch_size: int) -> dict:
+    """RECIPE for a batch of another size: the rates grow with its cube root."""
+    growth = (batch_size / BATCH_SIZE) ** (1 / 3)
+    rates = {name: RECIPE[name] * growth for name in ("learning_rate", "conditioning_rate")}
+    return {"batch_size": batch_size, **RECIPE, **rates}
 
 
 def begun(options: argparse.Namespace) -> Path:
