@@ -7,10 +7,13 @@ Axes: b samples, r pictures of all their marks, c latent channels, h and w laten
 """
 
 import atexit
+import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +33,11 @@ from mige.data.records import Record, RecordList, shuffled
 from mige.folder import config_of, read_schedule
 from mige.method.instruction import segment_ids
 from mige.pictures import to_vision
+
+log = logging.getLogger(__name__)
+
+MUCH = 0.25  # of the time, that waiting for samples may take before it is told
+ENOUGH = 20  # steps, to tell by
 
 
 @dataclass(frozen=True)
@@ -222,11 +230,15 @@ def shifted(timestep: Tensor, timesteps: int, shift: float) -> Tensor:
 
 
 class Reader:
-    """Hands out the batches of steps that follow each other, read ahead by worker processes."""
+    """Hands out the batches of steps that follow each other, read ahead by worker processes.
+
+    With the last step it tells if much of the time went by while samples were waited for.
+    """
 
     def __init__(self, samples: Samples, steps: int, workers: int):
         self.samples, self.steps, self.workers = samples, steps, workers
         self._next, self._steps = -1, iter(())
+        self._clock = WaitingClock()
 
     def read(self, step: int) -> list[Batch]:
         """The batches of a step.
@@ -236,10 +248,21 @@ class Reader:
         if step != self._next:
             self._next, self._steps = step, self._read_from(step)
         self._next += 1
-        found = next(self._steps)
+        with self._clock.waiting():
+            found = next(self._steps)
         if isinstance(found, Exception):
             raise found
+        if self._next == self.steps and self.samples.first == 0:
+            self._tell()
         return found
+
+    def _tell(self) -> None:
+        share = self._clock.share()
+        if share is not None and share > MUCH:
+            log.warning(
+                "%.0f%% of the time samples were waited for: more than --workers %d may be faster",
+                100 * share, self.workers,
+            )  # fmt: skip
 
     def _read_from(self, step: int) -> Iterator[list[Batch] | Exception]:
         ending = multiprocessing.Event()
@@ -253,6 +276,29 @@ class Reader:
         steps = iter(loader)
         atexit.register(ending.set)  # before torch and Python end the workers, and wait for them
         return steps
+
+
+class WaitingClock:
+    """How much of the time is spent within ``waiting``; the first time, a start, does not count."""
+
+    def __init__(self):
+        self.waits: list[float] = []
+        self._since = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if not self._since:
+            self._since = time.monotonic()
+        else:
+            self.waits.append(time.monotonic() - began)
+
+    def share(self) -> float | None:
+        """Of the time since the first wait ended; None after fewer than ENOUGH others."""
+        if len(self.waits) < ENOUGH:
+            return None
+        return sum(self.waits) / (time.monotonic() - self._since)
 
 
 def _leave_signals(ending, worker: int) -> None:

@@ -295,6 +295,31 @@ def test_workers_end_with_the_one_that_learns(data, model, monkeypatch):
     assert worker.exitcode == 0
 
 
+@pytest.mark.parametrize(
+    ("waiting", "first", "steps", "told"),
+    [(3, 0, 21, "30%"), (2, 0, 21, None), (3, 4, 21, None), (3, 0, 20, None)],
+)
+def test_long_waiting_for_samples_is_told(monkeypatch, caplog, waiting, first, steps, told):
+    """By the first process, after enough steps; what comes before the first one is not counted."""
+    now = SimpleNamespace(time=0.0)
+
+    def batches(reader, step):
+        now.time += 1000
+        while True:
+            now.time += waiting
+            yield []
+
+    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: now.time))
+    monkeypatch.setattr(Reader, "_read_from", batches)
+    reader = Reader(SimpleNamespace(first=first), steps, 2)
+    for step in range(steps):
+        assert reader.read(step) == []
+        now.time += 10 - waiting
+    found = [record.getMessage() for record in caplog.records]
+    wanted = "of the time samples were waited for: more than --workers 2 may be faster"
+    assert found == ([f"{told} {wanted}"] if told else [])
+
+
 # ----------------------------------------------------------------------------------------------
 # how weights are changed
 
