@@ -69,13 +69,25 @@ class Processes:
         if self.count == 1:
             yield
             return
-        with self._state.main_process_first():
-            yield
+        if not self.is_first:
+            self._wait()
+        yield
+        if self.is_first:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for all. On the CPU accelerate would ask a machine with GPUs for one a process."""
+        if self.device == "cpu":
+            import torch
+
+            torch.distributed.barrier()
+        else:
+            self._state.wait_for_everyone()
 
     def leave(self) -> None:
         """Wait for all, then leave the group: one process's exit code cannot disturb another."""
         if self.count > 1:
-            self._state.wait_for_everyone()
+            self._wait()
             self._state.destroy_process_group()
 
     def end(self, code: int = 0) -> None:
