@@ -95,7 +95,8 @@ def check_options(options: argparse.Namespace) -> None:
     now |= {"begin": model_digest(options.begin), "triplets": triplets}
     options.work.mkdir(parents=True, exist_ok=True)
     if (options.work / SETTINGS).is_file():
-        then = read_json(options.work / SETTINGS, {}, "give another --work")
+        then = {"training_batch": BATCH_SIZE}  # of folders that do not tell
+        then |= read_json(options.work / SETTINGS, {}, "give another --work")
         if changed := [name for name in now if then.get(name) != now[name]]:
             name = changed[0]
             is_digest = name in ("begin", "triplets")

@@ -1,4 +1,4 @@
-"""The tables of six trainings."""
+"""The tables of all trainings."""
 
 import json
 from collections.abc import Hashable, Iterable, Sequence

@@ -64,7 +64,11 @@ def embed_instructions(
     vectors: Sequence[Tensor | None],
     end: int,
 ) -> Embedded:
-    """The same for several instructions at once: [b, k, d] and [b, k]."""
+    """What :func:`embed_instruction` does, for several: [b, k, d] and [b, k].
+
+    Args:
+        segments, vectors: of each instruction; each may have another number of pictures.
+    """
     table = text_encoder.get_input_embeddings().weight
     queries, width = fusion.config.queries, table.shape[1]
     pictures = [

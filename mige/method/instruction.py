@@ -66,10 +66,14 @@ def interleave_all(
     end: int,
     pad: int,
 ) -> Embedded:
-    """The same for several instructions at once: [b, k, d] and [b, k].
+    """What :func:`interleave` does, for several instructions: [b, k, d] and [b, k].
 
     All words are looked up together, and all vectors put in together: on a GPU, a few operations in
     place of a few for each segment.
+
+    Args:
+        segments: of each instruction.
+        pictures: of each instruction, [slots, q, d]; slots may differ, and be 0.
     """
     ids, mask, places, first = [], [], [], 0
     for row, (mine, given) in enumerate(zip(segments, pictures, strict=True)):
@@ -83,9 +87,9 @@ def interleave_all(
         mask.append([1] * len(tokens) + [0] * rest)
     device = table.device
     embeddings = F.embedding(torch.tensor(ids, device=device), table)
-    if places:
-        rows, columns, taken = torch.tensor(places, device=device).unbind(1)
-        vectors = torch.cat([each.flatten(0, 1) for each in pictures]).to(table)
+    if first:  # also where all of them are cut off: they get gradients of zero
+        rows, columns, taken = torch.tensor(places, device=device).reshape(-1, 3).long().unbind(1)
+        vectors = torch.cat([each.flatten(0, 1).to(table) for each in pictures])
         embeddings = embeddings.index_put((rows, columns), vectors.index_select(0, taken))
     return Embedded(embeddings, torch.tensor(mask, device=device))
 

@@ -37,7 +37,7 @@ from mige.pictures import to_vision
 log = logging.getLogger(__name__)
 
 MUCH = 0.25  # of the time, that waiting for samples may take before it is told
-ENOUGH = 20  # steps, to tell by
+SOON, ENOUGH = 200, 20  # steps after which it is told, and at the end of a shorter training
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def shifted(timestep: Tensor, timesteps: int, shift: float) -> Tensor:
 class Reader:
     """Hands out the batches of steps that follow each other, read ahead by worker processes.
 
-    With the last step it tells if much of the time went by while samples were waited for.
+    It tells once if much of the time goes by until samples are there.
     """
 
     def __init__(self, samples: Samples, steps: int, workers: int):
@@ -252,17 +252,13 @@ class Reader:
             found = next(self._steps)
         if isinstance(found, Exception):
             raise found
-        if self._next == self.steps and self.samples.first == 0:
-            self._tell()
-        return found
-
-    def _tell(self) -> None:
-        share = self._clock.share()
-        if share is not None and share > MUCH:
+        if self.samples.first == 0 and (share := self._clock.told(self._next == self.steps)):
+            how = "waiting for samples" if self.workers else "reading samples"
             log.warning(
-                "%.0f%% of the time samples were waited for: more than --workers %d may be faster",
-                100 * share, self.workers,
+                "%s took %.0f%% of the time so far: a --workers above %d may be faster",
+                how, 100 * share, self.workers,
             )  # fmt: skip
+        return found
 
     def _read_from(self, step: int) -> Iterator[list[Batch] | Exception]:
         ending = multiprocessing.Event()
@@ -282,23 +278,28 @@ class WaitingClock:
     """How much of the time is spent within ``waiting``; the first time, a start, does not count."""
 
     def __init__(self):
-        self.waits: list[float] = []
-        self._since = 0.0
+        self.count, self.waited = 0, 0.0
+        self._since: float | None = None
+        self._is_told = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         began = time.monotonic()
         yield
-        if not self._since:
-            self._since = time.monotonic()
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
         else:
-            self.waits.append(time.monotonic() - began)
+            self.count, self.waited = self.count + 1, self.waited + now - began
 
-    def share(self) -> float | None:
-        """Of the time since the first wait ended; None after fewer than ENOUGH others."""
-        if len(self.waits) < ENOUGH:
+    def told(self, is_last: bool) -> float | None:
+        """The share of the time so far, if it is MUCH, and is to be told now: once."""
+        is_due = self.count == SOON or (is_last and self.count >= ENOUGH)
+        if not is_due or self._is_told:
             return None
-        return sum(self.waits) / (time.monotonic() - self._since)
+        share = self.waited / (time.monotonic() - self._since)
+        self._is_told = share > MUCH
+        return share if self._is_told else None
 
 
 def _leave_signals(ending, worker: int) -> None:

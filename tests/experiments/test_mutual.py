@@ -262,6 +262,12 @@ def test_the_command_goes_on_where_it_was(work, tmp_path, monkeypatch, fails, ca
     argv[argv.index("--begin") + 1] = "~/begin"
     command.main(argv)
     assert table_of(rows) in capsys.readouterr().out
+    settings = tmp_path / "W/settings.json"
+    known = json.loads(settings.read_text())
+    assert known.pop("training_batch") == 16
+    settings.write_text(json.dumps(known))  # of an earlier version
+    command.main(argv)
+    capsys.readouterr()
     told = fails(command.main, [*argv, "--steps", "2"]).err
     assert "was made with --steps 1; go on with that, or give another --work" in told
     shutil.copytree(work / "begin", tmp_path / "other")

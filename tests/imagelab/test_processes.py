@@ -19,7 +19,7 @@ def main():
     processes = Processes("cpu")
     with processes.first_alone():
         print("alone", processes.index, flush=True)
-    print(processes.gather(processes.index), flush=True)
+    print(processes.gather(processes.index), processes.agree(processes.index), flush=True)
     processes.end(3)
 
 sys.exit(fork_two(main))
@@ -33,4 +33,4 @@ def test_processes_on_the_cpu_need_no_gpu():
         capture_output=True, timeout=120,
     )  # fmt: skip
     assert found.returncode == 3, found.stderr
-    assert found.stdout.splitlines() == ["alone 0", "alone 1", "[0, 1]", "[0, 1]"]
+    assert found.stdout.splitlines() == ["alone 0", "alone 1", "[0, 1] 0", "[0, 1] 0"]

@@ -178,34 +178,45 @@ def test_surplus_marks_lose_the_words_between_as_in_the_release():
     assert found.embeddings[:, 0].tolist() == [70, 1, 90, 10, 0]
 
 
-def test_several_instructions_are_each_as_if_alone():
-    """With two pictures, none, one that is cut off, one too many; their gradients, too."""
-    segments = [[[7], [8, 9], []], [[3]], [[2] * 6, [4]], [[5], [6]]]
-    counts, table = (2, 0, 1, 2), torch.randn(10, 3, requires_grad=True)
-    pictures = torch.randn(5, 2, 3, requires_grad=True)
-    weights = torch.randn(4, 7, 3)
-    gradients = []
-    for at_once in (True, False):
-        given = pictures.split(counts)
-        if at_once:
-            found = interleave_all(segments, given, table, 7, 1, 0)
-        else:
-            alone = [
-                interleave(mine, its, table, 7, 1, 0)
-                for mine, its in zip(segments, given, strict=True)
-            ]
-            embeddings, mask = (torch.stack(each) for each in zip(*alone, strict=True))
-            assert torch.equal(found.embeddings, embeddings) and torch.equal(found.mask, mask)
-            assert mask.sum(1).tolist() == [7, 2, 7, 5]
-            found = found._replace(embeddings=embeddings)
-        loss = (found.embeddings * weights).sum()
-        gradients.append(torch.autograd.grad(loss, (pictures, table)))
-    for once, alone in zip(*gradients, strict=True):
-        assert torch.allclose(once, alone, atol=1e-6)
-    # what is cut off, or has no mark, is not learned from
-    learned = gradients[0][0].abs().sum((1, 2)) > 0
-    assert learned.tolist() == [True, True, True, True, False]
-    assert gradients[0][0][2].abs().sum(1)[1] == 0
+def one_by_one(segments, pictures, table, length):
+    """[k, d] and how many count, put together piece by piece; end 1, padding 0."""
+    rows = []
+    for ids, picture in zip(segments[:-1], pictures, strict=False):
+        rows += [*table[ids], *picture]
+    rows += [*table[segments[-1]], table[1]]
+    whole = torch.stack([*rows[:length], *[table[0]] * (length - len(rows))])
+    return whole, min(length, len(rows))
+
+
+def test_several_instructions_are_put_together_at_once():
+    """Two pictures, none, a cut, one picture too many, one mark too many; their gradients, too."""
+    segments = [[[7], [8, 9], []], [[3]], [[2] * 6, [4]], [[5], [6]], [[2], [3], [4]]]
+    counts, table = (2, 0, 1, 2, 1), torch.randn(10, 3, requires_grad=True)
+    pictures = torch.randn(6, 2, 3, requires_grad=True)
+    given, weights = pictures.split(counts), torch.randn(5, 7, 3)
+    found = interleave_all(segments, given, table, 7, 1, 0)
+    alone = [one_by_one(mine, its, table, 7) for mine, its in zip(segments, given, strict=True)]
+    wanted = torch.stack([each for each, _ in alone])
+    assert torch.equal(found.embeddings, wanted)
+    assert found.mask.sum(1).tolist() == [count for _, count in alone] == [7, 2, 7, 5, 5]
+    assert found.mask.equal(found.mask.sort(1, descending=True).values)
+    gradients = [
+        torch.autograd.grad((each * weights).sum(), (pictures, table))
+        for each in (found.embeddings, wanted)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert (gradients[0][0] != 0).any(2).tolist() == [
+        [True, True], [True, True], [True, False], [True, True], [False, False], [True, True],
+    ]  # fmt: skip
+
+
+def test_pictures_that_are_cut_off_stay_in_the_graph():
+    """Processes that share weights go back through the same parts, whatever they have read."""
+    pictures = torch.randn(1, 2, 3, requires_grad=True)
+    found = interleave_all([[[2] * 6, [4]]], [pictures], torch.randn(10, 3), 6, 1, 0)
+    found.embeddings.sum().backward()
+    assert pictures.grad.equal(torch.zeros_like(pictures))
 
 
 def test_empty_segments_have_no_tokens():

@@ -296,12 +296,20 @@ def test_workers_end_with_the_one_that_learns(data, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("waiting", "first", "steps", "told"),
-    [(3, 0, 21, "30%"), (2, 0, 21, None), (3, 4, 21, None), (3, 0, 20, None)],
+    ("waiting", "first", "workers", "steps", "told"),
+    [
+        (3, 0, 2, 21, "waiting for samples took 30% of the time so far: a --workers above 2"),
+        (3, 0, 0, 500, "reading samples took 30% of the time so far: a --workers above 0"),
+        (2, 0, 2, 500, None),
+        (3, 4, 2, 500, None),  # not the first process
+        (3, 0, 2, 20, None),  # too few steps
+    ],
 )
-def test_long_waiting_for_samples_is_told(monkeypatch, caplog, waiting, first, steps, told):
-    """By the first process, after enough steps; what comes before the first one is not counted."""
-    now = SimpleNamespace(time=0.0)
+def test_long_waiting_for_samples_is_told(
+    monkeypatch, caplog, waiting, first, workers, steps, told
+):
+    """Once; what comes before the first step is not counted."""
+    now, at = SimpleNamespace(time=0.0), []
 
     def batches(reader, step):
         now.time += 1000
@@ -311,13 +319,15 @@ def test_long_waiting_for_samples_is_told(monkeypatch, caplog, waiting, first, s
 
     monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: now.time))
     monkeypatch.setattr(Reader, "_read_from", batches)
-    reader = Reader(SimpleNamespace(first=first), steps, 2)
+    reader = Reader(SimpleNamespace(first=first), steps, workers)
     for step in range(steps):
         assert reader.read(step) == []
         now.time += 10 - waiting
-    found = [record.getMessage() for record in caplog.records]
-    wanted = "of the time samples were waited for: more than --workers 2 may be faster"
-    assert found == ([f"{told} {wanted}"] if told else [])
+        at += [step] * (len(caplog.records) - len(at))
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"{told} may be faster"] if told else []
+    )
+    assert at == ([min(steps - 1, 200)] if told else [])
 
 
 # ----------------------------------------------------------------------------------------------

@@ -84,6 +84,9 @@ def test_each_part_is_a_command_of_its_own(tmp_path):
     assert (learning.mixed_precision, given(tmp_path).mixed_precision) == ("bf16", "no")
     told = {name: getattr(learning, name) for name in train.RECIPE}
     assert told == train.RECIPE
+    larger = train.recipe_for(128)
+    grown = {"batch_size": 128, "learning_rate": 2e-3, "conditioning_rate": 6e-5}
+    assert larger == train.RECIPE | {name: pytest.approx(each) for name, each in grown.items()}
 
 
 def test_what_is_done_is_not_done_again(tmp_path, run):
@@ -201,7 +204,10 @@ def test_a_run_is_that_of_another_training(run, tmp_path, monkeypatch):
         patch.setitem(train.RECIPE, "ema", 0.99)
         patch.setitem(train.RECIPE, "cooldown", 0)
         told = refusal(*options)
-        assert told == f"{where}with --cooldown 0.3, --ema 0.999; give that, or another --work"
+        assert told == (
+            f"{where}by an earlier recipe (cooldown 0.3, ema 0.999); go on with `python -m "
+            "mige.train --resume` and its numbers, or give another --work"
+        )
     work = tmp_path / "work"
     shutil.copytree(run / "run" / "model", work / "run" / "model")
     data = hashlib.sha256(b"[]").hexdigest()

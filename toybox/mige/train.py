@@ -163,12 +163,18 @@ def check_training(options: argparse.Namespace) -> None:
     # of a training that goes on mige.train tells how long it may become
     free = () if (run / "model").is_dir() else LENGTH_SETTINGS
     changed = [n for n in now if n in then and n not in free and then[n] != now[n]]
-    if changed:
+    if asked := [name for name in changed if hasattr(options, name)]:
         told = ", ".join(
             f"no --{name}" if then[name] is None else f"--{name} {shown(then[name])}"
-            for name in changed
+            for name in asked
         )
         raise UserError(f"{run} was trained with {told}; give that, or another --work")
+    if changed:  # of RECIPE, or of what follows from it
+        told = ", ".join(f"{name} {shown(then[name])}" for name in changed)
+        raise UserError(
+            f"{run} was trained by an earlier recipe ({told}); go on with `python -m mige.train "
+            "--resume` and its numbers, or give another --work"
+        )
     check_inputs(options, facts["inputs"])
 
 
