@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mige.method.fusion import InstructionFusion
-from mige.method.instruction import Embedded, interleave_all
+from mige.method.instruction import Embedded, interleave
 
 #: Epsilon of the norm behind the vision encoder, which its config does not hold.
 VISION_NORM_EPS = 1e-5
@@ -76,7 +76,7 @@ def embed_instructions(
         for mine, given in zip(segments, vectors, strict=True)
     ]
     pad = text_encoder.config.pad_token_id
-    return interleave_all(segments, pictures, table, fusion.config.text_length, end, pad)
+    return interleave(segments, pictures, table, fusion.config.text_length, end, pad)
 
 
 def encode_text(text_encoder, embedded: Embedded) -> Tensor:

@@ -16,9 +16,9 @@ VECTOR = -1  # stands among the ids of tokens for a vector of a picture
 
 
 class Embedded(NamedTuple):
-    """Text and pictures as the text encoder reads them: [k, d], and 1 for each that counts, [k].
+    """Text and pictures as the text encoder reads them: [b, k, d], and 1 for what counts, [b, k].
 
-    Of several instructions: [b, k, d] and [b, k].
+    Of a single instruction: [k, d] and [k].
     """
 
     embeddings: Tensor
@@ -34,31 +34,6 @@ def segment_ids(tokenizer, prompt: str) -> list[list[int]]:
 
 
 def interleave(
-    segments: Sequence[Sequence[int]],
-    pictures: Tensor,
-    table: Tensor,
-    length: int,
-    end: int,
-    pad: int,
-) -> Embedded:
-    """Put the vectors of pictures between the embeddings of words.
-
-    The sequence is segment 0, picture 0, segment 1, … and the end token. It is cut to ``length``,
-    or filled up with the padding's embedding. Where there are more marks than slots for pictures,
-    the segments between the surplus marks are left out but for the last, as in the release.
-
-    Args:
-        segments: token ids, one list more than there are marks.
-        pictures: [slots, q, d], vectors of as many pictures as there may be.
-        table: [vocabulary, d], the text encoder's embeddings.
-        length: k.
-        end, pad: ids of the end token and of the padding.
-    """
-    found = interleave_all([segments], [pictures], table, length, end, pad)
-    return Embedded(*(each[0] for each in found))
-
-
-def interleave_all(
     segments: Sequence[Sequence[Sequence[int]]],
     pictures: Sequence[Tensor],
     table: Tensor,
@@ -66,14 +41,22 @@ def interleave_all(
     end: int,
     pad: int,
 ) -> Embedded:
-    """What :func:`interleave` does, for several instructions: [b, k, d] and [b, k].
+    """Put the vectors of pictures between the embeddings of words, for several instructions.
+
+    A sequence is segment 0, picture 0, segment 1, … and the end token. It is cut to ``length``,
+    or filled up with the padding's embedding. Where there are more marks than slots for pictures,
+    the segments between the surplus marks are left out but for the last, as in the release.
 
     All words are looked up together, and all vectors put in together: on a GPU, a few operations in
     place of a few for each segment.
 
     Args:
-        segments: of each instruction.
-        pictures: of each instruction, [slots, q, d]; slots may differ, and be 0.
+        segments: of each instruction, token ids, one list more than there are marks.
+        pictures: of each instruction, [slots, q, d], vectors of as many pictures as there may be;
+            slots may differ, and be 0.
+        table: [vocabulary, d], the text encoder's embeddings.
+        length: k.
+        end, pad: ids of the end token and of the padding.
     """
     ids, mask, places, first = [], [], [], 0
     for row, (mine, given) in enumerate(zip(segments, pictures, strict=True)):

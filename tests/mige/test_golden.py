@@ -25,7 +25,7 @@ from PIL import Image
 from mige.config import Guidance
 from mige.method.encoder import embed_instruction, embed_patches, encode_text, see
 from mige.method.guidance import branches, guide
-from mige.method.instruction import interleave, segment_ids
+from mige.method.instruction import Embedded, interleave, segment_ids
 from mige.method.prediction import predict
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.wording import clean, name_source, safe_name
@@ -76,7 +76,8 @@ def test_words_and_pictures_interleave(parts, index):
     segments = segment_ids(WordTokenizer(), told["prompts"][index])
     assert segments == told["segment_ids"][index]
     table = parts.text_encoder.get_input_embeddings().weight
-    found = interleave(segments, given["image_vectors"][index], table, LENGTH, END, PAD)
+    whole = interleave([segments], [given["image_vectors"][index]], table, LENGTH, END, PAD)
+    found = Embedded(whole.embeddings[0], whole.mask[0])
     assert torch.equal(found.embeddings, given["embeds"][index])
     assert torch.equal(found.mask, given["mask"][index])
     close(encode_text(parts.text_encoder, found), given["t5_out"][index], 1e-5, 5e-6)

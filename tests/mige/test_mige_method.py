@@ -9,7 +9,7 @@ from PIL import Image
 from imagelab.errors import UserError
 from mige.method.fusion import InstructionFusion
 from mige.method.guidance import Branch, branches, guide
-from mige.method.instruction import interleave, interleave_all, length_of, segment_ids
+from mige.method.instruction import interleave, length_of, segment_ids
 from mige.method.loss import Diffusion
 from mige.method.sampler import ContinuousDPMSolver
 from mige.method.schedule import make_betas
@@ -162,20 +162,20 @@ def test_a_sequence_by_hand():
     """Words are 10 times their id, pictures 1 and 2: [70] 1 1 [80 90] 2 2 [10] and padding."""
     table = 10 * torch.arange(10.0)[:, None]
     pictures = torch.tensor([[[1.0]] * 2, [[2.0]] * 2])
-    found = interleave([[7], [8, 9], []], pictures, table, 10, 1, 0)
-    assert found.embeddings[:, 0].tolist() == [70, 1, 1, 80, 90, 2, 2, 10, 0, 0]
-    assert found.mask.tolist() == [1] * 8 + [0] * 2
+    found = interleave([[[7], [8, 9], []]], [pictures], table, 10, 1, 0)
+    assert found.embeddings[0, :, 0].tolist() == [70, 1, 1, 80, 90, 2, 2, 10, 0, 0]
+    assert found.mask[0].tolist() == [1] * 8 + [0] * 2
     assert length_of([[7], [8, 9], []], 2) == 8
-    cut = interleave([[7], [8, 9], []], pictures, table, 7, 1, 0)
-    assert cut.embeddings[:, 0].tolist() == [70, 1, 1, 80, 90, 2, 2]
-    assert cut.mask.tolist() == [1] * 7
+    cut = interleave([[[7], [8, 9], []]], [pictures], table, 7, 1, 0)
+    assert cut.embeddings[0, :, 0].tolist() == [70, 1, 1, 80, 90, 2, 2]
+    assert cut.mask[0].tolist() == [1] * 7
 
 
 def test_surplus_marks_lose_the_words_between_as_in_the_release():
     table = 10 * torch.arange(10.0)[:, None]
     pictures = torch.tensor([[[1.0]]])
-    found = interleave([[7], [8], [9]], pictures, table, 5, 1, 0)
-    assert found.embeddings[:, 0].tolist() == [70, 1, 90, 10, 0]
+    found = interleave([[[7], [8], [9]]], [pictures], table, 5, 1, 0)
+    assert found.embeddings[0, :, 0].tolist() == [70, 1, 90, 10, 0]
 
 
 def one_by_one(segments, pictures, table, length):
@@ -194,7 +194,7 @@ def test_several_instructions_are_put_together_at_once():
     counts, table = (2, 0, 1, 2, 1), torch.randn(10, 3, requires_grad=True)
     pictures = torch.randn(6, 2, 3, requires_grad=True)
     given, weights = pictures.split(counts), torch.randn(5, 7, 3)
-    found = interleave_all(segments, given, table, 7, 1, 0)
+    found = interleave(segments, given, table, 7, 1, 0)
     alone = [one_by_one(mine, its, table, 7) for mine, its in zip(segments, given, strict=True)]
     wanted = torch.stack([each for each, _ in alone])
     assert torch.equal(found.embeddings, wanted)
@@ -214,7 +214,7 @@ def test_several_instructions_are_put_together_at_once():
 def test_pictures_that_are_cut_off_stay_in_the_graph():
     """Processes that share weights go back through the same parts, whatever they have read."""
     pictures = torch.randn(1, 2, 3, requires_grad=True)
-    found = interleave_all([[[2] * 6, [4]]], [pictures], torch.randn(10, 3), 6, 1, 0)
+    found = interleave([[[2] * 6, [4]]], [pictures], torch.randn(10, 3), 6, 1, 0)
     found.embeddings.sum().backward()
     assert pictures.grad.equal(torch.zeros_like(pictures))
 
